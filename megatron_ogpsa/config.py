@@ -1,0 +1,87 @@
+"""What the projection does, in one frozen object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from megatron_ogpsa.errors import UnsupportedError, UserError
+
+Granularity = Literal["tensor", "model"]
+Mode = Literal["orthogonal", "conflict"]
+Space = Literal["gradient"]
+BasisDtype = Literal["fp32", "bf16"]
+BasisDevice = Literal["accelerator", "cpu"]
+
+TORCH_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+MAX_CONFLICT_REFERENCES = 8
+"""``mode="conflict"`` enumerates the 2^k active sets of a k-variable quadratic program."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OGPSAConfig:
+    """Settings of orthogonal gradient projection (arXiv:2602.07892).
+
+    Raises:
+        UserError: a value is not one of those listed here; the message names the field and the values that are.
+    """
+
+    granularity: Granularity = "tensor"
+    """What is projected together. ``tensor``: each logical (Hugging Face) tensor on its own, which is what the authors'
+    released code does. ``model``: the whole model as one vector, which is what the paper's optimality is stated for."""
+
+    mode: Mode = "orthogonal"
+    """``orthogonal`` removes the whole component in the protected subspace. ``conflict`` gives the nearest gradient whose
+    inner product with every reference gradient is not negative (the cone of GEM, arXiv:1706.08840, eq. 11)."""
+
+    space: Space = "gradient"
+    """What is projected: the gradient, before the optimizer's own rescaling and momentum."""
+
+    refresh_interval: int = 30
+    """Optimizer steps from one computation of the reference gradients to the next (paper: 30 for SFT, 5 for DPO)."""
+
+    rank_tolerance: float = 1e-12
+    """Eigenvalues of a block's unit-diagonal Gram matrix below this share of the largest are dropped. Two references at
+    an angle θ have the small eigenvalue θ²/2, so the default still tells apart θ = 1e-5 (5e-11) and takes copies that
+    differ by fp32 rounding (about 1e-15) for one."""
+
+    basis_dtype: BasisDtype = "fp32"
+    """How the basis is stored: 4 or 2 bytes for each reference and each element of the local gradient shard."""
+
+    basis_device: BasisDevice = "accelerator"
+    """Where the basis is stored: beside the gradient, or in host memory, from where every step streams it tile by tile."""
+
+    check_leak: bool = False
+    """Measure what is left of the gradient in the protected subspace after each projection, as ``metrics["leak"]``. It
+    costs a second pass and one more all-reduce in every step; meant for tests and for finding faults."""
+
+    def __post_init__(self) -> None:
+        choices = {
+            "granularity": Granularity,
+            "mode": Mode,
+            "basis_dtype": BasisDtype,
+            "basis_device": BasisDevice,
+        }
+        for name, kind in choices.items():
+            if getattr(self, name) not in get_args(kind):
+                raise UserError(f"{name}={getattr(self, name)!r}: use one of {', '.join(get_args(kind))}")
+        if self.space != "gradient":
+            raise UnsupportedError(
+                f"space={self.space!r}: only space='gradient', the paper's rule, is built; projecting the optimizer's "
+                "update is not supported yet"
+            )
+        if self.refresh_interval < 1:
+            raise UserError(
+                f"refresh_interval={self.refresh_interval}: use 1 or more optimizer steps, or leave the references out "
+                "to train without projection"
+            )
+        if not 0.0 < self.rank_tolerance < 1.0:
+            raise UserError(f"rank_tolerance={self.rank_tolerance}: use a share between 0 and 1, such as 1e-12")
+
+    @property
+    def torch_basis_dtype(self) -> torch.dtype:
+        """The dtype of the stored basis."""
+        return TORCH_DTYPES[self.basis_dtype]
