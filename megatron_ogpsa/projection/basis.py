@@ -1,0 +1,57 @@
+"""From the Gram matrix of the reference gradients to an orthonormal basis of their span.
+
+Shape legend: B = blocks, K = references. Everything here is tiny (B·K² numbers), fp64 and on the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BasisTransform:
+    """How each block's basis Q = A·W comes from its reference gradients A (columns are references).
+
+    Attributes:
+        weights_BKK: W, fp64; column r gives the r-th basis vector; columns from ``rank_B`` on are zero.
+        reference_BKK: QᵀA = WᵀM, fp64; column j holds reference j in the basis, used by ``mode="conflict"``.
+        rank_B: dimension of each block's span, int64.
+    """
+
+    weights_BKK: Tensor
+    reference_BKK: Tensor
+    rank_B: Tensor
+
+
+def orthonormalise(gram_BKK: Tensor, tolerance: float) -> BasisTransform:
+    """Solve for W with (A·W)ᵀ(A·W) = I on the span of A, given only M = AᵀA.
+
+    Scale to unit diagonal, S = diag(M)^(-1/2), then S·M·S = V·Λ·Vᵀ, and W = S·V·Λ^(-1/2) over the eigenvalues above
+    ``tolerance`` times the largest. Scaling first makes the rank independent of the references' magnitudes; duplicate,
+    parallel and zero references lower the rank and nothing else. The error of the result is that of the fp64 dot
+    products in M times the condition number of S·M·S: 2e-6 for two references 1e-5 apart, where Gram-Schmidt in
+    fp32 gives 0.8.
+
+    Args:
+        gram_BKK: symmetric positive semi-definite, fp64, finite.
+        tolerance: relative to the largest eigenvalue, without unit.
+    """
+    diagonal_BK = gram_BKK.diagonal(dim1=-2, dim2=-1)
+    scale_BK = torch.where(diagonal_BK > 0, diagonal_BK, 1.0).rsqrt() * (diagonal_BK > 0)
+    unit_BKK = scale_BK[:, :, None] * gram_BKK * scale_BK[:, None, :]
+    eigenvalues_BK, vectors_BKK = torch.linalg.eigh(unit_BKK)
+    # Largest first; and one sign for all, because every rank multiplies its own shard with its own copy of W.
+    eigenvalues_BK, vectors_BKK = eigenvalues_BK.flip(-1), vectors_BKK.flip(-1)
+    largest_B1K = vectors_BKK.abs().argmax(dim=-2, keepdim=True)
+    vectors_BKK = vectors_BKK * torch.where(vectors_BKK.gather(-2, largest_B1K) < 0, -1.0, 1.0)
+    keep_BK = eigenvalues_BK > tolerance * eigenvalues_BK[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
+    inverse_root_BK = torch.where(keep_BK, eigenvalues_BK, 1.0).rsqrt() * keep_BK
+    weights_BKK = scale_BK[:, :, None] * vectors_BKK * inverse_root_BK[:, None, :]
+    return BasisTransform(
+        weights_BKK=weights_BKK,
+        reference_BKK=weights_BKK.transpose(-1, -2) @ gram_BKK,
+        rank_B=keep_BK.sum(dim=-1),
+    )

@@ -1,0 +1,246 @@
+"""Block-wise products of long vectors that lie contiguously in memory.
+
+A gradient shard is a handful of contiguous *spans* (Megatron's gradient buffers). A span is covered by *segments*: runs
+of elements that belong to one block. Work is cut into *tiles*: pieces of one span that are small enough for a
+processor's cache (or few enough launches on an accelerator). A tile inside one segment is a plain matrix-vector product;
+neighbouring short segments (norm weights, biases, the cuts of a data-parallel shard) share a tile and are told apart by
+prefix sums. The number of tiles therefore depends on the number of elements and not on the number of parameters.
+
+Shape legend: N = elements of this rank's shard, T = elements of a tile, S = segments in a tile, B = blocks of the whole
+model, K = basis vectors. Sums are accumulated in fp64 whatever the tensors' dtypes: an fp32 sum leaks 4e-5 of a gradient
+of 1M elements back into the protected subspace, fp64 leaves 1e-7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of elements of one block.
+
+    Attributes:
+        length: number of elements.
+        block: index of the block in the whole model.
+        counted: whether this rank's copy is the one that enters sums over ranks.
+    """
+
+    length: int
+    block: int
+    counted: bool
+
+
+@dataclass(frozen=True)
+class TileLimits:
+    """How a device wants its work cut.
+
+    Attributes:
+        tile: most elements of a tile; on CPU the fp64 copies of a tile should stay in the L2 cache.
+        short: segments below this many elements share a tile with their neighbours.
+    """
+
+    tile: int
+    short: int
+
+    @classmethod
+    def for_device(cls, device: torch.device) -> TileLimits:
+        """Measured on CPU; on an accelerator few launches matter more than the cache."""
+        return cls(tile=2**15, short=2**12) if device.type == "cpu" else cls(tile=2**24, short=2**20)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A piece of one span, with the segments that it holds.
+
+    Attributes:
+        span: index of the span.
+        start, stop: elements within the span.
+        column: where the tile begins in the shard, and so in the basis' columns.
+        block: the block, where the tile holds one segment; otherwise -1 and the tensors below are set.
+        counted: likewise.
+        lengths_S, blocks_S, counted_blocks_S: int64; the last with the row behind the table's end for what is not counted.
+    """
+
+    span: int
+    start: int
+    stop: int
+    column: int
+    block: int
+    counted: bool
+    lengths_S: Tensor | None = None
+    blocks_S: Tensor | None = None
+    counted_blocks_S: Tensor | None = None
+
+    @property
+    def columns(self) -> slice:
+        """The tile's columns of the basis."""
+        return slice(self.column, self.column + self.stop - self.start)
+
+
+class SegmentLayout:
+    """Which block each element of a shard belongs to, cut into tiles.
+
+    Args:
+        spans: the segments of each span, in memory order.
+        num_blocks: blocks of the whole model, on all ranks.
+        device: where the spans live.
+        limits: how to cut; by default what suits the device.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[Sequence[Segment]],
+        num_blocks: int,
+        device: torch.device,
+        limits: TileLimits | None = None,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.device = device
+        self.limits = limits or TileLimits.for_device(device)
+        self.span_lengths = [sum(segment.length for segment in span) for span in spans]
+        self.num_elements = sum(self.span_lengths)
+        self.num_counted = sum(s.length for span in spans for s in span if s.counted)
+        self.tiles: list[Tile] = []
+        column = 0
+        for index, span in enumerate(spans):
+            self.tiles.extend(self._cut(index, _merged(span), column))
+            column += self.span_lengths[index]
+
+    def _cut(self, span: int, segments: Sequence[Segment], column: int) -> Iterator[Tile]:
+        """Long segments become tiles of their own, runs of short ones are packed together."""
+        begin = 0  # start of the open group of short segments, within the span
+        group: list[Segment] = []
+        position = 0
+        for segment in segments:
+            is_long = segment.length >= self.limits.short
+            if group and (is_long or position - begin + segment.length > self.limits.tile):
+                yield self._tile(span, begin, group, column)
+                group = []
+            if is_long:
+                for start in range(position, position + segment.length, self.limits.tile):
+                    stop = min(start + self.limits.tile, position + segment.length)
+                    yield Tile(span, start, stop, column + start, segment.block, segment.counted)
+            else:
+                begin = begin if group else position
+                group.append(segment)
+            position += segment.length
+        if group:
+            yield self._tile(span, begin, group, column)
+
+    def _tile(self, span: int, start: int, group: Sequence[Segment], column: int) -> Tile:
+        stop = start + sum(segment.length for segment in group)
+        if len(group) == 1:
+            return Tile(span, start, stop, column + start, group[0].block, group[0].counted)
+        integers = lambda values: torch.tensor(values, dtype=torch.int64, device=self.device)  # noqa: E731
+        return Tile(
+            span,
+            start,
+            stop,
+            column + start,
+            block=-1,
+            counted=False,
+            lengths_S=integers([s.length for s in group]),
+            blocks_S=integers([s.block for s in group]),
+            counted_blocks_S=integers([s.block if s.counted else self.num_blocks for s in group]),
+        )
+
+    def table(self, *shape: int) -> Tensor:
+        """A zero fp64 table with one row for each block and one more for what is not counted: [B+1, *shape]."""
+        return torch.zeros(self.num_blocks + 1, *shape, dtype=torch.float64, device=self.device)
+
+
+def _merged(segments: Sequence[Segment]) -> list[Segment]:
+    """Join neighbours of the same block and the same ownership."""
+    merged: list[Segment] = []
+    for segment in segments:
+        if merged and (merged[-1].block, merged[-1].counted) == (segment.block, segment.counted):
+            merged[-1] = Segment(merged[-1].length + segment.length, segment.block, segment.counted)
+        elif segment.length:
+            merged.append(segment)
+    return merged
+
+
+def _accumulate(table_B: Tensor, tile: Tile, products_T: Tensor) -> None:
+    """Add the sums of ``products`` (fp64, last dim T) over each segment to the rows of their blocks."""
+    assert tile.lengths_S is not None and tile.counted_blocks_S is not None
+    ends_S = tile.lengths_S.cumsum(0) - 1
+    prefix = products_T.cumsum(-1)[..., ends_S]
+    sums = torch.diff(prefix, dim=-1, prepend=torch.zeros_like(prefix[..., :1]))
+    table_B.index_add_(0, tile.counted_blocks_S, sums.movedim(-1, 0))
+
+
+def gram_and_dots(layout: SegmentLayout, rows_KN: Tensor, spans: Sequence[Tensor] | None = None) -> Tensor:
+    """Local inner products, block by block, of K vectors with each other or with one more vector.
+
+    Without ``spans``: M = R·Rᵀ, the Gram matrices of the rows. With ``spans`` (a gradient g in Megatron's buffers): the
+    coefficients c = R·g and, in the last column, ‖g‖².
+
+    Args:
+        rows_KN: K vectors over the shard, any float dtype, on any device; each tile is brought to the layout's device.
+        spans: 1-D tensors, one for each span of the layout.
+
+    Returns:
+        fp64 [B, K, K], or [B, K+1]: this rank's share, elements that are not counted left out. Sum over ranks next.
+    """
+    num_rows = rows_KN.shape[0]
+    table = layout.table(num_rows, num_rows) if spans is None else layout.table(num_rows + 1)
+    for tile in layout.tiles:
+        if not tile.counted and tile.lengths_S is None:
+            continue
+        rows_KT = rows_KN[:, tile.columns].to(layout.device, torch.float64, non_blocking=True)
+        if spans is None:
+            if tile.lengths_S is None:
+                table[tile.block] += rows_KT @ rows_KT.mT
+            else:
+                _accumulate(table, tile, rows_KT[:, None, :] * rows_KT[None, :, :])
+            continue
+        vector_T = spans[tile.span][tile.start : tile.stop].double()
+        if tile.lengths_S is None:
+            table[tile.block, :num_rows] += rows_KT @ vector_T
+            table[tile.block, num_rows] += vector_T @ vector_T
+        else:
+            _accumulate(table, tile, torch.cat((rows_KT, vector_T[None])) * vector_T)
+    return table[: layout.num_blocks]
+
+
+def subtract_combination(
+    layout: SegmentLayout, spans: Sequence[Tensor], rows_KN: Tensor, coefficients_BK: Tensor
+) -> None:
+    """g ← g − Σ_k r_bk·q_k in place, b being the block of each element; copies that are not counted are changed alike.
+
+    Args:
+        spans: the gradient, 1-D tensors in any float dtype; sums are formed in fp32 and rounded once.
+        rows_KN: the basis.
+        coefficients_BK: r, on the layout's device.
+    """
+    coefficients = coefficients_BK.float()
+    for tile in layout.tiles:
+        target_T = spans[tile.span][tile.start : tile.stop]
+        rows_KT = rows_KN[:, tile.columns].to(layout.device, torch.float32, non_blocking=True)
+        if tile.lengths_S is None:
+            target_T.sub_(coefficients[tile.block] @ rows_KT)
+        else:
+            assert tile.blocks_S is not None
+            per_element_TK = coefficients[tile.blocks_S].repeat_interleave(tile.lengths_S, dim=0)
+            target_T.sub_((per_element_TK.mT * rows_KT).sum(dim=0))
+
+
+def combine_rows(layout: SegmentLayout, rows_KN: Tensor, weights_BKK: Tensor, out_KN: Tensor) -> None:
+    """out = Wᵀ·rows, block by block: turns reference gradients into basis vectors. ``out`` may be ``rows`` itself.
+
+    The product is formed in fp64: with nearly parallel references W is large and its terms cancel.
+    """
+    for tile in layout.tiles:
+        rows_KT = rows_KN[:, tile.columns].to(layout.device, torch.float64, non_blocking=True)
+        if tile.lengths_S is None:
+            result_KT = weights_BKK[tile.block].mT @ rows_KT
+        else:
+            assert tile.blocks_S is not None
+            weights_TKK = weights_BKK[tile.blocks_S].repeat_interleave(tile.lengths_S, dim=0)
+            result_KT = torch.einsum("tjk,jt->kt", weights_TKK, rows_KT)
+        out_KN[:, tile.columns] = result_KT.to(out_KN.dtype)
