@@ -1,0 +1,98 @@
+"""What the plugin refuses, at start, by the flag's name; and the Megatron versions that it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import megatron.core
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    MegatronOptimizer,
+)
+
+from megatron_ogpsa.errors import UnsupportedError, UserError
+from megatron_ogpsa.sharding.gradients import leaf_optimizers
+
+SUPPORTED_MEGATRON = "0.19"
+"""Minor version of megatron-core whose optimizers and buffers this package was read against."""
+
+_SUPPORTED_OPTIMIZERS = (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer)
+
+
+def check_megatron_version() -> None:
+    """Refuse a megatron-core whose internals may differ from those that the hooks were written for.
+
+    Raises:
+        UnsupportedError: another minor version is installed.
+    """
+    version = megatron.core.__version__
+    if not version.startswith(SUPPORTED_MEGATRON + "."):
+        raise UnsupportedError(
+            f"megatron-core {version} is installed, megatron-ogpsa hooks into {SUPPORTED_MEGATRON}.x: "
+            f"pip install 'megatron-core=={SUPPORTED_MEGATRON}.*'"
+        )
+
+
+def check_supported(optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Module]) -> None:
+    """Refuse what projection does not handle yet, before anything is hooked.
+
+    Raises:
+        UnsupportedError: names the flag, the reason and the nearest thing that works.
+        UserError: the model is not wrapped for data parallelism.
+    """
+    check_megatron_version()
+    for chunk in chunks:
+        ddp_config = getattr(chunk, "ddp_config", None)
+        if ddp_config is not None and getattr(ddp_config, "use_megatron_fsdp", False):
+            raise UnsupportedError(
+                "--use-megatron-fsdp: its gradients are DTensors outside Megatron's gradient buffers; "
+                "use --use-distributed-optimizer, which shards optimizer state and gradients"
+            )
+        if not isinstance(chunk, DistributedDataParallel):
+            raise UserError(
+                f"attach() got a {type(chunk).__name__}: pass the list of megatron.core DistributedDataParallel chunks "
+                "(--use-torch-fsdp2 is not supported; use --use-distributed-optimizer)"
+            )
+        _check_parameters(chunk)
+    if isinstance(optimizer, LayerWiseDistributedOptimizer):
+        raise UnsupportedError(_layer_wise_message())
+    for leaf in leaf_optimizers(optimizer):
+        if not isinstance(leaf, _SUPPORTED_OPTIMIZERS):
+            is_layer_wise = isinstance(leaf, LayerWiseDistributedOptimizer)
+            raise UnsupportedError(
+                _layer_wise_message() if is_layer_wise else f"{type(leaf).__name__}: use --optimizer adam or sgd"
+            )
+        if getattr(leaf.config, "optimizer_cuda_graph", False):
+            raise UnsupportedError(
+                "--optimizer-cuda-graph: the projection decides on the host whether the gradient is finite, which a graph "
+                "cannot hold; leave the flag out"
+            )
+    if isinstance(optimizer, ChainedOptimizer) and not optimizer.chained_optimizers:
+        raise UserError("attach() got an optimizer without parameters: unfreeze some, or leave the plugin out")
+
+
+def _check_parameters(chunk: DistributedDataParallel) -> None:
+    for name, param in chunk.named_parameters():
+        if getattr(param, "grad_norm_group", None) is not None:
+            raise UnsupportedError(
+                f"--mtp-num-layers: {name} is clipped by a norm of its own, which the projection does not split yet; "
+                "fine-tune without multi-token prediction"
+            )
+        if getattr(param, "is_gtp_weight_remat", False):
+            raise UnsupportedError(
+                f"--gtp-weight-remat-size: {name} is sharded over an axis that the projection does not count yet; "
+                "use --tensor-model-parallel-size"
+            )
+
+
+def _layer_wise_message() -> str:
+    return (
+        "--optimizer muon and other layer-wise optimizers (--use-layer-wise-distributed-optimizer): they give whole "
+        "parameters to ranks, outside the shards that the basis is laid out for; use --optimizer adam"
+    )
