@@ -1,0 +1,43 @@
+"""Fixtures and rules for all tests: worker groups for distributed tests, and tests that need a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.harness import WorkerGroup
+
+# Before anything imports transformers or datasets: tests never go to the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def distributed() -> Iterator[Callable[[int], WorkerGroup]]:
+    """``distributed(world_size)``: the session's worker group of that size, started when it gets its first job."""
+    from tests.harness import WorkerGroup  # imports torch, which tests of the scripts do without
+
+    groups: dict[int, WorkerGroup] = {}
+
+    def group_of(world_size: int) -> WorkerGroup:
+        return groups.setdefault(world_size, WorkerGroup(world_size))
+
+    yield group_of
+    for group in groups.values():
+        group.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where there is no GPU, with the reason."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: torch.cuda.is_available() is False"))
