@@ -34,8 +34,8 @@ class OGPSAConfig:
     released code does. ``model``: the whole model as one vector, which is what the paper's optimality is stated for."""
 
     mode: Mode = "orthogonal"
-    """``orthogonal`` removes the whole component in the protected subspace. ``conflict`` gives the nearest gradient whose
-    inner product with every reference gradient is not negative (the cone of GEM, arXiv:1706.08840, eq. 11)."""
+    """``orthogonal`` removes the whole component in the protected subspace. ``conflict`` gives the nearest gradient
+    whose inner product with every reference gradient is not negative (the cone of GEM, arXiv:1706.08840, eq. 11)."""
 
     space: Space = "gradient"
     """What is projected: the gradient, before the optimizer's own rescaling and momentum."""
@@ -52,7 +52,8 @@ class OGPSAConfig:
     """How the basis is stored: 4 or 2 bytes for each reference and each element of the local gradient shard."""
 
     basis_device: BasisDevice = "accelerator"
-    """Where the basis is stored: beside the gradient, or in host memory, from where every step streams it tile by tile."""
+    """Where the basis is stored: beside the gradient, or in host memory, from where every step streams it tile by
+    tile."""
 
     check_leak: bool = False
     """Measure what is left of the gradient in the protected subspace after each projection, as ``metrics["leak"]``. It

@@ -43,8 +43,9 @@ class OGPSA:
     Attributes:
         enabled: ``False`` makes ``optimizer.step()`` what it is without the plugin.
         metrics: of the last projected step (``rank``: dimension of the largest protected subspace of any block;
-            ``rank_total``: summed over blocks; ``removed``: 1 − ‖g'‖²/‖g‖²; ``grad_norm_before`` and ``grad_norm_after``;
-            ``leak``: largest |⟨g', q⟩|/‖g'‖, with ``check_leak``). Empty until a step was projected.
+            ``rank_total``: summed over blocks; ``removed``: 1 − ‖g'‖²/‖g‖²; ``grad_norm_before`` and
+            ``grad_norm_after``; ``leak``: largest |⟨g', q⟩|/‖g'‖, with ``check_leak``). Empty until a step was
+            projected.
         skipped_steps: steps skipped because the gradient was not finite.
         rejected_refreshes: refreshes in a row whose references were not finite, so that the last good basis was kept.
     """
@@ -70,9 +71,9 @@ class OGPSA:
         self._norm_after: float | None = None
         self._megatrons = {name: getattr(optimizer, name) for name in _HOOKED if hasattr(optimizer, name)}
         # On the instance, so that type checks and checkpoint code still see the optimizer that they know.
-        optimizer.prepare_grads = self._prepare_grads  # type: ignore[method-assign]
-        optimizer.get_grad_norm = self._get_grad_norm  # type: ignore[method-assign]
-        optimizer.clip_grad_norm = self._clip_grad_norm  # type: ignore[method-assign]
+        optimizer.prepare_grads = self._prepare_grads
+        optimizer.get_grad_norm = self._get_grad_norm
+        optimizer.clip_grad_norm = self._clip_grad_norm
 
     # ------------------------------------------------------------------------------------------------- refresh
 
@@ -93,7 +94,9 @@ class OGPSA:
         if self._captured_names is None or self._captured_KN is None:
             raise RuntimeError("capture() outside a refresh: call begin_refresh() first")
         if name in self._captured_names:
-            raise RuntimeError(f"reference {name!r} is captured twice in one refresh: give each reference a name of its own")
+            raise RuntimeError(
+                f"reference {name!r} is captured twice in one refresh: give each reference a name of its own"
+            )
         index = len(self._captured_names)
         if index == self._captured_KN.shape[0]:  # first refresh: the number of references is not known yet
             self._captured_KN = torch.cat((self._captured_KN, self._rows(1)))
@@ -175,7 +178,8 @@ class OGPSA:
 
     def _project(self) -> bool:
         """g ← g − Q·r; returns whether the gradient was finite, which every rank reads off the same sums."""
-        assert self._basis_KN is not None and self._transform is not None
+        assert self._basis_KN is not None
+        assert self._transform is not None
         layout = self._shard.layout
         self._shard.load()
         sums = sum_over_ranks(gram_and_dots(layout, self._basis_KN, self._shard.spans), self._shard.reduction.group)

@@ -70,8 +70,8 @@ def check_supported(optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Modu
             )
         if getattr(leaf.config, "optimizer_cuda_graph", False):
             raise UnsupportedError(
-                "--optimizer-cuda-graph: the projection decides on the host whether the gradient is finite, which a graph "
-                "cannot hold; leave the flag out"
+                "--optimizer-cuda-graph: the projection decides on the host whether the gradient is finite, which "
+                "a graph cannot hold; leave the flag out"
             )
     if isinstance(optimizer, ChainedOptimizer) and not optimizer.chained_optimizers:
         raise UserError("attach() got an optimizer without parameters: unfreeze some, or leave the plugin out")

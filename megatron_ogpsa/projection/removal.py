@@ -16,7 +16,8 @@ def orthogonal(coefficients_BK: Tensor) -> Tensor:
 
 
 def nearest_without_conflict(coefficients_BK: Tensor, reference_BKK: Tensor) -> Tensor:
-    """Project onto GEM's cone: argmin ‖g' − g‖² subject to ⟨g', a_j⟩ ≥ 0 for each reference j (arXiv:1706.08840, eq. 11).
+    """Project onto GEM's cone: argmin ‖g' − g‖² subject to ⟨g', a_j⟩ ≥ 0 for each reference j (arXiv:1706.08840, eq.
+    11).
 
     With a_j = Q·ρ_j (ρ = ``reference_BKK``, columns) the problem lives in the basis: g' = g + Q·u, u = ρ·v, where v ≥ 0
     are the multipliers. K is small, so the exact solution is found by trying each of the 2^K active sets: for a set S
@@ -30,7 +31,7 @@ def nearest_without_conflict(coefficients_BK: Tensor, reference_BKK: Tensor) -> 
     Returns:
         r = −u, fp64 [B, K]: what is to be subtracted in the basis, zero where no reference is hurt.
     """
-    num_blocks, num_references = coefficients_BK.shape
+    num_references = coefficients_BK.shape[-1]
     # Unit references: the constraint's sign does not depend on length, and tolerances become relative.
     lengths_B1K = reference_BKK.norm(dim=-2, keepdim=True)
     unit_BKK = reference_BKK / torch.where(lengths_B1K > 0, lengths_B1K, 1.0)
@@ -41,11 +42,10 @@ def nearest_without_conflict(coefficients_BK: Tensor, reference_BKK: Tensor) -> 
     best_violation_B = torch.full_like(size_B, torch.inf)
     best_shift_BK = torch.zeros_like(coefficients_BK)
     for active in range(2**num_references):
-        mask_K = torch.tensor(
-            [bool(active >> j & 1) for j in range(num_references)], device=coefficients_BK.device
-        )
+        mask_K = torch.tensor([bool(active >> j & 1) for j in range(num_references)], device=coefficients_BK.device)
         system_BKK = torch.where(mask_K[:, None] & mask_K[None, :], gram_BKK, 0.0)
-        multipliers_BK = (torch.linalg.pinv(system_BKK, hermitian=True) @ (-overlap_BK * mask_K)[:, :, None]).squeeze(-1)
+        inverse_BKK = torch.linalg.pinv(system_BKK, hermitian=True)
+        multipliers_BK = (inverse_BKK @ (-overlap_BK * mask_K)[:, :, None]).squeeze(-1)
         slack_BK = overlap_BK + (gram_BKK @ multipliers_BK[:, :, None]).squeeze(-1)
         violation_B = torch.maximum((-multipliers_BK).amax(dim=-1), (-slack_BK).amax(dim=-1)).clamp_min(0) / size_B
         shift_BK = (unit_BKK @ multipliers_BK[:, :, None]).squeeze(-1)

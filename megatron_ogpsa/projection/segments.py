@@ -2,18 +2,19 @@
 
 A gradient shard is a handful of contiguous *spans* (Megatron's gradient buffers). A span is covered by *segments*: runs
 of elements that belong to one block. Work is cut into *tiles*: pieces of one span that are small enough for a
-processor's cache (or few enough launches on an accelerator). A tile inside one segment is a plain matrix-vector product;
-neighbouring short segments (norm weights, biases, the cuts of a data-parallel shard) share a tile and are told apart by
-prefix sums. The number of tiles therefore depends on the number of elements and not on the number of parameters.
+processor's cache (or few enough launches on an accelerator). A tile inside one segment is a plain matrix-vector
+product; neighbouring short segments (norm weights, biases, the cuts of a data-parallel shard) share a tile and are
+told apart by prefix sums. The number of tiles therefore depends on the number of elements and not on the number of
+parameters.
 
 Shape legend: N = elements of this rank's shard, T = elements of a tile, S = segments in a tile, B = blocks of the whole
-model, K = basis vectors. Sums are accumulated in fp64 whatever the tensors' dtypes: an fp32 sum leaks 4e-5 of a gradient
-of 1M elements back into the protected subspace, fp64 leaves 1e-7.
+model, K = basis vectors. Sums are accumulated in fp64 whatever the tensors' dtypes: an fp32 sum leaks 4e-5 of a
+gradient of 1M elements back into the protected subspace, fp64 leaves 1e-7.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +64,8 @@ class Tile:
         column: where the tile begins in the shard, and so in the basis' columns.
         block: the block, where the tile holds one segment; otherwise -1 and the tensors below are set.
         counted: likewise.
-        lengths_S, blocks_S, counted_blocks_S: int64; the last with the row behind the table's end for what is not counted.
+        lengths_S, blocks_S, counted_blocks_S: int64; the last with the row behind the table's end for what is not
+            counted.
     """
 
     span: int
@@ -136,7 +138,6 @@ class SegmentLayout:
         stop = start + sum(segment.length for segment in group)
         if len(group) == 1:
             return Tile(span, start, stop, column + start, group[0].block, group[0].counted)
-        integers = lambda values: torch.tensor(values, dtype=torch.int64, device=self.device)  # noqa: E731
         return Tile(
             span,
             start,
@@ -144,10 +145,13 @@ class SegmentLayout:
             column + start,
             block=-1,
             counted=False,
-            lengths_S=integers([s.length for s in group]),
-            blocks_S=integers([s.block for s in group]),
-            counted_blocks_S=integers([s.block if s.counted else self.num_blocks for s in group]),
+            lengths_S=self._integers(s.length for s in group),
+            blocks_S=self._integers(s.block for s in group),
+            counted_blocks_S=self._integers(s.block if s.counted else self.num_blocks for s in group),
         )
+
+    def _integers(self, values: Iterable[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=self.device)
 
     def table(self, *shape: int) -> Tensor:
         """A zero fp64 table with one row for each block and one more for what is not counted: [B+1, *shape]."""
@@ -167,7 +171,8 @@ def _merged(segments: Sequence[Segment]) -> list[Segment]:
 
 def _accumulate(table_B: Tensor, tile: Tile, products_T: Tensor) -> None:
     """Add the sums of ``products`` (fp64, last dim T) over each segment to the rows of their blocks."""
-    assert tile.lengths_S is not None and tile.counted_blocks_S is not None
+    assert tile.lengths_S is not None
+    assert tile.counted_blocks_S is not None
     ends_S = tile.lengths_S.cumsum(0) - 1
     prefix = products_T.cumsum(-1)[..., ends_S]
     sums = torch.diff(prefix, dim=-1, prepend=torch.zeros_like(prefix[..., :1]))

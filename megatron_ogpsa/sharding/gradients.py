@@ -2,8 +2,8 @@
 
 Megatron accumulates gradients in flat buffers, and with fp32 gradients (or the precision-aware optimizer) the optimizer
 reads views of them: those are projected in place, a few contiguous spans for the whole shard. With bf16 gradients
-Megatron gives the optimizer a fresh fp32 copy of each parameter's gradient in every step; those are packed into one flat
-span and written back after the projection.
+Megatron gives the optimizer a fresh fp32 copy of each parameter's gradient in every step; those are packed into one
+flat span and written back after the projection.
 
 The same list of spans is the layout of the basis: column n of the basis and element n of the shard are the same element
 of the model, on the same rank.
@@ -59,8 +59,7 @@ class Piece:
     @property
     def main_grad(self) -> Tensor:
         """The reduced gradient in Megatron's buffer, 1-D, in the buffer's dtype."""
-        main_grad: Tensor = self.parameter.param.main_grad
-        return main_grad.view(-1)[self.start : self.stop]
+        return main_grad_of(self.parameter.param).view(-1)[self.start : self.stop]
 
     @property
     def gradient(self) -> Tensor:
@@ -113,7 +112,7 @@ class GradientShard:
 
     @property
     def spans(self) -> list[Tensor]:
-        """The gradient, 1-D tensors in memory order; call :meth:`load` before reading and :meth:`store` after writing."""
+        """The gradient, 1-D tensors in memory order; :meth:`load` before reading, :meth:`store` after writing."""
         return self._spans
 
     def load(self) -> None:
@@ -142,8 +141,14 @@ class GradientShard:
             torch._foreach_copy_(list(views), [piece.main_grad for piece in self._packed])
 
 
+def main_grad_of(param: torch.nn.Parameter) -> Tensor:
+    """The gradient that Megatron's data parallelism accumulates and reduces for ``param``."""
+    main_grad: Tensor = param.main_grad  # type: ignore[attr-defined]  # set by DistributedDataParallel
+    return main_grad
+
+
 def leaf_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers that hold parameters: the members of a chain, or the optimizer itself; stubs left out."""
+    """The optimizers that hold parameters: the members of a chain, or the optimizer itself."""
     members = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     return list(members)
 
@@ -169,7 +174,7 @@ def _pieces(
                 holder,
                 grad_name="decoupled_grad" if precision_aware else "grad",
                 # `.float()` of an fp32 gradient is that gradient (``_copy_model_grads_to_main_grads``).
-                in_place=precision_aware or param.main_grad.dtype == torch.float32,
+                in_place=precision_aware or main_grad_of(param).dtype == torch.float32,
                 counted=is_counted(parameter, optimizer, reduction),
             )
 
@@ -179,7 +184,10 @@ def _model_and_main_params(optimizer: MegatronOptimizer) -> Iterator[tuple[torch
     if isinstance(optimizer, DistributedOptimizer):
         precision_aware = optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
         main_groups = optimizer.shard_float16_groups if precision_aware else optimizer.shard_fp32_from_float16_groups
-        pairs = [(optimizer.model_float16_groups, main_groups), (optimizer.model_fp32_groups, optimizer.shard_fp32_groups)]
+        pairs = [
+            (optimizer.model_float16_groups, main_groups),
+            (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
+        ]
     elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
         pairs = [
             (optimizer.float16_groups, optimizer.fp32_from_float16_groups),
@@ -197,7 +205,7 @@ def _adjacent_runs(pieces: Sequence[Piece]) -> list[list[Piece]]:
     """Group pieces that follow each other in one buffer."""
 
     def position(piece: Piece) -> tuple[int, int]:
-        return piece.main_grad.untyped_storage().data_ptr(), piece.main_grad.storage_offset()
+        return piece.main_grad.untyped_storage().data_ptr(), int(piece.main_grad.storage_offset())
 
     runs: list[list[Piece]] = []
     end = (-1, -1)
@@ -224,7 +232,7 @@ def _named_segments(run: Sequence[Piece]) -> Iterator[tuple[str, int, bool]]:
         padding = 0
         if following is not None and piece.in_place:
             end = piece.main_grad.storage_offset() + piece.stop - piece.start
-            padding = following.main_grad.storage_offset() - end
+            padding = int(following.main_grad.storage_offset() - end)
         runs = list(logical_runs(piece.parameter, piece.start, piece.stop))
         for index, (name, length) in enumerate(runs):
             yield name, length + (padding if index == len(runs) - 1 else 0), piece.counted

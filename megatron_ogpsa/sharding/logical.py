@@ -1,8 +1,9 @@
 """Logical tensors inside Megatron's fused parameters.
 
-Megatron stores q, k and v as one parameter and gate and up as another; Hugging Face, and so the authors' per-tensor rule,
-stores them apart. A fused parameter is described by a *row pattern*: logical names with numbers of rows, repeated over
-dim 0. This table is all that the projection knows about architecture; a parameter that is not in it is one block.
+Megatron stores q, k and v as one parameter and gate and up as another; Hugging Face, and so the authors' per-tensor
+rule, stores them apart. A fused parameter is described by a *row pattern*: logical names with numbers of rows,
+repeated over dim 0. This table is all that the projection knows about architecture; a parameter that is not in it is
+one block.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class RowPattern:
 
     Attributes:
         parts: (logical name, rows) in memory order; the pattern repeats until the parameter ends.
-        first_row: where in the pattern the local parameter begins; not zero only where tensor parallelism cuts through a
-            query group.
+        first_row: where in the pattern the local parameter begins; not zero only where tensor parallelism cuts through
+            a query group.
     """
 
     parts: tuple[tuple[str, int], ...]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -38,7 +39,7 @@ class NamedParameter:
     chunk: DistributedDataParallel
 
 
-def unwrapped(chunk: nn.Module) -> nn.Module:
+def unwrapped(chunk: nn.Module) -> Any:
     """The model inside Megatron's data-parallel and 16-bit wrappers."""
     while isinstance(chunk, (DistributedDataParallel, Float16Module)):
         chunk = chunk.module
@@ -48,12 +49,13 @@ def unwrapped(chunk: nn.Module) -> nn.Module:
 def named_parameters(chunks: Sequence[DistributedDataParallel]) -> Iterator[NamedParameter]:
     """Trainable parameters of this rank's model chunks, in the chunks' order."""
     for chunk in chunks:
-        module = unwrapped(chunk)
+        module: nn.Module = unwrapped(chunk)
+        num_experts = getattr(unwrapped(chunk).config, "num_moe_experts", None) or 0
         layer_prefixes = _global_layer_prefixes(module)
         for local_name, param in module.named_parameters():
             if param.requires_grad:
                 name = _with_global_layer(local_name, layer_prefixes)
-                name = _with_global_expert(name, module, chunk)
+                name = _with_global_expert(name, num_experts, chunk)
                 yield NamedParameter(_with_tied_embedding(name, param), param, chunk)
 
 
@@ -73,11 +75,11 @@ def _with_global_layer(name: str, prefixes: dict[str, str]) -> str:
     return name
 
 
-def _with_global_expert(name: str, module: nn.Module, chunk: DistributedDataParallel) -> str:
+def _with_global_expert(name: str, num_experts: int, chunk: DistributedDataParallel) -> str:
     ep_axis_size = chunk.ep_group.size() if chunk.ep_group is not None else 1
     if ep_axis_size == 1 or not (match := _SEQUENTIAL_EXPERT.search(name) or _GROUPED_EXPERT.search(name)):
         return name
-    num_local_experts = module.config.num_moe_experts // ep_axis_size
+    num_local_experts = num_experts // ep_axis_size
     expert = int(match.group(2)) + chunk.ep_group.rank() * num_local_experts
     return f"{name[: match.start(2)]}{expert}{name[match.end(2) :]}"
 

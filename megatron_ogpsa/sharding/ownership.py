@@ -1,9 +1,10 @@
 """Every element of the model counts once in every sum over ranks.
 
-Megatron keeps copies of some parameters: norms, biases and routers under tensor parallelism, tied embeddings on the first
-and the last stage, and, without the distributed optimizer, everything under data parallelism. All copies are projected with
-the same coefficients; exactly one of them enters the sums that give those coefficients. Which one follows Megatron's own
-rule for the gradient norm (``MegatronOptimizer._filter_grads_for_norm`` in ``core/optimizer/optimizer.py``).
+Megatron keeps copies of some parameters: norms, biases and routers under tensor parallelism, tied embeddings on the
+first and the last stage, and, without the distributed optimizer, everything under data parallelism. All copies are
+projected with the same coefficients; exactly one of them enters the sums that give those coefficients. Which one
+follows Megatron's own rule for the gradient norm (``MegatronOptimizer._filter_grads_for_norm`` in
+``core/optimizer/optimizer.py``).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Reduction:
 
     Attributes:
         group: holds each element of the model at least once.
-        spans_data_parallel_copies: whether ``group`` also holds the data-parallel copies of a non-distributed optimizer.
+        spans_data_parallel_copies: whether ``group`` also holds the data-parallel copies of a non-distributed
+            optimizer.
     """
 
     group: dist.ProcessGroup
@@ -39,16 +41,18 @@ class Reduction:
 def reduction_of(optimizers: Sequence[MegatronOptimizer], chunks: Sequence[DistributedDataParallel]) -> Reduction:
     """Choose the ranks of the sums.
 
-    Where Megatron reduces the gradient norm in one all-reduce, ours takes its place in the same group: one instance of the
-    distributed optimizer, or the model-parallel ranks without it. Dense and expert parameters without the distributed
-    optimizer have different groups, for which Megatron needs two all-reduces; then one goes over all ranks of the model,
-    and data-parallel copies are left out of it by rank.
+    Where Megatron reduces the gradient norm in one all-reduce, ours takes its place in the same group: one instance of
+    the distributed optimizer, or the model-parallel ranks without it. Dense and expert parameters without the
+    distributed optimizer have different groups, for which Megatron needs two all-reduces; then one goes over all ranks
+    of the model, and data-parallel copies are left out of it by rank.
     """
     groups = [optimizer.get_grad_stats_parallel_group() for optimizer in optimizers]
     if all(group == groups[0] for group in groups):
         return Reduction(groups[0], spans_data_parallel_copies=False)
     collection = get_attr_wrapped_model(chunks[0], "pg_collection")
-    group = getattr(collection, "intra_dist_opt", None) or parallel_state.get_intra_distributed_optimizer_instance_group()
+    group = getattr(collection, "intra_dist_opt", None)
+    if group is None:
+        group = parallel_state.get_intra_distributed_optimizer_instance_group()
     return Reduction(group, spans_data_parallel_copies=True)
 
 

@@ -71,9 +71,7 @@ def _forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Te
 def build(layout: Layout, weights: Tensors, *, optimizer: str = "adam", clip_grad: float = 1.0) -> Training:
     """Initialise model parallelism, build the chunks, load this rank's slices of ``weights``."""
     shape = ModelShape(**layout.model)
-    parallel_state.initialize_model_parallel(
-        layout.tp, layout.pp, virtual_pipeline_model_parallel_size=layout.vpp
-    )
+    parallel_state.initialize_model_parallel(layout.tp, layout.pp, virtual_pipeline_model_parallel_size=layout.vpp)
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     config = _transformer_config(layout, shape)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
@@ -168,7 +166,8 @@ ALL = slice(None)
 
 def canonical_parts(module: GPTModel, shape: ModelShape) -> Iterator[tuple[torch.nn.Parameter, list[Part]]]:
     """Each local parameter of a model chunk with the slices of Hugging Face tensors that it is made of."""
-    tp_rank, tp_size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    tp_rank, tp_size = (parallel_state.get_tensor_model_parallel_rank(),)
+    parallel_state.get_tensor_model_parallel_world_size()
 
     def share(size: int) -> slice:
         return slice(tp_rank * size // tp_size, (tp_rank + 1) * size // tp_size)
@@ -215,15 +214,17 @@ def _qkv_parts(shape: ModelShape, prefix: str, kind: str, share: Callable[[int],
 
 
 def _gather_parts(parts: list[Part], tensors: Tensors) -> Tensor:
-    return torch.cat([tensors[name][rows, cols] if tensors[name].dim() == 2 else tensors[name][rows] for name, rows, cols in parts])
+    return torch.cat(
+        [tensors[name][rows, cols] if tensors[name].dim() == 2 else tensors[name][rows] for name, rows, cols in parts]
+    )
 
 
 def canonical_gradient(training: Training, read: Callable[[Tensor], Tensor | None]) -> Tensors:
     """Put the optimizer's gradients of all ranks together as full Hugging Face tensors, fp64.
 
     Args:
-        read: gives the gradient of a tensor that the inner optimizer updates. Copies on several ranks must be equal and are
-            averaged; an element that no rank holds fails.
+        read: gives the gradient of a tensor that the inner optimizer updates. Copies on several ranks must be equal
+            and are averaged; an element that no rank holds fails.
     """
     values = {name: torch.zeros(size, dtype=torch.float64) for name, size in shapes_of(training.shape).items()}
     counts = {name: torch.zeros_like(value) for name, value in values.items()}
@@ -236,7 +237,7 @@ def canonical_gradient(training: Training, read: Callable[[Tensor], Tensor | Non
             if hasattr(optimizer, "_get_model_param_range_map"):
                 shard = optimizer._get_model_param_range_map(param)["param"]
                 start, stop = shard.start, shard.end
-            value, count = torch.zeros(param.numel(), dtype=torch.float64), torch.zeros(param.numel(), dtype=torch.float64)
+            value, count = (torch.zeros(param.numel(), dtype=torch.float64) for _ in range(2))
             value[start:stop], count[start:stop] = grad.flatten().double(), 1.0
             local[param] = value.view_as(param), count.view_as(param)
     for chunk in training.chunks:

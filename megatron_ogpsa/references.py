@@ -1,0 +1,220 @@
+"""Reference passes: gradients of general-capability data through Megatron's own schedules, leaving no trace.
+
+A refresh is a function of the weights and the reference data alone. With refreshes on and the projection off a run is
+bitwise the run without the plugin: whatever a forward and backward pass changes beside the gradient (random states,
+router statistics, timers, the watch on NaN) is put back by :func:`no_trace`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_ogpsa.plugin import OGPSA
+
+if TYPE_CHECKING:
+    from megatron_ogpsa.data import TokenizedChatDataset
+
+MicroBatch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A named data set with a loss, cut into this rank's micro-batches.
+
+    Attributes:
+        micro_batches: collated on the host, [micro-batch, sequence] each; the same number on every data-parallel rank.
+        num_samples, num_supervised_tokens: of the whole reference, on all ranks together.
+        fingerprint: of data, tokenizer and template (SHA-256).
+    """
+
+    name: str
+    micro_batches: tuple[MicroBatch, ...]
+    num_samples: int
+    num_supervised_tokens: int
+    fingerprint: str
+
+
+def cut_reference(
+    name: str,
+    dataset: TokenizedChatDataset,
+    *,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    multiple: int = 1,
+) -> Reference:
+    """Deal the rows of a reference out to data-parallel ranks and micro-batches.
+
+    The mean is weighted by tokens, so how rows are dealt out does not matter. Where they do not come out even, rows
+    without a supervised token fill the last micro-batches; they add nothing to loss and gradient.
+
+    Args:
+        dataset: already cut to the number of samples that the reference is to have.
+        multiple: micro-batches per rank must be a multiple of this (interleaved schedules: the pipeline size).
+    """
+    per_round = micro_batch_size * data_parallel_size * multiple
+    rows = [dataset[index] for index in range(len(dataset))]
+    filler = {key: tensor.clone() for key, tensor in rows[0].items()}
+    filler["loss_mask"].zero_()
+    rows.extend([filler] * (-len(rows) % per_round))
+    mine = rows[data_parallel_rank::data_parallel_size]
+    micro_batches = [
+        {key: torch.stack([row[key] for row in mine[start : start + micro_batch_size]]) for key in filler}
+        for start in range(0, len(mine), micro_batch_size)
+    ]
+    return Reference(
+        name=name,
+        micro_batches=tuple(_pinned(micro_batch) for micro_batch in micro_batches),
+        num_samples=len(dataset),
+        num_supervised_tokens=dataset.num_supervised_tokens,
+        fingerprint=dataset.fingerprint,
+    )
+
+
+def _pinned(micro_batch: MicroBatch) -> MicroBatch:
+    # Tokenised once and kept for all refreshes: page-locked, so that the copy to the GPU overlaps the pass before it.
+    if torch.accelerator.is_available():
+        return {key: tensor.pin_memory() for key, tensor in micro_batch.items()}
+    return micro_batch
+
+
+def refresh(
+    ogpsa: OGPSA,
+    references: Sequence[Reference],
+    *,
+    optimizer: MegatronOptimizer,
+    chunks: Sequence[DistributedDataParallel],
+    forward_step: Callable[..., Any],
+    forward_backward: Callable[..., Any],
+    seq_length: int,
+    micro_batch_size: int,
+    decoder_seq_length: int | None = None,
+) -> bool:
+    """Compute the reference gradients as training gradients are computed, and give the plugin its new basis.
+
+    Args:
+        forward_step: as Megatron's, with a loss function that returns (sum over tokens, number of tokens, report) and
+            leaves alone the rerun state machine, which accepts results only inside Megatron's own training step.
+        forward_backward: Megatron's schedule for this layout (``get_forward_backward_func``).
+
+    Returns:
+        Whether the basis is new; false if a reference gradient was not finite, on all ranks alike.
+    """
+    ogpsa.begin_refresh()
+    with no_trace(chunks):
+        for reference in references:
+            _zero_gradients(chunks, optimizer)
+            iterators = [iter(reference.micro_batches) for _ in chunks]
+            forward_backward(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(chunks) > 1 else iterators[0],
+                model=list(chunks),
+                num_microbatches=len(reference.micro_batches),
+                seq_length=seq_length,
+                micro_batch_size=micro_batch_size,
+                decoder_seq_length=decoder_seq_length,
+                forward_only=False,
+            )
+            ogpsa.capture(reference.name)
+        _zero_gradients(chunks, optimizer)
+    return ogpsa.finish_refresh()
+
+
+def _zero_gradients(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+
+
+@contextmanager
+def no_trace(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Undo what forward and backward passes inside change beside the gradient, also when one of them raises."""
+    with ExitStack() as stack:
+        stack.enter_context(_random_states())
+        stack.enter_context(_module_buffers(chunks))
+        stack.enter_context(_router_metrics())
+        stack.enter_context(_pass_settings(chunks))
+        yield
+
+
+@contextmanager
+def _random_states() -> Iterator[None]:
+    """Python, NumPy, torch on the host and the accelerator, and Megatron's tracker of tensor-parallel states."""
+    python, numpy_, host = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    accelerator = torch.cuda.get_rng_state()
+    tracked = {name: _copied(state) for name, state in get_cuda_rng_tracker().get_states().items()}
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_)
+        torch.set_rng_state(host)
+        torch.cuda.set_rng_state(accelerator)
+        get_cuda_rng_tracker().set_states(tracked)
+
+
+def _copied(state: Any) -> Any:
+    return state.clone() if isinstance(state, Tensor) else state
+
+
+@contextmanager
+def _module_buffers(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Expert bias and token counts of routers, and any other buffer: ``finalize_model_grads`` updates some of them.
+
+    (``chunk.buffers`` are Megatron's gradient buffers, hence ``chunk.module``.)
+    """
+    saved = [(buffer, buffer.clone()) for chunk in chunks for buffer in chunk.module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+@contextmanager
+def _router_metrics() -> Iterator[None]:
+    """Auxiliary losses that routers add up for the log line."""
+    tracker = get_moe_metrics_tracker()
+    saved, tracker._metrics = tracker._metrics, {}
+    try:
+        yield
+    finally:
+        tracker._metrics = saved
+
+
+@contextmanager
+def _pass_settings(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """No timers, which would add to the training step's; the mean over tokens; no watch on NaN gradients.
+
+    That watch goes through the rerun state machine; for references the plugin's own check takes its place.
+    """
+    settings: list[tuple[Any, str, Any]] = []
+    for chunk in chunks:
+        config = get_model_config(chunk)
+        settings += [(config, "timers", None), (config, "calculate_per_token_loss", True)]
+        settings += [
+            (chunk.ddp_config, "check_for_nan_in_grad", False),
+            (chunk.ddp_config, "check_for_large_grads", False),
+        ]
+    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
+    for owner, name, value in settings:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in saved:
+            setattr(owner, name, value)
