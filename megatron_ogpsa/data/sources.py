@@ -1,0 +1,223 @@
+"""Where rows come from: JSON Lines, JSON, parquet, a saved ``datasets`` folder, or a set of the Hub.
+
+Every row comes with its place, such as ``train.jsonl:17``, so that whoever finds fault with it can name it. Rows are
+streamed: no source but a JSON array is held in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_ogpsa.errors import UserError
+
+LocatedRow = tuple[str, object]
+
+_HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<split>[^/]+))?")
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSource:
+    """A source that exists and can be read; its rows are not checked yet."""
+
+    name: str
+    """As the user wrote it."""
+    content_hash: str
+    """SHA-256 (hexadecimal) of the content, wherever it lies."""
+    num_rows: int
+    """For progress only: blank lines of a JSON Lines file are counted."""
+    rows: Callable[[], Iterator[LocatedRow]]
+    """Yields (place, raw row); raises UserError at a row that cannot be read."""
+
+
+def open_source(source: str) -> RowSource:
+    """Find out what ``source`` is and open it.
+
+    Args:
+        source: a ``.jsonl``, ``.json`` or ``.parquet`` file, a folder written by ``datasets.Dataset.save_to_disk``, or
+            ``name[:split]`` of a set of the Hugging Face Hub (split ``train`` unless given).
+
+    Raises:
+        UserError: it does not exist, is empty, or is of no known kind.
+    """
+    path = Path(source)
+    suffix = path.suffix.lower()
+    try:
+        if path.is_dir():
+            return _open_folder(source, path)
+        if path.is_file():
+            if path.stat().st_size == 0:
+                raise UserError(f"{source}: the file is empty; give a file with at least one row")
+            if suffix in (".jsonl", ".json"):
+                return _open_json(source, path, suffix)
+            if suffix == ".parquet":
+                return _open_parquet(source, path)
+            raise UserError(f"{source}: unknown kind of file {suffix!r}; use .jsonl, .json or .parquet")
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({error.strerror or error}); check the file") from error
+    hub_name = _HUB_NAME.fullmatch(source)
+    if hub_name is None or suffix in (".jsonl", ".json", ".parquet"):
+        raise UserError(f"{source}: no such file; check the path (it is relative to {Path.cwd()})")
+    return _open_hub(source, hub_name["name"], hub_name["split"] or "train")
+
+
+def _open_json(source: str, path: Path, suffix: str) -> RowSource:
+    digest, num_lines, start = hashlib.sha256(), 0, b""
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            num_lines += chunk.count(b"\n")
+            start = start or chunk.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    is_array = suffix == ".json" and start == b"["
+    rows = _json_array_rows if is_array else _json_lines_rows
+    return RowSource(
+        name=source, content_hash=digest.hexdigest(), num_rows=max(num_lines, 1), rows=lambda: rows(source, path)
+    )
+
+
+def _json_lines_rows(source: str, path: Path) -> Iterator[LocatedRow]:
+    for number, line in enumerate(_decoded_lines(source, path), start=1):
+        if text := line.strip():
+            where = f"{source}:{number}"
+            yield where, _parse_line(text, where)
+
+
+def _parse_line(text: str, where: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        fault = f"{error.msg} at column {error.colno}"
+        raise UserError(f"{where}: not valid JSON ({fault}); write one JSON object per line") from error
+    except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+        raise UserError(f"{where}: JSON too deep or too long to read ({error}); remove the row") from error
+
+
+def _json_array_rows(source: str, path: Path) -> Iterator[LocatedRow]:
+    """The elements of a top-level array one by one, so that each is known by the line it starts on."""
+    text = "".join(_decoded_lines(source, path))
+    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    line, counted = 1, 0
+
+    def advance(position: int) -> tuple[int, str]:
+        nonlocal line, counted
+        end = cast(re.Match[str], space.match(text, position)).end()
+        line, counted = line + text.count("\n", counted, end), end
+        return end, text[end : end + 1]
+
+    position, _ = advance(0)
+    position, character = advance(position + 1)
+    while character != "]":
+        try:
+            row, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{source}:{error.lineno}: not valid JSON ({error.msg}); mend the array") from error
+        except (RecursionError, ValueError) as error:
+            raise UserError(f"{source}:{line}: JSON too deep or too long to read ({error}); remove the row") from error
+        yield f"{source}:{line}", row
+        position, character = advance(end)
+        if character == ",":
+            position, _ = advance(position + 1)
+        elif character != "]":
+            raise UserError(f"{source}:{line}: not valid JSON (',' or ']' expected); mend the array")
+    _, character = advance(position + 1)
+    if character:
+        raise UserError(f"{source}:{line}: not valid JSON (text after the array); mend the array")
+
+
+def _decoded_lines(source: str, path: Path) -> Iterator[str]:
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            yield _decode(line, f"{source}:{number}", offset)
+            offset += len(line)
+
+
+def _decode(line: bytes, where: str, offset: int) -> str:
+    """Text of one line that starts ``offset`` bytes into its file; a byte order mark at the file's start is dropped."""
+    try:
+        return line.decode("utf-8-sig" if offset == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        fault = f"byte 0x{error.object[error.start]:02x} at offset {offset + error.start} of the file"
+        raise UserError(f"{where}: not UTF-8 ({fault}); save the file as UTF-8") from error
+
+
+def _open_parquet(source: str, path: Path) -> RowSource:
+    try:
+        num_rows = pq.ParquetFile(path).metadata.num_rows
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{source}: not a parquet file ({_first_line(error)}); write it again") from error
+    return RowSource(
+        name=source,
+        content_hash=_hash_files([path]),
+        num_rows=num_rows,
+        rows=lambda: _located(source, _parquet_rows(source, path)),
+    )
+
+
+def _parquet_rows(source: str, path: Path) -> Iterator[object]:
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
+            yield from batch.to_pylist()
+    except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{source}: broken parquet data ({_first_line(error)}); write the file again") from error
+
+
+def _open_folder(source: str, path: Path) -> RowSource:
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(child.name for child in path.iterdir() if child.is_dir())
+        raise UserError(
+            f"{source}: holds several splits ({', '.join(splits)}); name one, for example {path / splits[0]}"
+        )
+    if not (path / "state.json").is_file():
+        raise UserError(f"{source}: is a directory; give a file in it or a folder written by datasets' save_to_disk")
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
+        raise UserError(f"{source}: broken datasets folder ({_first_line(error)}); save it again") from error
+    return _source_of_dataset(source, cast(datasets.Dataset, dataset))
+
+
+def _open_hub(source: str, name: str, split: str) -> RowSource:
+    try:
+        dataset = datasets.load_dataset(name, split=split)
+    except Exception as error:  # network, authorisation, format and builder failures share no base class
+        raise UserError(
+            f"{source}: no such file or folder, and the Hub gives no set {name!r} with split {split!r}"
+            f" ({type(error).__name__}: {_first_line(error)}); check the name, the split and the network"
+        ) from error
+    return _source_of_dataset(source, cast(datasets.Dataset, dataset))
+
+
+def _source_of_dataset(source: str, dataset: datasets.Dataset) -> RowSource:
+    # The Arrow files alone do not tell which of their rows a split takes; the fingerprint does.
+    content_hash = _hash_files([Path(file["filename"]) for file in dataset.cache_files], seed=dataset._fingerprint)
+    return RowSource(
+        name=source, content_hash=content_hash, num_rows=len(dataset), rows=lambda: _located(source, dataset)
+    )
+
+
+def _located(source: str, rows: Iterable[object]) -> Iterator[LocatedRow]:
+    return ((f"{source}: row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _hash_files(paths: list[Path], seed: str = "") -> str:
+    digest = hashlib.sha256(seed.encode())
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

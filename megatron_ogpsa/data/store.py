@@ -1,0 +1,125 @@
+"""Tokenized documents on disk: Arrow files that are memory-mapped, and a folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+
+from megatron_ogpsa.data.truncation import Document
+from megatron_ogpsa.errors import UserError
+
+_DOCUMENT_SCHEMA = pa.schema({"token_ids": pa.list_(pa.int32()), "is_supervised": pa.list_(pa.bool_())})
+_ROW_SCHEMA = pa.schema({"documents": pa.list_(pa.int64())})
+_BATCH_ROWS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSummary:
+    """What became of a source's rows."""
+
+    num_documents: int
+    """Conversations kept."""
+    num_unsupervised: int
+    """Conversations left out because nothing in them is learnt."""
+    num_end_cut: int
+    """Kept conversations whose end was cut off."""
+    num_prompt_cut: int
+    """Kept conversations whose prompt lost its start, because it alone filled the sequence length."""
+    num_tokens: int
+    """Positions of all rows that hold a token, not padding."""
+    num_supervised_tokens: int
+    """Positions of all rows whose label is learnt."""
+
+
+@dataclass(frozen=True)
+class TokenizedDocuments:
+    """Documents, the rows they are packed into (as document indices), and the summary."""
+
+    documents: datasets.Dataset
+    rows: datasets.Dataset
+    summary: DataSummary
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A new folder to write into, which becomes ``target`` on success and vanishes on failure.
+
+    Several processes may build the same target at once: renaming is atomic, the first one wins, the others drop their
+    copy.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    building = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        building.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"{target.parent}: cannot be written ({error.strerror}); choose another cache folder"
+        ) from error
+    try:
+        yield building
+        try:
+            building.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        if building.exists():
+            shutil.rmtree(building)
+
+
+def write_documents(folder: Path, documents: Iterable[Document]) -> None:
+    """Write documents as they come; only a small batch is held in memory."""
+    records = ({"token_ids": d.token_ids, "is_supervised": d.is_supervised} for d in documents)
+    _write_arrow(folder / "documents.arrow", _DOCUMENT_SCHEMA, records)
+
+
+def write_rows(folder: Path, rows: Iterable[list[int]]) -> None:
+    """Write which documents each row holds."""
+    _write_arrow(folder / "rows.arrow", _ROW_SCHEMA, ({"documents": row} for row in rows))
+
+
+def write_summary(folder: Path, summary: DataSummary) -> None:
+    """Write the summary, for :func:`read_folder`."""
+    (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=1) + "\n", encoding="utf-8")
+
+
+def read_folder(folder: Path, *, in_memory: bool) -> TokenizedDocuments:
+    """Read what the ``write_`` functions wrote.
+
+    Args:
+        folder: where they wrote it.
+        in_memory: copy the data, so that the folder can be removed; otherwise it is memory-mapped.
+
+    Raises:
+        UserError: a file is missing or broken.
+    """
+    try:
+        return TokenizedDocuments(
+            documents=datasets.Dataset.from_file(str(folder / "documents.arrow"), in_memory=in_memory),
+            rows=datasets.Dataset.from_file(str(folder / "rows.arrow"), in_memory=in_memory),
+            summary=DataSummary(**json.loads((folder / "summary.json").read_text(encoding="utf-8"))),
+        )
+    except (OSError, ValueError, TypeError, pa.ArrowInvalid) as error:
+        raise UserError(f"{folder}: broken cache ({' '.join(str(error).split())}); delete this folder") from error
+
+
+def _write_arrow(path: Path, schema: pa.Schema, records: Iterable[dict[str, object]]) -> None:
+    batch: list[dict[str, object]] = []
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for record in records:
+            batch.append(record)
+            if len(batch) == _BATCH_ROWS:
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+                batch.clear()
+        if batch:
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))

@@ -1,0 +1,118 @@
+"""Chat templates: from messages to text, and which of its characters the assistant wrote."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from megatron_ogpsa.data.messages import Message
+from megatron_ogpsa.errors import UserError
+
+Span = tuple[int, int]  # characters, [begin, end)
+
+_GENERATION_TAG = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
+
+# Llama 3 templates print today's date unless told one. Data must not depend on the day it is tokenized; this is the
+# date those templates themselves fall back to.
+_FIXED_DATE = "26 Jul 2024"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A Jinja chat template and the variables it sees (``bos_token``, ``eos_token``, ...).
+
+    Rendered by transformers' sandboxed environment, so a template means here what it means to every other user of it.
+    """
+
+    source: str
+    variables: dict[str, str]
+    name: str
+    """Where the template comes from, for error messages."""
+
+    def __post_init__(self) -> None:
+        """Compile once, so that a broken template is known before any data is read.
+
+        Raises:
+            UserError: not valid Jinja, with the line.
+        """
+        try:
+            render_jinja_template(conversations=[], chat_template=self.source)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"{self.name}:{error.lineno}: {error.message}; mend the chat template") from error
+
+    def render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
+        """The text of a conversation; with ``add_generation_prompt`` up to where the assistant is to go on.
+
+        Raises:
+            UserError: the template refuses the conversation or is itself broken.
+        """
+        return self._render(messages, add_generation_prompt)[0]
+
+    def render_with_spans(self, messages: list[Message]) -> tuple[str, list[Span]]:
+        """The text of a conversation and the spans the assistant wrote, the end of its turns included.
+
+        A template with ``{% generation %}`` says itself what the assistant writes. For any other, the assistant's span
+        of turn i is what its message adds: from the end of ``messages[:i]`` rendered with the generation prompt to the
+        end of ``messages[:i + 1]``. A template that writes a header for the assistant and ignores
+        ``add_generation_prompt`` makes that header part of the span; mark such a template with ``{% generation %}``.
+
+        Raises:
+            UserError: the template refuses the conversation, or what it writes for a turn changes when later turns
+                follow, so that the spans cannot be known.
+        """
+        if _GENERATION_TAG.search(self.source):
+            return self._render(messages, False)
+        text = self.render(messages)
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = self.render(messages[:index], add_generation_prompt=True)
+                through = self.render(messages[: index + 1])
+                if not (text.startswith(through) and through.startswith(before)):
+                    raise UserError(
+                        f"the chat template writes message {index + 1} differently when others follow, so the"
+                        " assistant's words cannot be told apart; mark them with {% generation %} in the template"
+                        " (--chat-template)"
+                    )
+                spans.append((len(before), len(through)))
+        return text, spans
+
+    def _render(self, messages: list[Message], add_generation_prompt: bool) -> tuple[str, list[Span]]:
+        tracking = _GENERATION_TAG.search(self.source) is not None
+        variables: dict[str, Any] = {"date_string": _FIXED_DATE, **self.variables}
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[messages],
+                chat_template=self.source,
+                return_assistant_tokens_mask=tracking,
+                add_generation_prompt=add_generation_prompt,
+                **variables,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            fault = " ".join(str(error).split())
+            raise UserError(
+                f"the chat template refuses the conversation ({fault}); mend the row or the template"
+            ) from error
+        return texts[0], spans[0] if tracking else []
+
+
+def read_template_file(path: str) -> str:
+    """Text of a Jinja file.
+
+    Raises:
+        UserError: it is missing, a directory, not UTF-8, or empty.
+    """
+    try:
+        source = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--chat-template {path}: not UTF-8 (byte offset {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"--chat-template {path}: {error.strerror}; give the path of a Jinja file") from error
+    if not source.strip():
+        raise UserError(f"--chat-template {path}: the file is empty; give a Jinja chat template")
+    return source
