@@ -49,3 +49,13 @@ LAYOUTS: dict[str, Layout] = {
     "pp2-vpp2-dp2": Layout(pp=2, vpp=2, dp=2),
     "pp2-dp2-tied": Layout(pp=2, dp=2, model={"tied": True}),
 }
+
+PRECISIONS: dict[str, Layout] = {
+    "dp2-bf16": Layout(dp=2, precision="bf16"),
+    "dp2-bf16-grads": Layout(dp=2, precision="bf16-grads"),
+    "dp2-bf16-plain": Layout(dp=2, precision="bf16", distributed_optimizer=False),
+    "dp2-bf16-grads-plain": Layout(dp=2, precision="bf16-grads", distributed_optimizer=False),
+    "tp2-bf16-grads": Layout(tp=2, precision="bf16-grads"),
+    "tp2-fp16": Layout(tp=2, precision="fp16"),
+    "dp2-fp16-plain": Layout(dp=2, precision="fp16", distributed_optimizer=False),
+}

@@ -166,8 +166,8 @@ ALL = slice(None)
 
 def canonical_parts(module: GPTModel, shape: ModelShape) -> Iterator[tuple[torch.nn.Parameter, list[Part]]]:
     """Each local parameter of a model chunk with the slices of Hugging Face tensors that it is made of."""
-    tp_rank, tp_size = (parallel_state.get_tensor_model_parallel_rank(),)
-    parallel_state.get_tensor_model_parallel_world_size()
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
 
     def share(size: int) -> slice:
         return slice(tp_rank * size // tp_size, (tp_rank + 1) * size // tp_size)
@@ -257,3 +257,12 @@ def canonical_gradient(training: Training, read: Callable[[Tensor], Tensor | Non
         assert counts[name].min() >= 1, f"no rank holds some elements of {name}"
         values[name] /= counts[name]
     return values
+
+
+def plant(training: Training, tensors: Tensors, scale: float = 1.0) -> None:
+    """Put a gradient where ``finalize_model_grads`` leaves one: in Megatron's buffers, each copy alike."""
+    for chunk in training.chunks:
+        chunk.zero_grad_buffer()
+        for param, parts in canonical_parts(chunk.module, training.shape):
+            param.main_grad.copy_(scale * _gather_parts(parts, tensors))
+    training.optimizer.zero_grad()

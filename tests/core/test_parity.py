@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.core.layouts import LAYOUTS
+from tests.core.layouts import LAYOUTS, PRECISIONS
 from tests.harness import WorkerGroup
 
 # fp32 activations and gradients against fp64: rounding errors of some 1e-7 per element, independent of each other, in a
@@ -27,3 +27,24 @@ def test_projected_gradient_equals_the_unsharded_one(
         assert result["removed"] == pytest.approx(result["expected_removed"], abs=FP32_TOLERANCE)
         assert result["leak"] < FP32_TOLERANCE
         assert result["rank"] == 3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gram_matrices_are_bitwise_those_of_the_unsharded_model(
+    distributed: Callable[[int], WorkerGroup], layout: str
+) -> None:
+    """Integer values make sums exact in any order: a block, a copy or a rank too many or too few shows in full."""
+    assert all(distributed(LAYOUTS[layout].world_size).run("tests.core.cases:integer_gram", layout=layout))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "model"])
+@pytest.mark.parametrize("layout", PRECISIONS)
+def test_sixteen_bit_training_projects_in_fp32(
+    distributed: Callable[[int], WorkerGroup], layout: str, granularity: str
+) -> None:
+    """On gradients that 16-bit types represent, so that only the projection can round: fp32, some 1e-7."""
+    group = distributed(PRECISIONS[layout].world_size)
+    for result in group.run("tests.core.cases:planted_parity", layout=layout, granularity=granularity):
+        assert result["error"] < FP32_TOLERANCE
+        assert result["norm_error"] < FP32_TOLERANCE
+        assert result["scale"] == (1024.0 if PRECISIONS[layout].precision == "fp16" else 1.0)
