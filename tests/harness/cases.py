@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from typing import Any
 
@@ -75,8 +74,8 @@ def initialize_megatron_and_litter(tensor_axis: int) -> dict[str, Any]:
         "environment": os.environ.get("LITTER"),
         "argv": list(sys.argv),
         "draws": [torch.rand(()).item(), random.random()],
-        "threads": threading.active_count(),
-        "files": len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0,
+        "threads": len(os.listdir("/proc/self/task")),
+        "files": len(os.listdir("/proc/self/fd")),
         "dtype": str(torch.get_default_dtype()),
     }
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_axis)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tests.harness.rank import RankProcess, Reply, wait_for_any
 from tests.harness.report import describe_failure
@@ -41,7 +41,7 @@ class WorkerGroup:
         self._grace = grace
         self._job_numbers = itertools.count()
         self._ranks: list[RankProcess] = []
-        self._store: dist.TCPStore | None = None
+        self._store: TCPStore | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def run(self, job: str | Callable[..., Any], /, *, timeout: float = 120.0, **kwargs: Any) -> list[Any]:
@@ -92,7 +92,7 @@ class WorkerGroup:
             return
         self._folder = tempfile.TemporaryDirectory(prefix="ogpsa-workers-")
         # The store lives here, on a port that the system picks: no port can be taken between choosing and binding it.
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for index in range(self.world_size):
             self._ranks.append(RankProcess(index, self.world_size, self._store.port, Path(self._folder.name)))
         self._expect("ready", f"starting {self.world_size} ranks", STARTUP_SECONDS)

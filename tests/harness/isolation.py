@@ -1,4 +1,4 @@
-"""What keeps the jobs of one process apart: each starts with the same seeds, and Megatron's globals do not outlive it."""
+"""What keeps the jobs of one process apart: each starts with the same seeds, and what it leaves behind is undone."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -111,10 +112,8 @@ class RankProcess:
     def kill(self) -> None:
         """End the rank and its children, and reap it."""
         self._connection.close()
-        try:
+        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself, and so have its children
             os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it ended by itself, and so did its children
         self._process.wait()
 
 

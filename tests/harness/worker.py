@@ -15,11 +15,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
 from tests.harness.isolation import fresh_state
@@ -38,7 +40,7 @@ def main() -> None:
         while True:
             message = jobs.get()
             with fresh_state() as clean_up:
-                if not _answer(connection, "done", lambda message=message: _run(message)):
+                if not _answer(connection, "done", partial(_run, message)):
                     continue  # the group is about to be stopped
                 _answer(connection, "clean", clean_up)
 
@@ -56,7 +58,7 @@ def _join() -> None:
     install_if_no_gpu()
     torch.set_num_threads(1)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     dist.barrier()
 
