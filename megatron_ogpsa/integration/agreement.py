@@ -1,0 +1,58 @@
+"""Failures that all ranks see alike, so that no rank waits in a collective for one that has raised."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megatron_ogpsa.errors import UserError
+
+T = TypeVar("T")
+
+
+def agreed(action: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T:
+    """Run ``action`` on every rank of ``group`` and fail on all of them if it fails on any.
+
+    Every rank of the group must make the call; it costs one ``all_gather_object`` of a short message. ``action`` itself
+    must not communicate: a rank that fails in it would be missed by the others. Before torch.distributed is
+    initialised the action simply runs.
+
+    Raises:
+        UserError: some rank raised one; the message of the lowest such rank, which is named unless all failed alike.
+        RuntimeError: some rank raised anything else; names the rank, whose traceback stands in its own stderr.
+    """
+    if not dist.is_initialized():
+        return action()
+    failure: tuple[str, str] | None = None
+    result: list[T] = []
+    try:
+        result.append(action())
+    except UserError as error:
+        failure = ("user", str(error))
+    except Exception as error:  # noqa: BLE001  any failure here would leave the other ranks waiting
+        traceback.print_exc(file=sys.stderr)
+        failure = ("internal", f"{type(error).__name__}: {error}")
+    _raise_alike(failure, group)
+    return result[0]
+
+
+def _raise_alike(failure: tuple[str, str] | None, group: dist.ProcessGroup | None) -> None:
+    failures: list[tuple[str, str] | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(failures, failure, group=group)
+    failed = [(rank, item) for rank, item in enumerate(failures) if item is not None]
+    if not failed:
+        return
+    for rank, (kind, message) in failed:
+        if kind == "internal":  # a defect outranks a user's mistake: it must not hide behind one line
+            raise RuntimeError(f"rank {_global_rank(rank, group)} failed: {message}")
+    rank, (_, message) = failed[0]
+    everywhere = len(failed) == len(failures) and len({item for _, item in failed}) == 1
+    raise UserError(message if everywhere else f"{message} (on rank {_global_rank(rank, group)})")
+
+
+def _global_rank(rank: int, group: dist.ProcessGroup | None) -> int:
+    return rank if group is None else dist.get_global_rank(group, rank)

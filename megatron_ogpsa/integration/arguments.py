@@ -1,0 +1,136 @@
+"""The ``--ogpsa-*`` flags, and Megatron's parser with them."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable
+from typing import NoReturn
+
+import torch
+
+from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.integration.cpu_arguments import set_cpu_defaults
+
+
+def add_ogpsa_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add this project's flags to Megatron's parser.
+
+    For ``parse_and_validate_args(extra_args_provider=add_ogpsa_arguments)``. On a machine without a GPU the defaults of
+    Megatron's own flags change to what runs there.
+    """
+    _add_data_arguments(parser.add_argument_group("ogpsa data", "Chat data for supervised fine-tuning"))
+    _add_projection_arguments(parser.add_argument_group("ogpsa projection", "Orthogonal gradient projection"))
+    if not torch.cuda.is_available():
+        set_cpu_defaults(parser)
+    return parser
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Megatron's own parser with our flags added: what a configuration may name. Imports ``megatron.training``.
+
+    A mistake raises :class:`UserError` in one line; Megatron's parser prints the usage of eight hundred flags.
+    """
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = _QuietParser(prog="megatron-ogpsa train", allow_abbrev=False)
+    add_megatron_arguments(parser)
+    return add_ogpsa_arguments(parser)
+
+
+def parse_flags(flags: list[str]) -> argparse.Namespace:
+    """Parse without validating.
+
+    Raises:
+        UserError: a flag is unknown (the nearest known one is named) or its value is not of its type.
+    """
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(flags)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise UserError(f"unknown flag {unknown[0]}{nearest(unknown[0].partition('=')[0], known)}")
+    return args
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``", did you mean X?"`` for the known name that is most like ``name``, or nothing if none is."""
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {matches[0]}?" if matches else ""
+
+
+class _QuietParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--ogpsa-train-data",
+        metavar="SOURCE",
+        help="Training conversations: a .jsonl or .parquet file, or a source that the datasets library loads, with a "
+        "'messages' column or 'prompt' and 'response' columns.",
+    )
+    group.add_argument("--ogpsa-valid-data", metavar="SOURCE", help="Conversations for validation, in the same forms.")
+    group.add_argument(
+        "--ogpsa-packing",
+        action="store_true",
+        help="Pack several conversations into one sequence; attention stays within each conversation.",
+    )
+
+
+def _add_projection_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--ogpsa-reference",
+        metavar="NAME=SOURCE",
+        action="append",
+        default=[],
+        type=_named_source,
+        help="A general-capability data set whose gradient is protected; repeat it for several. Without any, the run is "
+        "plain fine-tuning.",
+    )
+    group.add_argument(
+        "--ogpsa-reference-samples",
+        metavar="N",
+        type=_positive_int,
+        default=64,
+        help="Samples of each reference from which its gradient is taken (default: 64).",
+    )
+    group.add_argument(
+        "--ogpsa-refresh-interval",
+        metavar="N",
+        type=_positive_int,
+        default=30,
+        help="Optimizer steps between two refreshes of the reference gradients (default: 30).",
+    )
+    group.add_argument(
+        "--ogpsa-granularity",
+        choices=("tensor", "model"),
+        default="tensor",
+        help="Project each logical tensor on its own, or the whole model at once (default: tensor).",
+    )
+    group.add_argument(
+        "--ogpsa-mode",
+        choices=("orthogonal", "conflict"),
+        default="orthogonal",
+        help="Remove the whole component along the references, or only what conflicts with them (default: orthogonal).",
+    )
+    group.add_argument(
+        "--ogpsa-basis-dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="Storage of the basis on each rank (default: fp32).",
+    )
+
+
+def _named_source(text: str) -> tuple[str, str]:
+    name, separator, source = text.partition("=")
+    if not (separator and name and source):
+        raise argparse.ArgumentTypeError(f"'{text}' is not NAME=SOURCE, for instance math=data/math.jsonl")
+    return name, source
+
+
+def _positive_int(text: str) -> int:
+    value = int(text) if text.lstrip("+-").isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return value

@@ -1,0 +1,78 @@
+"""A fine-tuning run from its list of flags: what each rank executes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+
+import torch.distributed as dist
+
+from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.integration.arguments import add_ogpsa_arguments, parse_flags
+from megatron_ogpsa.integration.cpu_arguments import check_supported_on_cpu
+from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+from megatron_ogpsa.integration.sft import check_sft_arguments, datasets_provider, make_forward_step
+from megatron_ogpsa.integration.training import prepare_megatron, pretrain
+
+
+def run_sft(flags: list[str]) -> None:
+    """Supervised fine-tuning through Megatron's training loop; returns when training has ended.
+
+    Args:
+        flags: Megatron's flags and ours, as on a command line.
+
+    Raises:
+        UserError: a mistake in flags or data, on every rank alike.
+    """
+    prepare_megatron()
+    args = _validated_arguments(flags)
+    check_sft_arguments(args)
+
+    from megatron.core.enums import ModelType
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    try:
+        pretrain(config, datasets_provider, ModelType.encoder_or_decoder, make_forward_step())
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def add_sft_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Our flags, and the defaults that fine-tuning wants of Megatron's."""
+    add_ogpsa_arguments(parser)
+    parser.set_defaults(calculate_per_token_loss=True, eval_interval=1000)
+    return parser
+
+
+def _validated_arguments(flags: list[str]) -> argparse.Namespace:
+    """Parse, check and let Megatron validate ``flags``; Megatron's globals (arguments, tokenizer, timers) are set."""
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_ogpsa.data import load_chat_tokenizer
+
+    early = parse_flags(flags)
+    if install_if_no_gpu():
+        check_supported_on_cpu(early)
+    if early.tokenizer_type is None:
+        raise UserError("--tokenizer-type is missing: HuggingFaceTokenizer or SentencePieceTokenizer")
+    # Megatron builds its tokenizer from the same flags, but reports what is wrong with them in a traceback.
+    load_chat_tokenizer(early.tokenizer_type, early.tokenizer_model, early.chat_template)
+    sys.argv = [sys.argv[0], *flags]  # Megatron's parser reads the command line
+    try:
+        args = parse_and_validate_args(extra_args_provider=add_sft_arguments)
+    except (AssertionError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"Megatron refuses these flags: {_one_line(error)}") from error
+    if args.ogpsa_valid_data is None:
+        args.eval_iters = 0  # there is nothing to evaluate on, and Megatron would evaluate by default
+    return args
+
+
+def _one_line(error: BaseException) -> str:
+    """The message of ``error``, or the condition that failed where Megatron asserts without a message."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno}"
+    message = " ".join(str(error).split()) or (frame.line or type(error).__name__)
+    return f"{message} ({place})"

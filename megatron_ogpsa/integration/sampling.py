@@ -1,0 +1,42 @@
+"""A finite data set as the endless, reshuffled stream that Megatron's sequential sampler reads."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.data import Dataset
+
+
+class EpochStream(Dataset[dict[str, torch.Tensor]]):
+    """``length`` samples: the data set over and over, in a new order in each epoch.
+
+    Sample i is a function of (i, seed) alone: with Megatron's ``--dataloader-type single``, which reads indices in
+    ascending order from the number of consumed samples, a resumed run continues exactly where the saved one stopped.
+
+    Args:
+        dataset: a non-empty map-style data set.
+        length: samples to offer; Megatron's ``train_iters`` × ``global_batch_size``.
+        seed: of the order; ``None`` keeps the data set's own order in each epoch, as validation wants it.
+        split: Megatron's ``Split`` of this data set, by which its loader chooses the batch size.
+    """
+
+    def __init__(
+        self, dataset: Dataset[dict[str, torch.Tensor]], *, length: int, seed: int | None, split: object
+    ) -> None:
+        self.dataset = dataset
+        self.split = split
+        self._length = length
+        self._epoch_length = len(dataset)  # type: ignore[arg-type]  # Dataset does not declare __len__
+        self._seed = seed
+        self._order_epoch = -1
+        self._order = torch.arange(self._epoch_length)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        epoch, position = divmod(index, self._epoch_length)
+        if self._seed is not None and epoch != self._order_epoch:
+            generator = torch.Generator().manual_seed(self._seed + epoch)
+            self._order = torch.randperm(self._epoch_length, generator=generator)
+            self._order_epoch = epoch
+        return self.dataset[int(self._order[position])]

@@ -1,0 +1,1 @@
+"""Loss functions, in the form that Megatron's pipeline schedules call."""
