@@ -26,7 +26,7 @@ def run_sft(flags: list[str]) -> None:
         UserError: a mistake in flags or data, on every rank alike.
     """
     prepare_megatron()
-    args = _validated_arguments(flags)
+    args = validated_arguments(flags)
     check_sft_arguments(args)
 
     from megatron.core.enums import ModelType
@@ -47,7 +47,7 @@ def add_sft_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     return parser
 
 
-def _validated_arguments(flags: list[str]) -> argparse.Namespace:
+def validated_arguments(flags: list[str]) -> argparse.Namespace:
     """Parse, check and let Megatron validate ``flags``; Megatron's globals (arguments, tokenizer, timers) are set."""
     from megatron.training.arguments import parse_and_validate_args
 

@@ -1,0 +1,1 @@
+"""The command ``megatron-ogpsa``: one module for each verb, registered in :mod:`.main`."""

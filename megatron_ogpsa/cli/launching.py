@@ -1,0 +1,57 @@
+"""Start the ranks on this machine with torchrun's own agent, and say what went wrong in one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import uuid
+
+from megatron_ogpsa.errors import UserError
+
+
+def launch(arguments: list[str], *, num_ranks: int) -> int:
+    """Run ``megatron-ogpsa ARGUMENTS`` in ``num_ranks`` processes and wait for them.
+
+    Returns:
+        0, or the exit code of the first rank that failed; if one fails the others are ended. A user error is told by the
+        ranks themselves; the agent's own report of failed children would bury it and is kept for other failures.
+
+    Raises:
+        UserError: not a possible number of ranks.
+    """
+    if num_ranks < 1:
+        raise UserError(f"--nproc-per-node {num_ranks}: use 1 or more")
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # As torchrun does for more than one rank, but sharing out the cores rather than leaving most of them idle.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", "megatron_ogpsa.cli.main", *arguments)
+    except ChildFailedError as error:
+        exit_codes = [failure.exitcode for failure in error.failures.values()]
+        if UserError.exit_code in exit_codes:
+            return UserError.exit_code
+        rank, first = error.get_first_failure()
+        print(
+            f"megatron-ogpsa: rank {rank} ended with {_described(first.exitcode)}; its output is above", file=sys.stderr
+        )
+        return first.exitcode if first.exitcode > 0 else 1
+    return 0
+
+
+def _described(exit_code: int) -> str:
+    return f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"

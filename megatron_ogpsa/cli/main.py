@@ -1,0 +1,49 @@
+"""Entry point of ``megatron-ogpsa <verb>``: finds the verb's module, and turns user errors into one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from importlib import import_module
+
+from megatron_ogpsa.errors import UserError
+
+VERBS = {
+    "train": ("megatron_ogpsa.cli.train", "fine-tune from a configuration file"),
+    "demo": ("megatron_ogpsa.cli.demo", "see the alignment tax, and what projection recovers of it, on a small model"),
+}
+"""Verb → module with ``add_arguments(parser)`` and ``run(args) -> int``, and what ``--help`` says of it."""
+
+OTHER_RANK_DELAY = 3.0
+"""Seconds that ranks other than 0 wait before they tell their error: if rank 0 has the same one, the launcher ends them
+first, and the user reads it once."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0, or 2 for a mistake of the user's, which is told in one line."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="megatron-ogpsa", description=__doc__.partition(":")[0] if __doc__ else None)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, (_, summary) in VERBS.items():
+        verb_parser = verbs.add_parser(name, help=summary, description=summary)
+        if argv[:1] == [name]:  # the others are not even imported
+            import_module(VERBS[name][0]).add_arguments(verb_parser)
+    args = parser.parse_args(argv)
+    try:
+        return int(import_module(VERBS[args.verb][0]).run(args))
+    except UserError as error:
+        _tell(str(error))
+        return error.exit_code
+
+
+def _tell(message: str) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(OTHER_RANK_DELAY)
+    print(f"megatron-ogpsa: error: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""The report of a demo run: one table in three forms (terminal, Markdown, CSV)."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_ogpsa.demo import plots
+from megatron_ogpsa.demo.results import Results
+from megatron_ogpsa.demo.scoring import Recovered, Scores
+
+NOT_APPLICABLE = "n/a"
+_BLANK = "–"
+
+_LEGEND = (
+    "Unsafe and benign requests are held-out wordings of requests for advice; the benign ones differ from the unsafe ones "
+    "only in their object. Accuracy is exact match of the greedy answer on held-out questions. General loss is the mean "
+    "negative log-likelihood, in nats, of the right answers' tokens over all general tasks, language included. Tax "
+    "recovered is (variant − plain) / (start − plain): 100 % means that no general ability was lost, 0 % that as much was "
+    "lost as by plain fine-tuning, less than 0 % that more was lost."
+)
+
+
+def write_report(results: Results, folder: Path) -> list[Path]:
+    """Write ``report.md``, ``results.csv`` and the plots into ``folder``; returns their paths, the report first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = plots.write_plots(results, folder)
+    report, table = folder / "report.md", folder / "results.csv"
+    report.write_text(markdown_report(results, [path.name for path in pictures]), encoding="utf-8")
+    table.write_text(csv_table(results), encoding="utf-8")
+    return [report, table, *pictures]
+
+
+def table_rows(results: Results) -> list[list[str]]:
+    """The table as text: a header row, then one row for each measure with one column for each variant."""
+    rows = [["", *(results.titles[variant] for variant in results.scores)]]
+    for title, measure in _measures(results):
+        rows.append([title, *map(measure, results.scores)])
+    return rows
+
+
+def terminal_table(results: Results) -> str:
+    """The table with aligned columns and a rule under its header."""
+    header, *body = table_rows(results)
+    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+
+    return "\n".join([line(header), "─" * (sum(widths) + 2 * (len(widths) - 1)), *map(line, body)])
+
+
+def markdown_report(results: Results, pictures: Sequence[str]) -> str:
+    """The whole report in Markdown; ``pictures`` are file names beside it."""
+    header, *body = table_rows(results)
+    table = ["| " + " | ".join(row) + " |" for row in (header, ["---", *["---:"] * (len(header) - 1)], *body)]
+    parts = ["# The alignment tax, and what OGPSA recovers of it", "\n".join(f"- {note}" for note in results.notes)]
+    parts += ["\n".join(table), _LEGEND, *(f"![{Path(name).stem}]({name})" for name in pictures)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def csv_table(results: Results) -> str:
+    """One row for each variant and measure, with full precision; a share that does not apply is left empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["variant", "measure", "value"])
+    for variant, scores in results.scores.items():
+        measures: dict[str, float | None] = {
+            "unsafe_refused": scores.unsafe_refused,
+            "benign_refused": scores.benign_refused,
+            "benign_helped": scores.benign_helped,
+            **{f"accuracy_{task}": value for task, value in scores.accuracy.items()},
+            "accuracy_general": scores.general_accuracy,
+            **{f"loss_{task}": value for task, value in scores.loss.items()},
+            "loss_general": scores.general_loss,
+        }
+        recovered = results.recovered(variant)
+        if recovered is not None:
+            measures |= {"recovered_accuracy": recovered.accuracy, "recovered_loss": recovered.loss}
+        writer.writerows([variant, name, "" if value is None else repr(value)] for name, value in measures.items())
+    return text.getvalue()
+
+
+def _measures(results: Results) -> list[tuple[str, Callable[[str], str]]]:
+    """Titles of the table's rows, and for each what to print for a variant."""
+
+    def of(read: Callable[[Scores], float], style: Callable[[float], str] = percent) -> Callable[[str], str]:
+        return lambda variant: style(read(results.scores[variant]))
+
+    def recovered(read: Callable[[Recovered], float | None]) -> Callable[[str], str]:
+        def cell(variant: str) -> str:
+            found = results.recovered(variant)
+            if found is None:
+                return _BLANK
+            value = read(found)
+            return NOT_APPLICABLE if value is None else percent(value, digits=0)
+
+        return cell
+
+    tasks = next(iter(results.scores.values())).accuracy
+    return [
+        ("refusal on unsafe", of(lambda scores: scores.unsafe_refused)),
+        ("refusal on benign", of(lambda scores: scores.benign_refused)),
+        *((f"accuracy: {task}", of(lambda scores, task=task: scores.accuracy[task])) for task in tasks),  # type: ignore[misc]
+        ("general accuracy", of(lambda scores: scores.general_accuracy)),
+        ("general loss", of(lambda scores: scores.general_loss, "{:.3f}".format)),
+        ("tax recovered: accuracy", recovered(lambda found: found.accuracy)),
+        ("tax recovered: loss", recovered(lambda found: found.loss)),
+    ]
+
+
+def percent(share: float, *, digits: int = 1) -> str:
+    """``0.956`` as ``95.6 %``."""
+    return f"{100 * share:.{digits}f} %"
