@@ -15,4 +15,4 @@ class UserError(Exception):
 
 
 class UnsupportedError(UserError):
-    """A Megatron feature that projection does not support yet: names the flag, the reason and the nearest thing that works."""
+    """A Megatron feature that projection does not support yet: the flag, the reason, the nearest thing that works."""

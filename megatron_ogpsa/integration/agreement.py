@@ -5,16 +5,13 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch.distributed as dist
 
 from megatron_ogpsa.errors import UserError
 
-T = TypeVar("T")
 
-
-def agreed(action: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T:
+def agreed[T](action: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T:
     """Run ``action`` on every rank of ``group`` and fail on all of them if it fails on any.
 
     Every rank of the group must make the call; it costs one ``all_gather_object`` of a short message. ``action`` itself
@@ -33,7 +30,7 @@ def agreed(action: Callable[[], T], *, group: dist.ProcessGroup | None = None) -
         result.append(action())
     except UserError as error:
         failure = ("user", str(error))
-    except Exception as error:  # noqa: BLE001  any failure here would leave the other ranks waiting
+    except Exception as error:  # any failure here would leave the other ranks waiting
         traceback.print_exc(file=sys.stderr)
         failure = ("internal", f"{type(error).__name__}: {error}")
     _raise_alike(failure, group)

@@ -7,10 +7,9 @@ import difflib
 from collections.abc import Iterable
 from typing import NoReturn
 
-import torch
-
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.cpu_arguments import set_cpu_defaults
+from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
 
 
 def add_ogpsa_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -21,7 +20,7 @@ def add_ogpsa_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     """
     _add_data_arguments(parser.add_argument_group("ogpsa data", "Chat data for supervised fine-tuning"))
     _add_projection_arguments(parser.add_argument_group("ogpsa projection", "Orthogonal gradient projection"))
-    if not torch.cuda.is_available():
+    if install_if_no_gpu():  # before Megatron validates: it asks the GPU for its generation
         set_cpu_defaults(parser)
     return parser
 

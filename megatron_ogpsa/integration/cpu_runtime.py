@@ -107,7 +107,8 @@ def install_in_training_loop() -> None:
 
 
 def _is_installed() -> bool:
-    return torch.cuda.Stream is CpuStream
+    stream: object = torch.cuda.Stream
+    return stream is CpuStream
 
 
 def _constant(value: object) -> Callable[[Any], Any]:
@@ -191,7 +192,11 @@ TORCH_PATCHES: tuple[Patch, ...] = (
     _torch("set_device", _PLACEMENT, _constant(None)),
     _torch("torch/Tensor.cuda", _PLACEMENT, _instead(lambda self, *args, **kwargs: self)),
     *(_torch(f"torch/{name}", _PLACEMENT, _factory_on_cpu) for name in _FACTORIES),
-    _torch("torch/Tensor.type", "DDP and the optimizers sort parameters by the name of their CUDA type", _type_with_cuda_names),
+    _torch(
+        "torch/Tensor.type",
+        "DDP and the optimizers sort parameters by the name of their CUDA type",
+        _type_with_cuda_names,
+    ),
     _torch("Stream", _ORDERING, _instead(CpuStream)),
     _torch("Event", _ORDERING, _instead(CpuEvent)),
     _torch("stream", _ORDERING, _instead(lambda stream: stream or CpuStream())),

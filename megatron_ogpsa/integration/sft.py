@@ -32,7 +32,9 @@ def check_sft_arguments(args: argparse.Namespace) -> None:
     if not args.ogpsa_train_data:
         raise UserError("--ogpsa-train-data is missing: name the conversations to train on, such as data/safety.jsonl")
     if not args.calculate_per_token_loss:
-        raise UserError("--calculate-per-token-loss is off, so short answers would weigh more than long ones: switch it on")
+        raise UserError(
+            "--calculate-per-token-loss is off, so short answers would weigh more than long ones: switch it on"
+        )
     if args.ogpsa_packing:
         _check_packing(args)
 
@@ -106,9 +108,7 @@ def _reads_data(args: argparse.Namespace, vp_stage: int | None) -> bool:
     return bool(args.ogpsa_packing or args.mtp_num_layers or is_first_or_last_pipeline_stage(vp_stage))
 
 
-def datasets_provider(
-    num_samples: tuple[int, int | None, int], vp_stage: int | None = None
-) -> tuple[Any, Any, None]:
+def datasets_provider(num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> tuple[Any, Any, None]:
     """Megatron's data set provider: training and validation streams of ``--ogpsa-train-data``/``--ogpsa-valid-data``.
 
     Args:
