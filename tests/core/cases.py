@@ -334,3 +334,27 @@ def not_finite(layout: str, bad_rank: int) -> dict[str, Any]:
         "skipped_steps": ogpsa.skipped_steps,
         "goes_on": bool(success) and float(norm) == float(norm),
     }
+
+
+def misuse() -> list[str]:
+    """The errors of calls out of order."""
+    training = build(LAYOUTS["dp2"], oracle.random_weights(oracle.ModelShape(), seed=1))
+    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(mode="conflict"))
+    messages: list[str] = []
+
+    def expect_error(action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:
+            messages.append(f"{type(error).__name__}: {error}")
+
+    expect_error(lambda: attach(training.optimizer, training.chunks))
+    expect_error(lambda: ogpsa.capture("math"))
+    expect_error(ogpsa.finish_refresh)
+    ogpsa.begin_refresh()
+    ogpsa.capture("math")
+    expect_error(lambda: ogpsa.capture("math"))
+    for index in range(8):
+        ogpsa.capture(str(index))
+    expect_error(ogpsa.finish_refresh)
+    return messages

@@ -1,0 +1,112 @@
+"""What is refused, by which name, and with which remedy."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_ogpsa.config import OGPSAConfig
+from megatron_ogpsa.errors import UnsupportedError, UserError
+from tests.harness import WorkerGroup
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("granularity", "layer"),
+        ("mode", "threshold"),
+        ("basis_dtype", "fp8"),
+        ("basis_device", "disk"),
+        ("space", "update"),
+        ("refresh_interval", 0),
+        ("rank_tolerance", 1.0),
+    ],
+)
+def test_config_names_the_field_that_is_wrong(field: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"^{field}="):
+        OGPSAConfig(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def arguments() -> Callable[..., argparse.Namespace]:
+    """Megatron's arguments as far as the check reads them: nothing unusual, one reference."""
+    plain: dict[str, Any] = {
+        "ogpsa_reference": [("math", "math.jsonl")],
+        "ogpsa_granularity": "tensor",
+        "ogpsa_mode": "orthogonal",
+        "ogpsa_refresh_interval": 30,
+        "ogpsa_basis_dtype": "fp32",
+        "optimizer": "adam",
+        "cuda_graph_impl": "none",
+    }
+    switches = "fp8 fp4 use_megatron_fsdp use_torch_fsdp2 mtp_num_layers optimizer_cuda_graph perform_rl_step".split()
+    return lambda **changes: argparse.Namespace(**(plain | dict.fromkeys(switches) | changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"fp8": "hybrid"}, "--fp8-format"),
+        ({"fp4": "e2m1"}, "--fp4-format"),
+        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
+        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
+        ({"optimizer": "muon"}, "--optimizer muon"),
+        ({"mtp_num_layers": 1}, "--mtp-num-layers"),
+        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
+        ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph"),
+        ({"perform_rl_step": True}, "--perform-rl-step"),
+    ],
+)
+def test_unsupported_flags_are_refused_by_name_with_references_only(
+    arguments: Callable[..., argparse.Namespace], change: dict[str, Any], flag: str
+) -> None:
+    from megatron_ogpsa.integration.projection import check_projection_arguments
+
+    check_projection_arguments(arguments())
+    check_projection_arguments(arguments(**change, ogpsa_reference=[]))
+    with pytest.raises(UnsupportedError, match=f"^{flag} with --ogpsa-reference is not supported: .+; .+"):
+        check_projection_arguments(arguments(**change))
+
+
+def test_two_references_of_one_name_and_a_script_without_our_flags(
+    arguments: Callable[..., argparse.Namespace],
+) -> None:
+    from megatron_ogpsa.integration.projection import check_projection_arguments
+
+    with pytest.raises(UserError, match="--ogpsa-reference math=… is given twice"):
+        check_projection_arguments(arguments(ogpsa_reference=[("math", "a"), ("math", "b")]))
+    with pytest.raises(UserError, match=r"extra_args_provider=megatron_ogpsa.add_ogpsa_arguments"):
+        check_projection_arguments(argparse.Namespace())
+
+
+def test_another_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_ogpsa import support
+
+    monkeypatch.setattr(support.megatron.core, "__version__", "0.21.0")
+    with pytest.raises(UnsupportedError, match=r"megatron-core 0\.21\.0 is installed.*pip install"):
+        support.check_megatron_version()
+
+
+def test_attach_refuses_what_is_not_a_megatron_model() -> None:
+    import torch
+
+    from megatron_ogpsa.plugin import attach
+
+    with pytest.raises(UserError, match=r"attach\(\) got a Linear"):
+        attach(SimpleNamespace(), [torch.nn.Linear(2, 2)])  # type: ignore[arg-type]
+
+
+def test_misuse_of_a_refresh_is_told(distributed: Callable[[int], WorkerGroup]) -> None:
+    for messages in distributed(2).run("tests.core.cases:misuse"):
+        assert messages == [
+            "UnsupportedError: attach(): this optimizer is hooked already; detach() the plugin that holds it first",
+            "RuntimeError: capture() outside a refresh: call begin_refresh() first",
+            "RuntimeError: finish_refresh() without references: begin_refresh() and capture() come first",
+            "RuntimeError: reference 'math' is captured twice in one refresh: give each reference a name of its own",
+            "UnsupportedError: --ogpsa-mode conflict with 9 references: it solves for up to 8; join some references "
+            "into one, or use mode orthogonal",
+        ]

@@ -1,0 +1,135 @@
+"""Scores, the share of the tax that is recovered, and the report."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_ogpsa.demo.benchmark import Benchmark, BenchmarkSpec, read_conversations, write_benchmark
+from megatron_ogpsa.demo.recipes import VARIANTS
+from megatron_ogpsa.demo.report import terminal_table, write_report
+from megatron_ogpsa.demo.results import START, Results, read_curves
+from megatron_ogpsa.demo.run import TITLES, DemoFailed, Step, plan_steps, run_steps
+from megatron_ogpsa.demo.scoring import Scores, score, tax_recovered
+from megatron_ogpsa.demo.tasks import GENERAL_TASKS
+
+START_SCORES = Scores(
+    unsafe_refused=0.0,
+    benign_refused=0.0,
+    benign_helped=1.0,
+    accuracy={"addition": 1.0, "sort": 0.8},
+    loss={"addition": 0.1, "sort": 0.3},
+    general_loss=0.2,
+)
+PLAIN = replace(START_SCORES, unsafe_refused=1.0, accuracy={"addition": 0.5, "sort": 0.5}, general_loss=1.0)
+HALF = replace(PLAIN, accuracy={"addition": 0.8, "sort": 0.6}, general_loss=0.6)
+
+
+def test_recovered_is_the_share_of_what_plain_fine_tuning_lost() -> None:
+    found = tax_recovered(START_SCORES, PLAIN, HALF)
+    assert found.accuracy == pytest.approx(0.5)
+    assert found.loss == pytest.approx(0.5)
+    assert tax_recovered(START_SCORES, PLAIN, PLAIN).accuracy == 0.0
+    assert tax_recovered(START_SCORES, START_SCORES, HALF).accuracy is None  # no tax, no share
+
+
+def test_scores_of_a_model_that_knows_all_answers(tmp_path: Path) -> None:
+    """A stand-in for the model: it looks the prompts up, so that every score is known."""
+    benchmark = write_benchmark(tmp_path, BenchmarkSpec(base_train=70, reference_per_task=2, eval_per_task=4))
+    book = {}
+    for path in [
+        benchmark.eval_unsafe,
+        benchmark.eval_benign,
+        *(benchmark.eval_general(t.name) for t in GENERAL_TASKS),
+    ]:
+        book |= {example.request: example.answer for example in read_conversations(path)}
+
+    class Words:
+        """A tokenizer whose ids are positions in one list of texts."""
+
+        def __init__(self) -> None:
+            self.texts: list[str] = []
+
+        def _id(self, text: str) -> int:
+            self.texts.append(text)
+            return len(self.texts) - 1
+
+        def encode_prompt(self, messages: list[dict[str, str]]) -> list[int]:
+            return [self._id(messages[0]["content"])]
+
+        def encode_chat(self, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
+            return [self._id(m["content"]) for m in messages], [m["role"] == "assistant" for m in messages]
+
+        def decode(self, ids: list[int]) -> str:
+            return self.texts[ids[0]]
+
+    words = Words()
+
+    def generate(prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+        return [[words._id(book[words.texts[prompt[0]]])] for prompt in prompts]
+
+    def loss(token_ids: Sequence[list[int]], supervised: Sequence[list[bool]]) -> list[float]:
+        return [2.0 for _ in token_ids]
+
+    scores = score(Benchmark(tmp_path), words, generate, loss)
+    assert scores.unsafe_refused == scores.benign_refused == 0.0
+    assert scores.benign_helped == 1.0
+    assert scores.general_accuracy == 1.0
+    assert scores.general_loss == 2.0  # one supervised "token" in each conversation
+
+
+def results() -> Results:
+    scores = {START: START_SCORES, "plain": PLAIN, "tensor": HALF, "model": HALF}
+    return Results(titles=TITLES, scores=scores, curves={}, notes=("a note",))
+
+
+def test_report_files(tmp_path: Path) -> None:
+    paths = write_report(results(), tmp_path)
+    assert [path.name for path in paths] == ["report.md", "results.csv", "tasks.png", "tradeoff.png"]
+    rows = list(csv.DictReader(paths[1].open(encoding="utf-8")))
+    recovered = [row for row in rows if row["measure"] == "recovered_accuracy"]
+    assert {row["variant"]: float(row["value"]) for row in recovered} == pytest.approx({"tensor": 0.5, "model": 0.5})
+    assert "a note" in paths[0].read_text(encoding="utf-8")
+    assert "50 %" in terminal_table(results()).splitlines()[-1]
+
+
+def test_curves_come_from_megatrons_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        " [2026-01-01] iteration        7/      80 | consumed samples:          224 | lm loss: 2.5E-01 | "
+        "ogpsa removed: 1.0E-02 | grad norm: 1.500 |\nanother line\n",
+        encoding="utf-8",
+    )
+    curves = read_curves(log)
+    assert curves["lm loss"].steps == [7]
+    assert curves["lm loss"].values == [0.25]
+    assert curves["ogpsa removed"].values == [0.01]
+
+
+def test_a_failed_step_shows_the_end_of_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = "import sys; print('the cause'); sys.exit(3)"
+    step = Step("a step", [sys.executable, "-c", code], tmp_path / "a.log", seconds=1.0)
+    with pytest.raises(DemoFailed, match="'a step' failed"):
+        run_steps([step])
+    assert "the cause" in capsys.readouterr().err
+
+
+def test_the_starting_model_is_kept_only_for_the_same_config(tmp_path: Path) -> None:
+    benchmark = write_benchmark(tmp_path / "data", BenchmarkSpec(base_train=70, reference_per_task=2, eval_per_task=2))
+
+    def base_is_done(*, seed: int = 1, fresh: bool = False) -> bool:
+        steps = plan_steps(benchmark, tmp_path, num_ranks=2, seed=seed, fresh=fresh)
+        assert len(steps) == 2 + len(VARIANTS)
+        return steps[0].is_done
+
+    assert not base_is_done()
+    (tmp_path / "base-trained.yaml").write_bytes((tmp_path / "base.yaml").read_bytes())
+    assert base_is_done()
+    assert not base_is_done(fresh=True)
+    (tmp_path / "base-trained.yaml").write_bytes((tmp_path / "base.yaml").read_bytes())
+    assert not base_is_done(seed=2)
