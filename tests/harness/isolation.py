@@ -75,7 +75,22 @@ def _reset_megatron() -> None:
 
 def _destroy_process_groups() -> None:
     """Close all groups but the default one; Megatron only forgets its groups, and each holds threads and sockets."""
+    _release_models()
     gc.collect()  # models and optimizers of the job hold references to their groups
     for group in list(distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+
+
+def _release_models() -> None:
+    """Empty what is left of the job's DistributedDataParallel objects.
+
+    Each is in a circle with the hooks of its parameters' autograd nodes, which runs through C++, where the garbage
+    collector does not see it. It would keep the job's model, and with that its process groups: 60 threads for each job,
+    some thousand after a hundred, and a machine that does nothing but switch between them.
+    """
+    distributed: Any = sys.modules.get("megatron.core.distributed")
+    if distributed is not None:
+        for candidate in gc.get_objects():
+            if isinstance(candidate, distributed.DistributedDataParallel):
+                vars(candidate).clear()
