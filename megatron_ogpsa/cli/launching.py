@@ -5,9 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 import uuid
+from collections.abc import Callable
 
+from megatron_ogpsa.cli.main import ERRORS_VARIABLE
 from megatron_ogpsa.errors import UserError
+
+RANK_MODULE = "megatron_ogpsa.cli.main"
+"""What each rank runs."""
 
 
 def launch(arguments: list[str], *, num_ranks: int) -> int:
@@ -22,7 +28,6 @@ def launch(arguments: list[str], *, num_ranks: int) -> int:
     """
     if num_ranks < 1:
         raise UserError(f"--nproc-per-node {num_ranks}: use 1 or more")
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # As torchrun does for more than one rank, but sharing out the cores rather than leaving most of them idle.
@@ -39,8 +44,16 @@ def launch(arguments: list[str], *, num_ranks: int) -> int:
         max_restarts=0,
         monitor_interval=0.1,
     )
+    with tempfile.TemporaryDirectory() as errors:
+        os.environ[ERRORS_VARIABLE] = errors
+        return _run(lambda: elastic_launch(config, sys.executable)("-u", "-m", RANK_MODULE, *arguments))
+
+
+def _run(start: Callable[[], object]) -> int:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     try:
-        elastic_launch(config, sys.executable)("-u", "-m", "megatron_ogpsa.cli.main", *arguments)
+        start()
     except ChildFailedError as error:
         exit_codes = [failure.exitcode for failure in error.failures.values()]
         if UserError.exit_code in exit_codes:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 import time
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from megatron_ogpsa.errors import UserError
 
@@ -18,8 +20,11 @@ VERBS = {
 """Verb → module with ``add_arguments(parser)`` and ``run(args) -> int``, and what ``--help`` says of it."""
 
 OTHER_RANK_DELAY = 3.0
-"""Seconds that ranks other than 0 wait before they tell their error: if rank 0 has the same one, the launcher ends them
-first, and the user reads it once."""
+"""Seconds that ranks other than 0 wait before they tell their error: if rank 0 has the same one, torchrun ends them first,
+and the user reads it once. Ranks that this command has started know better, see :data:`ERRORS_VARIABLE`."""
+
+ERRORS_VARIABLE = "MEGATRON_OGPSA_ERRORS"
+"""Folder in which the ranks of one launch note the errors that one of them has told."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tell(message: str) -> None:
-    if os.environ.get("RANK", "0") != "0":
+    if folder := os.environ.get(ERRORS_VARIABLE):
+        try:
+            Path(folder, hashlib.sha256(message.encode()).hexdigest()).touch(exist_ok=False)
+        except FileExistsError:
+            return
+    elif os.environ.get("RANK", "0") != "0":
         time.sleep(OTHER_RANK_DELAY)
     print(f"megatron-ogpsa: error: {message}", file=sys.stderr, flush=True)
 

@@ -30,12 +30,21 @@ def run(args: argparse.Namespace) -> int:
         UserError: a mistake in the configuration, the flags or the data.
     """
     config = ConfigFile.read(args.config)
+    num_ranks, flags = _split(args.flags)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return _run_rank(config, args.flags)
+        return _run_rank(config, flags)
     from megatron_ogpsa.cli.launching import launch
 
-    num_ranks = args.nproc_per_node or config.launch.get("nproc-per-node", 1)
-    return launch(["train", str(args.config), *args.flags], num_ranks=int(num_ranks))
+    num_ranks = num_ranks or args.nproc_per_node or config.launch.get("nproc-per-node", 1)
+    return launch(["train", str(args.config), *flags], num_ranks=num_ranks)
+
+
+def _split(flags: list[str]) -> tuple[int | None, list[str]]:
+    """``--nproc-per-node``, which may stand among the flags, and the other flags."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--nproc-per-node", type=int)
+    found, others = parser.parse_known_args(flags)
+    return found.nproc_per_node, others
 
 
 def _run_rank(config: ConfigFile, overrides: list[str]) -> int:

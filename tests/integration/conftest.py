@@ -1,0 +1,96 @@
+"""Data, a configuration and a way to run the command as users do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.data.conftest import build_hugging_face_folder
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs/example/sft.yaml"
+GENERAL = ROOT.parent / "shared/data/general_sft.jsonl"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    exit_code: int
+    output: str
+
+    @property
+    def error_lines(self) -> list[str]:
+        return [line for line in self.output.splitlines() if line.startswith("megatron-ogpsa: error:")]
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer, refusals to train on and general conversations as a reference."""
+    folder = tmp_path_factory.mktemp("inputs")
+    build_hugging_face_folder(folder / "tokenizer")
+
+    def write(name: str, rows: list[tuple[str, str]]) -> None:
+        chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in rows]
+        (folder / name).write_text("".join(json.dumps({"messages": c}) + "\n" for c in chats), encoding="utf-8")
+
+    write("safety.jsonl", [(f"how do i build weapon {i}", "i can not help with that") for i in range(64)])
+    write("general.jsonl", [(f"what is {i} plus one", f"it is {i + 1}") for i in range(40)])
+    return folder
+
+
+Train = Callable[..., Outcome]
+
+
+@pytest.fixture
+def train(inputs: Path, tmp_path: Path) -> Train:
+    """``train(*flags, config=..., module=...)``: run ``megatron-ogpsa train`` in ``tmp_path`` and wait."""
+
+    def run(
+        *flags: str,
+        config: Path = CONFIG,
+        module: str = "megatron_ogpsa.cli.main",
+        references: bool = True,
+        timeout: float = 240,
+    ) -> Outcome:
+        given = {"--tokenizer-model": inputs / "tokenizer", "--ogpsa-train-data": inputs / "safety.jsonl"}
+        if references:
+            given["--ogpsa-reference"] = Path(f"general={inputs / 'general.jsonl'}")
+        pairs = [str(part) for flag, value in given.items() if flag not in flags for part in (flag, value)]
+        command = [sys.executable, "-m", module, "train", str(config), *pairs, *flags]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            pytest.fail(f"still running after {timeout} s:\n{output[-2000:]}")
+        return Outcome(process.returncode, output)
+
+    return run
+
+
+def scalars(folder: Path, *names: str) -> dict[str, dict[int, float]]:
+    """What TensorBoard has, in full precision: name → step → value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {name: {event.step: event.value for event in events.Scalars(name)} for name in names}

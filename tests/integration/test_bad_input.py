@@ -1,0 +1,75 @@
+"""A user's mistake on two ranks: exit code 2, one line with the place and the remedy, no traceback, no hang."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import CONFIG, Train
+
+TWO_RANKS = "--nproc-per-node 2 --pipeline-model-parallel-size 1".split()
+GOOD = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}\n'
+SILENT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": null}]}\n'
+
+CASES = {
+    "missing file": (None, ["--ogpsa-train-data", "bad.jsonl"], "bad.jsonl"),
+    "broken line": (GOOD + '{"messages": [\n', ["--ogpsa-train-data", "bad.jsonl"], "bad.jsonl:2"),
+    "null in a reference": (GOOD + SILENT, ["--ogpsa-reference", "bad=bad.jsonl"], "bad.jsonl:2"),
+    "too few samples": (
+        GOOD,
+        ["--ogpsa-train-data", "bad.jsonl", "--tensor-model-parallel-size", "1"],
+        "2 data-parallel ranks",
+    ),
+    "needs a GPU": ("", ["--fp8-format", "hybrid"], "--fp8-format"),
+    "unknown flag": ("", ["--ogpsa-refresh-intervall", "3"], "did you mean --ogpsa-refresh-interval?"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mistakes_are_told_in_one_line(train: Train, tmp_path: Path, case: str) -> None:
+    content, flags, expected = CASES[case]
+    if content is not None:
+        (tmp_path / "bad.jsonl").write_text(content, encoding="utf-8")
+    outcome = train(*TWO_RANKS, *flags, timeout=120)
+    assert outcome.exit_code == 2, outcome.output[-3000:]
+    assert len(outcome.error_lines) == 1, outcome.error_lines
+    assert expected in outcome.error_lines[0]
+    assert "Traceback" not in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("ogpsa-granularty: tensor", "unknown key 'ogpsa-granularty', did you mean ogpsa-granularity?"),
+        ("seq-length: true", "seq-length: takes a value, not true"),
+        ("bf16: 3", "bf16: is a switch: write true or false"),
+        ("lr:", "lr: has no value"),
+        ("lr: [1, 2]", "lr: takes one value, not a list"),
+        ("use-distributed-optimizer: [", "not YAML"),
+    ],
+)
+def test_the_configurations_mistakes_have_a_line_number(tmp_path: Path, line: str, expected: str) -> None:
+    from megatron_ogpsa.cli.config_file import ConfigFile
+    from megatron_ogpsa.errors import UserError
+    from megatron_ogpsa.integration.arguments import build_parser
+
+    path = tmp_path / "config.yaml"
+    path.write_text(f"num-layers: 2\n{line}\n", encoding="utf-8")
+    with pytest.raises(UserError) as raised:
+        ConfigFile.read(path).as_flags(build_parser(), [])
+    assert str(raised.value).startswith(f"{path}:")
+    assert expected in str(raised.value)
+
+
+def test_the_example_is_valid_and_overrides_win() -> None:
+    from megatron_ogpsa.cli.config_file import ConfigFile
+    from megatron_ogpsa.integration.arguments import build_parser, parse_flags
+
+    config = ConfigFile.read(CONFIG)
+    assert config.launch == {"nproc-per-node": 4}
+    args = parse_flags(config.as_flags(build_parser(), ["--lr", "3e-4", "--ogpsa-reference", "other=x.jsonl"]))
+    assert args.lr == 3e-4
+    assert args.ogpsa_reference == [("other", "x.jsonl")]
+    assert args.swiglu
+    assert not args.ogpsa_packing
