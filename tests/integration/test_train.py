@@ -45,6 +45,7 @@ NO_TRACE = {
     "tp2-pp2": "",
     "dp2-overlap": "--nproc-per-node 2 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 "
     "--overlap-grad-reduce --overlap-param-gather",
+    "interleaved": "--nproc-per-node 2 --tensor-model-parallel-size 1 --num-layers-per-virtual-pipeline-stage 1",
 }
 
 
