@@ -30,7 +30,8 @@ ERRORS_VARIABLE = "MEGATRON_OGPSA_ERRORS"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, or 2 for a mistake of the user's, which is told in one line."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="megatron-ogpsa", description=__doc__.partition(":")[0] if __doc__ else None)
+    summary = "Safety post-training on Megatron-Core with orthogonal gradient projection (OGPSA)."
+    parser = argparse.ArgumentParser(prog="megatron-ogpsa", description=summary)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, (_, summary) in VERBS.items():
         verb_parser = verbs.add_parser(name, help=summary, description=summary)
