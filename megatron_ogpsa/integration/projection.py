@@ -70,6 +70,7 @@ def check_projection_arguments(args: argparse.Namespace) -> None:
     for is_given, flag, reason, remedy in (
         (args.fp8, "--fp8-format", scaling, "train in --bf16"),
         (args.fp4, "--fp4-format", scaling, "train in --bf16"),
+        (args.context_parallel_size > 1, "--context-parallel-size", "references are not split over its ranks", "use 1"),
         (args.use_megatron_fsdp, "--use-megatron-fsdp", dtensors, "use --use-distributed-optimizer"),
         (args.use_torch_fsdp2, "--use-torch-fsdp2", dtensors, "use --use-distributed-optimizer"),
         (args.optimizer not in ("adam", "sgd"), f"--optimizer {args.optimizer}", "its shards differ", "use adam"),

@@ -35,6 +35,11 @@ def check_sft_arguments(args: argparse.Namespace) -> None:
         raise UserError(
             "--calculate-per-token-loss is off, so short answers would weigh more than long ones: switch it on"
         )
+    if args.context_parallel_size > 1:
+        raise UnsupportedError(
+            "--context-parallel-size above 1 is not supported for fine-tuning: sequences are not split over its ranks yet; "
+            "use --tensor-model-parallel-size with --sequence-parallel for long sequences"
+        )
     if args.ogpsa_packing:
         _check_packing(args)
 
@@ -45,10 +50,6 @@ def _check_packing(args: argparse.Namespace) -> None:
             raise UserError(
                 f"--micro-batch-size {args.micro_batch_size} with --ogpsa-packing: Transformer Engine takes packed rows "
                 "one at a time, use --micro-batch-size 1 and a larger --seq-length"
-            )
-        if args.context_parallel_size > 1:
-            raise UnsupportedError(
-                "--ogpsa-packing with --context-parallel-size above 1 is not supported: use one of the two"
             )
         return
     # Megatron's own attention honours an explicit mask only on its plain path (fused_softmax.py).

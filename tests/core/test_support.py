@@ -42,6 +42,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
         "ogpsa_basis_dtype": "fp32",
         "optimizer": "adam",
         "cuda_graph_impl": "none",
+        "context_parallel_size": 1,
     }
     switches = "fp8 fp4 use_megatron_fsdp use_torch_fsdp2 mtp_num_layers optimizer_cuda_graph perform_rl_step".split()
     return lambda **changes: argparse.Namespace(**(plain | dict.fromkeys(switches) | changes))
@@ -52,6 +53,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
     [
         ({"fp8": "hybrid"}, "--fp8-format"),
         ({"fp4": "e2m1"}, "--fp4-format"),
+        ({"context_parallel_size": 2}, "--context-parallel-size"),
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
         ({"optimizer": "muon"}, "--optimizer muon"),
