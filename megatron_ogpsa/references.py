@@ -11,16 +11,18 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.utils import get_model_config
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_ogpsa.plugin import OGPSA
 
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from megatron_ogpsa.data import TokenizedChatDataset
 
 MicroBatch = dict[str, Tensor]
+
+PROGRESS_DELAY_SECONDS = 3.0
+"""Refreshes that are over sooner show no progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +83,7 @@ def cut_reference(
     return Reference(
         name=name,
         micro_batches=tuple(_pinned(micro_batch) for micro_batch in micro_batches),
-        num_samples=len(dataset),
+        num_samples=dataset.summary.num_documents,
         num_supervised_tokens=dataset.num_supervised_tokens,
         fingerprint=dataset.fingerprint,
     )
@@ -114,10 +119,11 @@ def refresh(
         Whether the basis is new; false if a reference gradient was not finite, on all ranks alike.
     """
     ogpsa.begin_refresh()
-    with no_trace(chunks):
+    with no_trace(chunks), _progress_bar(references) as bar:
         for reference in references:
             _zero_gradients(chunks, optimizer)
-            iterators = [iter(reference.micro_batches) for _ in chunks]
+            # Rank 0 is on the first stage, whose first chunk draws every micro-batch.
+            iterators = [_watched(reference.micro_batches, bar if chunk is chunks[0] else None) for chunk in chunks]
             forward_backward(
                 forward_step_func=forward_step,
                 data_iterator=iterators if len(chunks) > 1 else iterators[0],
@@ -131,6 +137,25 @@ def refresh(
             ogpsa.capture(reference.name)
         _zero_gradients(chunks, optimizer)
     return ogpsa.finish_refresh()
+
+
+def _progress_bar(references: Sequence[Reference]) -> tqdm[NoReturn]:
+    """Micro-batches of a refresh with the time left; rank 0 shows it, if the refresh takes more than a moment."""
+    return tqdm(
+        total=sum(len(reference.micro_batches) for reference in references),
+        desc="OGPSA refresh",
+        unit=" micro-batches",
+        delay=PROGRESS_DELAY_SECONDS,
+        leave=False,
+        disable=dist.get_rank() != 0,
+    )
+
+
+def _watched(micro_batches: Sequence[MicroBatch], bar: tqdm[NoReturn] | None) -> Iterator[MicroBatch]:
+    for micro_batch in micro_batches:
+        yield micro_batch
+        if bar is not None:
+            bar.update()
 
 
 def _zero_gradients(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:

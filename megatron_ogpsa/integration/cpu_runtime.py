@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -89,15 +90,27 @@ def install_if_no_gpu() -> bool:
         return False
     require_supported_megatron()
     first_time = not _is_installed()
+    _silence_expected_warnings()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # validate_args insists on it for tensor parallelism
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # jit_fuser would start a C++ compiler for each fused function
     apply_patches(TORCH_PATCHES)
     apply_patches(CORE_PATCHES)
-    # The tracker warns at every dropout that device code drew from the CPU generator, as it must here.
-    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_is_no_generator_warning)
     if first_time and os.environ.get("RANK", "0") == "0":
         print("CPU runtime: no GPU found, Megatron runs on the CPU with gloo (for trials and tests)", file=sys.stderr)
     return True
+
+
+def _silence_expected_warnings() -> None:
+    """What torch and Megatron say of a missing GPU and its libraries, which the CPU runtime's own line says once."""
+    for message in (
+        "Transformer Engine and Apex are not installed",
+        "Apex is not installed",
+        "Only transformer-engine",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_no_runtime_warning)
+    # The tracker warns at every dropout that device code drew from the CPU generator, as it must here.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_is_no_generator_warning)
 
 
 def install_in_training_loop() -> None:
@@ -155,6 +168,10 @@ def _set_core_rng_state(original: object) -> Callable[..., None]:
     return lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
 
 
+def _is_no_runtime_warning(record: logging.LogRecord) -> bool:
+    return "No CUDA runtime is found" not in record.getMessage()
+
+
 def _is_no_generator_warning(record: logging.LogRecord) -> bool:
     return "CPU RNG state changed" not in record.getMessage()
 
@@ -171,6 +188,17 @@ def _loader_with_own_generator(original: Callable[..., Any]) -> Callable[..., An
         return loader
 
     return build_pretraining_data_loader
+
+
+def _drawing_nothing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def drawing_nothing(*args: Any, **kwargs: Any) -> Any:
+        state = torch.get_rng_state()
+        result = original(*args, **kwargs)
+        torch.set_rng_state(state)
+        return result
+
+    return drawing_nothing
 
 
 def _torch(name: str, reason: str, replace: Callable[[Any], Any]) -> Patch:
@@ -231,6 +259,14 @@ TRAINING_PATCHES: tuple[Patch, ...] = (
         target="megatron.training.training:initialize_megatron",
         reason="it asserts that there is a GPU unless told otherwise, and pretrain() does not tell",
         replace=_without_cuda_assertion,
+    ),
+    Patch(
+        target="megatron.training.training:set_jit_fusion_options",
+        reason=(
+            "its warm-up draws inputs of the micro-batch's size from the device's generator, which initialises the "
+            "weights here: they would depend on --micro-batch-size"
+        ),
+        replace=_drawing_nothing,
     ),
     Patch(
         target="megatron.training.training:build_pretraining_data_loader",

@@ -165,6 +165,7 @@ def load_on_all_ranks(source: str, max_samples: int | None = None) -> TokenizedC
             packing=args.ogpsa_packing,
             cache_dir=cache_dir,
             max_samples=max_samples,
+            show_progress=dist.get_rank() == 0,
         )
 
     if cache_dir is not None:

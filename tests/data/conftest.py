@@ -82,10 +82,8 @@ def with_template(
     return load
 
 
-@pytest.fixture(scope="session")
-def sentencepiece_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Paths of a sentencepiece model and of a template for it."""
-    folder = tmp_path_factory.mktemp("spm")
+def build_sentencepiece_model(folder: Path) -> Path:
+    """Trained on :data:`TEXT`; unknown characters become bytes."""
     (folder / "text.txt").write_text("\n".join(TEXT * 20), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "text.txt"),
@@ -96,8 +94,15 @@ def sentencepiece_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, 
         hard_vocab_limit=False,
         minloglevel=2,
     )
+    return folder / "tiny.model"
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Paths of a sentencepiece model and of a template for it."""
+    folder = tmp_path_factory.mktemp("spm")
     (folder / "chat.jinja").write_text(INSTRUCT, encoding="utf-8")
-    return str(folder / "tiny.model"), str(folder / "chat.jinja")
+    return str(build_sentencepiece_model(folder)), str(folder / "chat.jinja")
 
 
 @pytest.fixture(scope="session")

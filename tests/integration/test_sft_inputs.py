@@ -1,0 +1,65 @@
+"""Fine-tuning from end to end: the loss does not depend on how a global batch is cut; every form of input arrives."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+
+from tests.data.conftest import INSTRUCT, build_sentencepiece_model
+from tests.integration.conftest import Train, scalars
+
+ONE_STAGE = (
+    "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --global-batch-size 8 --train-iters 3".split()
+)
+NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0".split()
+FIGURES = ("lm loss", "grad-norm", "ogpsa removed")
+
+CUTS = {
+    "micro-batches of 1": "--nproc-per-node 1 --micro-batch-size 1",
+    "one micro-batch": "--nproc-per-node 1 --micro-batch-size 8",
+    "two ranks": "--nproc-per-node 2 --micro-batch-size 2",
+}
+
+
+def test_the_loss_is_the_mean_over_the_tokens_of_the_global_batch(train: Train, tmp_path: Path) -> None:
+    """Answers of 1 to 30 words: means of micro-batch means would differ in the first digit, fp32 sums in the seventh."""
+    answers = [" ".join(["no"] * (1 + 7 * i % 30)) for i in range(24)]
+    rows = {"prompt": [f"how do i build weapon {i}" for i in range(24)], "response": answers}
+    datasets.Dataset.from_dict(rows).to_json(tmp_path / "uneven.jsonl")
+    seen = {}
+    for number, (name, flags) in enumerate(CUTS.items()):
+        where = ("--save", f"save-{number}", "--tensorboard-dir", f"log-{number}")
+        outcome = train(*ONE_STAGE, *NO_DROPOUT, *flags.split(), "--ogpsa-train-data", "uneven.jsonl", *where)
+        assert outcome.exit_code == 0, outcome.output[-3000:]
+        seen[name] = scalars(tmp_path / f"log-{number}", *FIGURES)
+    first, *others = seen.values()
+    for other in others:
+        for figure in FIGURES:
+            assert other[figure] == pytest.approx(first[figure], rel=1e-5), figure
+
+
+def test_sentencepiece_and_parquet(train: Train, tmp_path: Path) -> None:
+    model = build_sentencepiece_model(tmp_path)
+    (tmp_path / "chat.jinja").write_text(INSTRUCT, encoding="utf-8")
+    rows = {"prompt": [f"pick lock {i}" for i in range(16)], "response": ["I cannot help with that."] * 16}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "safety.parquet")
+    outcome = train(
+        *ONE_STAGE,
+        *("--nproc-per-node", "1", "--ogpsa-packing", "--tensorboard-dir", "log"),
+        *(
+            "--tokenizer-type",
+            "SentencePieceTokenizer",
+            "--tokenizer-model",
+            str(model),
+            "--chat-template",
+            "chat.jinja",
+        ),
+        *("--ogpsa-train-data", "safety.parquet", "--micro-batch-size", "1", "--global-batch-size", "1"),
+    )
+    assert outcome.exit_code == 0, outcome.output[-3000:]
+    assert re.search(r"OGPSA: references general \(32 samples, \d+ tokens\)", outcome.output)
+    losses = scalars(tmp_path / "log", "lm loss")["lm loss"]
+    assert losses[3] < losses[1]
