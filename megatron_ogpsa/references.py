@@ -24,10 +24,11 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_ogpsa.data.micro_batches import deal_out
 from megatron_ogpsa.plugin import OGPSA
 
 if TYPE_CHECKING:
-    from megatron_ogpsa.data import TokenizedChatDataset
+    from megatron_ogpsa.data import TokenizedChatDataset, TokenizedPreferenceDataset
 
 MicroBatch = dict[str, Tensor]
 
@@ -41,12 +42,17 @@ class Reference:
 
     Attributes:
         micro_batches: collated on the host, [micro-batch, sequence] each; the same number on every data-parallel rank.
+        forward_step: as Megatron's, with a loss function that returns (sum, number, report) and leaves alone the rerun
+            state machine, which accepts results only inside Megatron's own training step.
+        loss: what the forward step's loss is called.
         num_samples, num_supervised_tokens: of the whole reference, on all ranks together.
         fingerprint: of data, tokenizer and template (SHA-256).
     """
 
     name: str
     micro_batches: tuple[MicroBatch, ...]
+    forward_step: Callable[..., Any]
+    loss: str
     num_samples: int
     num_supervised_tokens: int
     fingerprint: str
@@ -54,8 +60,11 @@ class Reference:
 
 def cut_reference(
     name: str,
-    dataset: TokenizedChatDataset,
+    rows: Sequence[MicroBatch],
+    dataset: TokenizedChatDataset | TokenizedPreferenceDataset,
     *,
+    forward_step: Callable[..., Any],
+    loss: str,
     micro_batch_size: int,
     data_parallel_rank: int,
     data_parallel_size: int,
@@ -63,27 +72,19 @@ def cut_reference(
 ) -> Reference:
     """Deal the rows of a reference out to data-parallel ranks and micro-batches.
 
-    The mean is weighted by tokens, so how rows are dealt out does not matter. Where they do not come out even, rows
-    without a supervised token fill the last micro-batches; they add nothing to loss and gradient.
-
     Args:
-        dataset: already cut to the number of samples that the reference is to have.
+        rows: of ``dataset``, which is already cut to the number of samples that the reference is to have.
         multiple: micro-batches per rank must be a multiple of this (interleaved schedules: the pipeline size).
     """
-    per_round = micro_batch_size * data_parallel_size * multiple
-    rows = [dataset[index] for index in range(len(dataset))]
-    filler = {key: tensor.clone() for key, tensor in rows[0].items()}
-    filler["loss_mask"].zero_()
-    rows.extend([filler] * (-len(rows) % per_round))
-    mine = rows[data_parallel_rank::data_parallel_size]
-    micro_batches = [
-        {key: torch.stack([row[key] for row in mine[start : start + micro_batch_size]]) for key in filler}
-        for start in range(0, len(mine), micro_batch_size)
-    ]
+    micro_batches = deal_out(
+        rows, micro_batch_size=micro_batch_size, rank=data_parallel_rank, size=data_parallel_size, multiple=multiple
+    )
     return Reference(
         name=name,
         micro_batches=tuple(_pinned(micro_batch) for micro_batch in micro_batches),
-        num_samples=dataset.summary.num_documents,
+        forward_step=forward_step,
+        loss=loss,
+        num_samples=dataset.num_samples,
         num_supervised_tokens=dataset.num_supervised_tokens,
         fingerprint=dataset.fingerprint,
     )
@@ -102,7 +103,6 @@ def refresh(
     *,
     optimizer: MegatronOptimizer,
     chunks: Sequence[DistributedDataParallel],
-    forward_step: Callable[..., Any],
     forward_backward: Callable[..., Any],
     seq_length: int,
     micro_batch_size: int,
@@ -111,8 +111,6 @@ def refresh(
     """Compute the reference gradients as training gradients are computed, and give the plugin its new basis.
 
     Args:
-        forward_step: as Megatron's, with a loss function that returns (sum over tokens, number of tokens, report) and
-            leaves alone the rerun state machine, which accepts results only inside Megatron's own training step.
         forward_backward: Megatron's schedule for this layout (``get_forward_backward_func``).
 
     Returns:
@@ -125,7 +123,7 @@ def refresh(
             # Rank 0 is on the first stage, whose first chunk draws every micro-batch.
             iterators = [_watched(reference.micro_batches, bar if chunk is chunks[0] else None) for chunk in chunks]
             forward_backward(
-                forward_step_func=forward_step,
+                forward_step_func=reference.forward_step,
                 data_iterator=iterators if len(chunks) > 1 else iterators[0],
                 model=list(chunks),
                 num_microbatches=len(reference.micro_batches),

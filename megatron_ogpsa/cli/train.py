@@ -52,7 +52,7 @@ def _run_rank(config: ConfigFile, overrides: list[str]) -> int:
 
     install_if_no_gpu()
     from megatron_ogpsa.integration.arguments import build_parser
-    from megatron_ogpsa.integration.program import run_sft
+    from megatron_ogpsa.integration.program import run_training
 
-    run_sft(config.as_flags(build_parser(), overrides))
+    run_training(config.as_flags(build_parser(), overrides))
     return 0

@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import override
@@ -39,7 +39,7 @@ _FORMAT_VERSION = 1
 _PROGRESS_DELAY_SECONDS = 2.0
 
 
-class TokenizedChatDataset(Dataset[dict[str, Tensor]]):
+class TokenizedRows(Dataset[dict[str, Tensor]]):
     """Rows of ``seq_length`` positions with one document, or several packed ones, and padding after them.
 
     An item holds CPU tensors of shape ``[seq_length]``:
@@ -52,7 +52,7 @@ class TokenizedChatDataset(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, content: TokenizedDocuments, *, seq_length: int, pad_id: int, fingerprint: str) -> None:
-        """See :func:`build_chat_dataset`."""
+        """See the functions that build data sets."""
         self._documents = content.documents.with_format("numpy")
         self._rows = content.rows
         self.summary = content.summary
@@ -102,6 +102,15 @@ class TokenizedChatDataset(Dataset[dict[str, Tensor]]):
         }
 
 
+class TokenizedChatDataset(TokenizedRows):
+    """Conversations; see :class:`TokenizedRows`."""
+
+    @property
+    def num_samples(self) -> int:
+        """Conversations in all rows."""
+        return self.summary.num_documents
+
+
 def build_chat_dataset(
     source: str,
     tokenizer: ChatTokenizer,
@@ -142,33 +151,41 @@ def build_chat_dataset(
         documents = _tokenize(opened, tokenizer, seq_length, max_samples, show_progress)
         _write(folder, source, documents, seq_length, packing)
 
-    if cache_dir is None:
+    content = build_or_read(build, None if cache_dir is None else Path(cache_dir) / f"chat-{fingerprint[:32]}")
+    return TokenizedChatDataset(content, seq_length=seq_length, pad_id=tokenizer.pad_id, fingerprint=fingerprint)
+
+
+def build_or_read(build: Callable[[Path], None], folder: Path | None) -> TokenizedDocuments:
+    """What ``build`` writes: in memory, or in ``folder``, where it stays and is built only if it is not there."""
+    if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
             build(Path(temporary))
-            content = read_folder(Path(temporary), in_memory=True)
-    else:
-        folder = Path(cache_dir) / f"chat-{fingerprint[:32]}"
-        if not folder.is_dir():
-            with whole_folder(folder) as building:
-                build(building)
-        content = read_folder(folder, in_memory=False)
-    return TokenizedChatDataset(content, seq_length=seq_length, pad_id=tokenizer.pad_id, fingerprint=fingerprint)
+            return read_folder(Path(temporary), in_memory=True)
+    if not folder.is_dir():
+        with whole_folder(folder) as building:
+            build(building)
+    return read_folder(folder, in_memory=False)
+
+
+def progress_over(source: RowSource, max_samples: int | None, show_progress: bool) -> Iterator[tuple[str, object]]:
+    """The rows that are asked for, with their places; a progress line if reading takes more than a moment."""
+    return iter(
+        tqdm(
+            islice(source.rows(), max_samples),
+            total=min(source.num_rows, max_samples or source.num_rows),
+            desc=f"tokenizing {source.name}",
+            unit=" rows",
+            delay=_PROGRESS_DELAY_SECONDS,
+            disable=not show_progress,
+        )
+    )
 
 
 def _tokenize(
     source: RowSource, tokenizer: ChatTokenizer, seq_length: int, max_samples: int | None, show_progress: bool
 ) -> Iterator[tuple[Document, Cut]]:
     """Every row as a document of at most ``seq_length + 1`` tokens."""
-    total = min(source.num_rows, max_samples or source.num_rows)
-    rows = tqdm(
-        islice(source.rows(), max_samples),
-        total=total,
-        desc=f"tokenizing {source.name}",
-        unit=" rows",
-        delay=_PROGRESS_DELAY_SECONDS,
-        disable=not show_progress,
-    )
-    for where, row in rows:
+    for where, row in progress_over(source, max_samples, show_progress):
         messages = messages_from_row(row, where)
         try:
             token_ids, is_supervised = tokenizer.encode_chat(messages)

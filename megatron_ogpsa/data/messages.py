@@ -28,14 +28,14 @@ def messages_from_row(row: object, where: str) -> list[Message]:
     """
     if not isinstance(row, dict):
         raise UserError(
-            f"{where}: a row must be an object with 'messages' or 'prompt' and 'response', not {_type(row)}"
+            f"{where}: a row must be an object with 'messages' or 'prompt' and 'response', not {type_name(row)}"
         )
     if row.get("messages") is not None:
-        messages = _message_list(row["messages"], f"{where}: 'messages'")
+        messages = message_list(row["messages"], f"{where}: 'messages'")
     elif "prompt" in row or "response" in row:
-        prompt, response = _field(row, "prompt", where), _field(row, "response", where)
-        messages = _prompt_messages(prompt, where)
-        messages.append({"role": "assistant", "content": _text(response, f"{where}: 'response'")})
+        prompt, response = required_field(row, "prompt", where), required_field(row, "response", where)
+        messages = prompt_messages(prompt, where)
+        messages.append({"role": "assistant", "content": checked_text(response, f"{where}: 'response'")})
     elif "messages" in row:
         raise UserError(f"{where}: field 'messages' is null; give it a list of messages or remove the row")
     else:
@@ -46,17 +46,19 @@ def messages_from_row(row: object, where: str) -> list[Message]:
     return messages
 
 
-def _prompt_messages(prompt: object, where: str) -> list[Message]:
+def prompt_messages(prompt: object, where: str) -> list[Message]:
+    """A prompt as messages: text is one turn of the user. Raises UserError."""
     if isinstance(prompt, str):
-        return [{"role": "user", "content": _text(prompt, f"{where}: 'prompt'")}]
+        return [{"role": "user", "content": checked_text(prompt, f"{where}: 'prompt'")}]
     if isinstance(prompt, list):
-        return _message_list(prompt, f"{where}: 'prompt'")
-    raise UserError(f"{where}: 'prompt' must be text or a list of messages, not {_type(prompt)}")
+        return message_list(prompt, f"{where}: 'prompt'")
+    raise UserError(f"{where}: 'prompt' must be text or a list of messages, not {type_name(prompt)}")
 
 
-def _message_list(value: object, where: str) -> list[Message]:
+def message_list(value: object, where: str) -> list[Message]:
+    """A checked, non-empty list of messages. Raises UserError."""
     if not isinstance(value, list):
-        raise UserError(f"{where} must be a list of messages, not {_type(value)}")
+        raise UserError(f"{where} must be a list of messages, not {type_name(value)}")
     if not value:
         raise UserError(f"{where} is an empty list; add messages or remove the row")
     return [_message(message, f"{where}[{index}]") for index, message in enumerate(value)]
@@ -64,15 +66,16 @@ def _message_list(value: object, where: str) -> list[Message]:
 
 def _message(value: object, where: str) -> Message:
     if not isinstance(value, dict):
-        raise UserError(f"{where} must be an object with 'role' and 'content', not {_type(value)}")
-    role = _field(value, "role", where)
+        raise UserError(f"{where} must be an object with 'role' and 'content', not {type_name(value)}")
+    role = required_field(value, "role", where)
     if role not in ROLES:
         raise UserError(f"{where}: unknown role {role!r}; use one of {', '.join(ROLES)}")
-    _text(_field(value, "content", where), f"{where}: 'content'")
+    checked_text(required_field(value, "content", where), f"{where}: 'content'")
     return {name: field for name, field in value.items() if field is not None}
 
 
-def _field(holder: dict[str, Any], name: str, where: str) -> object:
+def required_field(holder: dict[str, Any], name: str, where: str) -> object:
+    """A field that must be there and not null. Raises UserError."""
     if name not in holder:
         raise UserError(f"{where}: field {name!r} is missing; add it or remove the row")
     if holder[name] is None:
@@ -80,9 +83,10 @@ def _field(holder: dict[str, Any], name: str, where: str) -> object:
     return holder[name]
 
 
-def _text(value: object, where: str) -> str:
+def checked_text(value: object, where: str) -> str:
+    """Text that can be written as UTF-8. Raises UserError."""
     if not isinstance(value, str):
-        raise UserError(f"{where} must be text, not {_type(value)}")
+        raise UserError(f"{where} must be text, not {type_name(value)}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -92,6 +96,7 @@ def _text(value: object, where: str) -> str:
     return value
 
 
-def _type(value: object) -> str:
+def type_name(value: object) -> str:
+    """What JSON calls the type of ``value``."""
     names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)

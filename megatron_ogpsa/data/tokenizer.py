@@ -42,8 +42,10 @@ class ChatTokenizer(ABC):
     def fingerprint(self) -> str:
         """SHA-256 (hexadecimal) of tokenizer and chat template."""
 
-    def encode_chat(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
+    def encode_chat(self, messages: list[Message], *, answer_from: int = 0) -> tuple[list[int], list[bool]]:
         """Token ids of a conversation, and for each whether it is the assistant's to produce.
+
+        Turns before message ``answer_from`` are prompt, the assistant's among them too.
 
         A token that straddles the border of a turn belongs to whoever writes its last character: that is where a model
         that generates token by token commits itself to it.
@@ -53,7 +55,8 @@ class ChatTokenizer(ABC):
         """
         text, spans = self.template.render_with_spans(messages)
         is_assistant = bytearray(len(text) + 1)
-        for begin, end in spans:
+        num_earlier = sum(message["role"] == "assistant" for message in messages[:answer_from])
+        for begin, end in spans[num_earlier:]:
             is_assistant[begin:end] = b"\1" * (end - begin)
         token_ids, offsets = self.encode(text)
         return token_ids, [bool(is_assistant[position]) for position in last_characters(offsets)]

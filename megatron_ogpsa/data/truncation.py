@@ -49,5 +49,27 @@ def truncate(document: Document, limit: int) -> tuple[Document, Cut]:
     return _window(document, end - limit, end), Cut.PROMPT
 
 
+def truncate_pair(chosen: Document, rejected: Document, limit: int) -> tuple[Document, Document, Cut]:
+    """Cut two answers to the same prompt to ``limit`` tokens each, keeping the answers.
+
+    The start of the prompt goes first, as much of it as the longer answer needs, and alike in both documents. A quarter of
+    the limit stays the prompt's (or the whole prompt, if it is shorter); only answers that do not fit into the rest lose
+    their ends. Either way each document keeps a token of the prompt and at least one of its answer.
+
+    Args:
+        chosen, rejected: supervised from the first token of the answer on; each has one, and a prompt before it.
+        limit: tokens to keep of each, at least 2.
+    """
+    prompts = [document.is_supervised.index(True) for document in (chosen, rejected)]
+    longest = max(len(d.token_ids) - prompt for d, prompt in zip((chosen, rejected), prompts, strict=True))
+    kept = max(limit - longest, min(max(prompts), max(limit // 4, 1)))
+    starts = [max(prompt - kept, 0) for prompt in prompts]
+    cut = [_window(d, start, start + limit) for d, start in zip((chosen, rejected), starts, strict=True)]
+    if any(starts):
+        return cut[0], cut[1], Cut.PROMPT
+    is_shorter = len(cut[0].token_ids) < len(chosen.token_ids) or len(cut[1].token_ids) < len(rejected.token_ids)
+    return cut[0], cut[1], Cut.END if is_shorter else Cut.NOTHING
+
+
 def _window(document: Document, start: int, end: int) -> Document:
     return Document(document.token_ids[start:end], document.is_supervised[start:end])

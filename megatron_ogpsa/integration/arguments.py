@@ -11,6 +11,8 @@ from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.cpu_arguments import set_cpu_defaults
 from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
 
+REFERENCE_LOSSES = ("nll", "nll_chosen", "nll_pair", "dpo")
+
 
 def add_ogpsa_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add this project's flags to Megatron's parser.
@@ -18,7 +20,8 @@ def add_ogpsa_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     For ``parse_and_validate_args(extra_args_provider=add_ogpsa_arguments)``. On a machine without a GPU the defaults of
     Megatron's own flags change to what runs there.
     """
-    _add_data_arguments(parser.add_argument_group("ogpsa data", "Chat data for supervised fine-tuning"))
+    _add_data_arguments(parser.add_argument_group("ogpsa data", "What is trained, and on what"))
+    _add_preference_arguments(parser.add_argument_group("ogpsa dpo", "The loss on preference pairs"))
     _add_projection_arguments(parser.add_argument_group("ogpsa projection", "Orthogonal gradient projection"))
     if install_if_no_gpu():  # before Megatron validates: it asks the GPU for its generation
         set_cpu_defaults(parser)
@@ -64,16 +67,58 @@ class _QuietParser(argparse.ArgumentParser):
 
 def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
+        "--ogpsa-stage",
+        choices=("sft", "dpo"),
+        default="sft",
+        help="What megatron-ogpsa train does: supervised fine-tuning on conversations, or direct preference optimization "
+        "on pairs of answers (default: sft).",
+    )
+    group.add_argument(
         "--ogpsa-train-data",
         metavar="SOURCE",
-        help="Training conversations: a .jsonl or .parquet file, or a source that the datasets library loads, with a "
-        "'messages' column or 'prompt' and 'response' columns.",
+        help="A .jsonl or .parquet file, or a source that the datasets library loads. For sft with a 'messages' column or "
+        "'prompt' and 'response' columns; for dpo with 'chosen' and 'rejected', and 'prompt' where they do not hold it.",
     )
-    group.add_argument("--ogpsa-valid-data", metavar="SOURCE", help="Conversations for validation, in the same forms.")
+    group.add_argument("--ogpsa-valid-data", metavar="SOURCE", help="Data for validation, in the same forms.")
     group.add_argument(
         "--ogpsa-packing",
         action="store_true",
-        help="Pack several conversations into one sequence; attention stays within each conversation.",
+        help="Pack several conversations (or pairs) into one sequence; attention stays within each conversation.",
+    )
+
+
+def _add_preference_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--ogpsa-dpo-loss",
+        choices=("sigmoid", "hinge", "ipo"),
+        default="sigmoid",
+        help="Loss on the margin between the chosen and the rejected answer (default: sigmoid).",
+    )
+    group.add_argument(
+        "--ogpsa-dpo-beta",
+        metavar="BETA",
+        type=float,
+        default=0.2,
+        help="Strength of the tie to the reference policy, the model as loaded (default: 0.2).",
+    )
+    group.add_argument(
+        "--ogpsa-dpo-label-smoothing",
+        metavar="SHARE",
+        type=float,
+        default=0.0,
+        help="Share of pairs whose order is taken to be wrong; sigmoid only (default: 0).",
+    )
+    group.add_argument(
+        "--ogpsa-dpo-length-normalised",
+        action="store_true",
+        help="Compare mean log-probabilities per token instead of sums.",
+    )
+    group.add_argument(
+        "--ogpsa-dpo-nll-weight",
+        metavar="ALPHA",
+        type=float,
+        default=0.0,
+        help="Add this times the chosen answer's mean token loss, as RPO does (default: 0).",
     )
 
 
@@ -98,8 +143,16 @@ def _add_projection_arguments(group: argparse._ArgumentGroup) -> None:
         "--ogpsa-refresh-interval",
         metavar="N",
         type=_positive_int,
-        default=30,
-        help="Optimizer steps between two refreshes of the reference gradients (default: 30).",
+        help="Optimizer steps between two refreshes of the reference gradients (default: 30 for sft, 5 for dpo).",
+    )
+    group.add_argument(
+        "--ogpsa-reference-loss",
+        metavar="[NAME=]LOSS",
+        action="append",
+        default=[],
+        type=_named_loss,
+        help="Loss whose gradient is protected, for all references or for the named one: nll of conversations (default for "
+        "sft), nll_chosen (default for dpo), nll_pair (both answers) or dpo of preference pairs.",
     )
     group.add_argument(
         "--ogpsa-granularity",
@@ -126,6 +179,13 @@ def _named_source(text: str) -> tuple[str, str]:
     if not (separator and name and source):
         raise argparse.ArgumentTypeError(f"'{text}' is not NAME=SOURCE, for instance math=data/math.jsonl")
     return name, source
+
+
+def _named_loss(text: str) -> tuple[str | None, str]:
+    name, separator, loss = text.rpartition("=")
+    if loss not in REFERENCE_LOSSES:
+        raise argparse.ArgumentTypeError(f"'{text}' is not [NAME=]LOSS with one of {', '.join(REFERENCE_LOSSES)}")
+    return (name if separator else None), loss
 
 
 def _positive_int(text: str) -> int:

@@ -20,34 +20,39 @@ class Batch:
     labels: torch.Tensor
     loss_mask: torch.Tensor
     position_ids: torch.Tensor
+    document_ids: torch.Tensor
+    """int64 [b, s], from 0 in each row, -1 on padding."""
+    pair_ids: torch.Tensor | None = None
+    """int64 [b, p], the pairs of each row; -1 where a row has fewer. ``None`` for conversations."""
     attention_mask: torch.Tensor | None = None
     """bool [b, 1, s, s], True where attention is forbidden; ``None`` lets the model build its causal mask."""
     packed_seq_params: Any = None
     """Megatron's ``PackedSeqParams``, with which Transformer Engine keeps documents apart."""
 
 
-_FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
+_FIELDS = ("tokens", "labels", "loss_mask", "position_ids", "document_ids")
 
 
-def next_batch(data_iterator: Iterator[dict[str, torch.Tensor]], *, packing: bool, transformer_engine: bool) -> Batch:
+def next_batch(data_iterator: Iterator[dict[str, torch.Tensor]], *, packed: bool, transformer_engine: bool) -> Batch:
     """Draw one micro-batch and give it the form that the attention implementation takes.
 
     Args:
-        data_iterator: yields items of :class:`~megatron_ogpsa.data.TokenizedChatDataset`, collated: each [b, s].
-        packing: rows hold several documents.
+        data_iterator: yields items of :class:`~megatron_ogpsa.data.TokenizedChatDataset` or of
+            :class:`~megatron_ogpsa.data.TokenizedPreferenceDataset`, collated: each [b, s].
+        packed: rows hold several documents.
         transformer_engine: attention is Transformer Engine's, which takes document boundaries, not a mask.
     """
     item = next(data_iterator)
     fields = {name: item[name].cuda(non_blocking=True) for name in _FIELDS}
-    if not packing:
-        return Batch(**fields)
-    document_ids = item["document_ids"].cuda(non_blocking=True)
-    if transformer_engine:
-        flat = {name: tensor.reshape(1, -1) for name, tensor in fields.items()}
-        return Batch(**flat, packed_seq_params=packed_parameters(document_ids))
+    pair_ids = item["pair_ids"].cuda(non_blocking=True) if "pair_ids" in item else None
+    if not packed:
+        return Batch(**fields, pair_ids=pair_ids)
+    if transformer_engine:  # one row at a time (checked at start), so that [b, s] is the end-to-end layout already
+        return Batch(**fields, pair_ids=pair_ids, packed_seq_params=packed_parameters(fields["document_ids"]))
     from megatron_ogpsa.data import attention_mask_from_documents
 
-    return Batch(**fields, attention_mask=attention_mask_from_documents(document_ids))
+    mask = attention_mask_from_documents(fields["document_ids"])
+    return Batch(**fields, pair_ids=pair_ids, attention_mask=mask)
 
 
 def document_boundaries(document_ids: torch.Tensor) -> torch.Tensor:

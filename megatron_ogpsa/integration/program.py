@@ -12,12 +12,12 @@ from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.arguments import add_ogpsa_arguments, parse_flags
 from megatron_ogpsa.integration.cpu_arguments import check_supported_on_cpu
 from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
-from megatron_ogpsa.integration.sft import check_sft_arguments, datasets_provider, make_forward_step
-from megatron_ogpsa.integration.training import prepare_megatron, pretrain
+from megatron_ogpsa.integration.stages import build_stage
+from megatron_ogpsa.integration.training import prepare_megatron, run_loop
 
 
-def run_sft(flags: list[str]) -> None:
-    """Supervised fine-tuning through Megatron's training loop; returns when training has ended.
+def run_training(flags: list[str]) -> None:
+    """The stage of ``--ogpsa-stage`` through Megatron's training loop; returns when training has ended.
 
     Args:
         flags: Megatron's flags and ours, as on a command line.
@@ -27,20 +27,20 @@ def run_sft(flags: list[str]) -> None:
     """
     prepare_megatron()
     args = validated_arguments(flags)
-    check_sft_arguments(args)
+    stage = build_stage(args)
 
     from megatron.core.enums import ModelType
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     try:
-        pretrain(config, datasets_provider, ModelType.encoder_or_decoder, make_forward_step())
+        run_loop(stage.hooks, config, stage.datasets_provider, ModelType.encoder_or_decoder, stage.forward_step)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def add_sft_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Our flags, and the defaults that fine-tuning wants of Megatron's."""
     add_ogpsa_arguments(parser)
     parser.set_defaults(calculate_per_token_loss=True, eval_interval=1000)
@@ -62,7 +62,7 @@ def validated_arguments(flags: list[str]) -> argparse.Namespace:
     load_chat_tokenizer(early.tokenizer_type, early.tokenizer_model, early.chat_template)
     sys.argv = [sys.argv[0], *flags]  # Megatron's parser reads the command line
     try:
-        args = parse_and_validate_args(extra_args_provider=add_sft_arguments)
+        args = parse_and_validate_args(extra_args_provider=add_training_arguments)
     except (AssertionError, ValueError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"Megatron refuses these flags: {_one_line(error)}") from error
     if args.ogpsa_valid_data is None:

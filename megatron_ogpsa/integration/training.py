@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ import torch
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.cpu_arguments import check_supported_on_cpu
 from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu, install_in_training_loop
+from megatron_ogpsa.integration.loop import LoopHook, install_hooks
 from megatron_ogpsa.integration.patching import Patch, apply_patches, require_supported_megatron
-from megatron_ogpsa.integration.projection import install as install_projection
 
 _PRETRAIN_PARAMETERS = (
     "cfg_container",
@@ -42,16 +42,32 @@ def pretrain(
     """
     from megatron.training import get_args
 
+    prepare_megatron()  # before megatron.core is imported for the references
+
+    from megatron_ogpsa.integration.stages import projection_hooks
+
+    hooks = projection_hooks(get_args())
+    return run_loop(
+        hooks, cfg_container, train_valid_test_dataset_provider, model_type, forward_step_func, *args, **kwargs
+    )
+
+
+def run_loop(hooks: Sequence[LoopHook], *args: Any, **kwargs: Any) -> Any:
+    """Megatron's ``pretrain`` with ``hooks`` in its loop.
+
+    Raises:
+        UserError: a flag needs a GPU and there is none.
+    """
+    from megatron.training import get_args
+
     prepare_megatron()
     if install_if_no_gpu():
         check_supported_on_cpu(get_args())
 
     from megatron.training.training import pretrain as megatron_pretrain
 
-    install_projection(get_args())
-    return megatron_pretrain(
-        cfg_container, train_valid_test_dataset_provider, model_type, forward_step_func, *args, **kwargs
-    )
+    install_hooks(hooks)
+    return megatron_pretrain(*args, **kwargs)
 
 
 def prepare_megatron() -> None:

@@ -46,14 +46,16 @@ def unwrapped(chunk: nn.Module) -> Any:
     return chunk
 
 
-def named_parameters(chunks: Sequence[DistributedDataParallel]) -> Iterator[NamedParameter]:
-    """Trainable parameters of this rank's model chunks, in the chunks' order."""
+def named_parameters(
+    chunks: Sequence[DistributedDataParallel], *, trainable_only: bool = True
+) -> Iterator[NamedParameter]:
+    """Parameters of this rank's model chunks, in the chunks' order; by default those that are trained."""
     for chunk in chunks:
         module: nn.Module = unwrapped(chunk)
         num_experts = getattr(unwrapped(chunk).config, "num_moe_experts", None) or 0
         layer_prefixes = _global_layer_prefixes(module)
         for local_name, param in module.named_parameters():
-            if param.requires_grad:
+            if param.requires_grad or not trainable_only:
                 name = _with_global_layer(local_name, layer_prefixes)
                 name = _with_global_expert(name, num_experts, chunk)
                 yield NamedParameter(_with_tied_embedding(name, param), param, chunk)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
@@ -58,14 +59,30 @@ def reduction_of(optimizers: Sequence[MegatronOptimizer], chunks: Sequence[Distr
 
 def is_counted(parameter: NamedParameter, optimizer: MegatronOptimizer, reduction: Reduction) -> bool:
     """Whether this rank's copy of ``parameter`` enters sums over ``reduction.group``."""
-    param, chunk = parameter.param, parameter.chunk
+    param = parameter.param
     counted = param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(
         param,
         tp_group=getattr(optimizer, "tp_group", None),
         expert_tp_group=getattr(optimizer, "expert_tp_group", None),
     )
     if reduction.spans_data_parallel_copies and not isinstance(optimizer, DistributedOptimizer):
-        is_expert = not getattr(param, "allreduce", True)
-        data_parallel_group = chunk.intra_expt_dp_group if is_expert else chunk.intra_dp_cp_group
-        counted = counted and data_parallel_group.rank() == 0
+        counted = counted and _data_parallel_group(parameter).rank() == 0
     return counted
+
+
+def is_one_copy(parameter: NamedParameter) -> bool:
+    """Whether this rank's copy of a model parameter is the one that stands for all of them in a sum over all ranks."""
+    param, chunk = parameter.param, parameter.chunk
+    group = chunk.expt_dp_group if _is_expert(param) else chunk.dp_cp_group
+    return param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param) and group.rank() == 0
+
+
+def _data_parallel_group(parameter: NamedParameter) -> dist.ProcessGroup:
+    chunk = parameter.chunk
+    group: dist.ProcessGroup = chunk.intra_expt_dp_group if _is_expert(parameter.param) else chunk.intra_dp_cp_group
+    return group
+
+
+def _is_expert(param: torch.nn.Parameter) -> bool:
+    # Megatron marks what is reduced over the experts' own groups (core/tensor_parallel/layers.py).
+    return not getattr(param, "allreduce", True)

@@ -1,0 +1,36 @@
+"""Rows dealt out to data-parallel ranks and micro-batches, for passes outside Megatron's own data loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Row = dict[str, Tensor]
+
+
+def deal_out(rows: Sequence[Row], *, micro_batch_size: int, rank: int, size: int, multiple: int = 1) -> list[Row]:
+    """This rank's micro-batches; every rank gets the same number.
+
+    Sums over all rows do not depend on how rows are dealt out. Where they do not come out even, rows without a supervised
+    token and without a pair fill the last micro-batches; they add nothing to any sum.
+
+    Args:
+        rows: at least one; tensors of one shape for each name.
+        rank, size: of the data-parallel group.
+        multiple: micro-batches per rank must be a multiple of this (interleaved schedules: the pipeline size).
+
+    Returns:
+        collated rows, [micro-batch, ...] each.
+    """
+    filler = {name: tensor.clone() for name, tensor in rows[0].items()}
+    filler["loss_mask"].zero_()
+    if "pair_ids" in filler:
+        filler["pair_ids"].fill_(-1)
+    num_fillers = -len(rows) % (micro_batch_size * size * multiple)
+    mine = [*rows, *[filler] * num_fillers][rank::size]
+    return [
+        {name: torch.stack([row[name] for row in mine[start : start + micro_batch_size]]) for name in filler}
+        for start in range(0, len(mine), micro_batch_size)
+    ]

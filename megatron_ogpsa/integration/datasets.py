@@ -1,0 +1,138 @@
+"""Data sets in Megatron's loop: read alike on every rank, streamed to its data loaders."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sized
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset
+
+from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.integration.agreement import agreed
+from megatron_ogpsa.integration.sampling import EpochStream
+
+if TYPE_CHECKING:
+    from megatron_ogpsa.data import ChatTokenizer, TokenizedChatDataset, TokenizedPreferenceDataset
+
+Rows = Dataset[dict[str, torch.Tensor]]
+
+
+def make_datasets_provider(load: Callable[[str], Rows]) -> Callable[..., tuple[Any, Any, None]]:
+    """Megatron's data set provider: training and validation streams of ``--ogpsa-train-data``/``--ogpsa-valid-data``.
+
+    Args:
+        load: reads a source, the same on every rank; raises UserError on all ranks alike.
+    """
+
+    def datasets_provider(
+        num_samples: tuple[int, int | None, int], vp_stage: int | None = None
+    ) -> tuple[Any, Any, None]:
+        """``num_samples``: wanted for training, validation (None: each once) and test (which has no data)."""
+        from megatron.core.datasets.utils import Split
+        from megatron.training import get_args
+
+        args = get_args()
+        num_train, num_valid, _ = num_samples
+        train = load(args.ogpsa_train_data)
+        agreed(lambda: check_enough_samples(args, train, "--ogpsa-train-data", args.micro_batch_size))
+        if args.dataloader_type == "cyclic":  # Megatron's random sampler counts epochs by itself
+            train_stream: Any = train
+        else:
+            train_stream = EpochStream(train, length=num_train, seed=args.seed, split=Split.train)
+        if args.ogpsa_valid_data is None:
+            return train_stream, None, None
+        valid = load(args.ogpsa_valid_data)
+        agreed(lambda: check_enough_samples(args, valid, "--ogpsa-valid-data", args.eval_micro_batch_size))
+        length = _length(valid) if num_valid is None else num_valid
+        return train_stream, EpochStream(valid, length=length, seed=None, split=Split.valid), None
+
+    datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron: call me on every rank
+    return datasets_provider
+
+
+@cache
+def load_conversations(source: str, max_samples: int | None = None) -> TokenizedChatDataset:
+    """Tokenise conversations with Megatron's tokenizer flags, the same on every rank; every rank must call it.
+
+    Raises:
+        UserError: on all ranks alike.
+    """
+    from megatron_ogpsa.data import build_chat_dataset
+
+    return _load_on_all_ranks(build_chat_dataset, source, max_samples)
+
+
+@cache
+def load_pairs(source: str, max_samples: int | None = None) -> TokenizedPreferenceDataset:
+    """As :func:`load_conversations`, for preference pairs."""
+    from megatron_ogpsa.data import build_preference_dataset
+
+    return _load_on_all_ranks(build_preference_dataset, source, max_samples)
+
+
+def _load_on_all_ranks[T](build_dataset: Callable[..., T], source: str, max_samples: int | None) -> T:
+    """With ``--data-cache-path`` rank 0 goes first, and the others find its cache."""
+    from megatron.training import get_args
+
+    args = get_args()
+    cache_dir = Path(args.data_cache_path) if args.data_cache_path else None
+
+    def build() -> T:
+        return build_dataset(
+            source,
+            chat_tokenizer(),
+            seq_length=args.seq_length,
+            packing=args.ogpsa_packing,
+            cache_dir=cache_dir,
+            max_samples=max_samples,
+            show_progress=dist.get_rank() == 0,
+        )
+
+    if cache_dir is not None:
+        agreed(lambda: build() if dist.get_rank() == 0 else None)
+    return agreed(build)
+
+
+@cache
+def chat_tokenizer() -> ChatTokenizer:
+    """The tokenizer of ``--tokenizer-type``, ``--tokenizer-model`` and ``--chat-template``.
+
+    Raises:
+        UserError: it cannot be loaded, or knows more tokens than the model's embedding has rows.
+    """
+    from megatron.training import get_args
+
+    from megatron_ogpsa.data import load_chat_tokenizer
+
+    args = get_args()
+    tokenizer = load_chat_tokenizer(args.tokenizer_type, args.tokenizer_model, args.chat_template)
+    if args.padded_vocab_size is not None and tokenizer.vocab_size > args.padded_vocab_size:
+        raise UserError(
+            f"--tokenizer-model {args.tokenizer_model} has {tokenizer.vocab_size} tokens, the model's embedding only "
+            f"{args.padded_vocab_size}: leave --vocab-size and --padded-vocab-size out, or make them larger"
+        )
+    return tokenizer
+
+
+def check_enough_samples(args: argparse.Namespace, dataset: Rows, flag: str, micro_batch_size: int) -> None:
+    """Refuse a data set that cannot give every data-parallel rank one micro-batch.
+
+    Raises:
+        UserError: naming the flag and both numbers.
+    """
+    needed = args.data_parallel_size * micro_batch_size
+    if _length(dataset) < needed:
+        raise UserError(
+            f"{flag}: {_length(dataset)} samples are fewer than {args.data_parallel_size} data-parallel ranks × "
+            f"micro-batch {micro_batch_size} = {needed}: add data, or lower --micro-batch-size or the number of ranks"
+        )
+
+
+def _length(dataset: Rows) -> int:
+    assert isinstance(dataset, Sized)
+    return len(dataset)

@@ -1,0 +1,246 @@
+"""DPO's reference policy in Megatron's loop: the model as loaded, remembered by its log-probabilities."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, override
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset
+from tqdm import tqdm
+
+from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.integration.agreement import agreed
+from megatron_ogpsa.integration.batch import Batch
+from megatron_ogpsa.integration.forward import make_forward_step
+from megatron_ogpsa.integration.loop import read_state
+from megatron_ogpsa.losses.output import LossFunction
+from megatron_ogpsa.losses.preference import PreferenceLossConfig, answer_log_probs, summed_pair_loss
+from megatron_ogpsa.references import PROGRESS_DELAY_SECONDS
+
+if TYPE_CHECKING:
+    from megatron_ogpsa.data import TokenizedPreferenceDataset
+    from megatron_ogpsa.reference_policy.store import LogProbs
+
+LOG_PROBS_FILE = "reference_log_probs.safetensors"
+"""Beside the checkpoints."""
+
+_SIGNED = ("rewards/", "log-probs/")
+
+
+class NumberedPairs(Dataset[dict[str, Tensor]]):
+    """The rows of a data set, its pairs numbered on from those of the data sets before it."""
+
+    def __init__(self, dataset: TokenizedPreferenceDataset, first_pair: int) -> None:
+        """``first_pair``: number of the data set's first pair."""
+        self._dataset = dataset
+        self._first_pair = first_pair
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self._dataset)
+
+    @override
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One row; absent pairs stay -1."""
+        row = self._dataset[index]
+        return row | {"pair_ids": torch.where(row["pair_ids"] >= 0, row["pair_ids"] + self._first_pair, -1)}
+
+
+class ReferencePolicy:
+    """A hook that has every pair's reference log-probabilities before the first step.
+
+    A new run computes them with forward-only passes and keeps them beside its checkpoints; one that was interrupted goes
+    on where it stopped, and one that resumes training reads them, since the weights are no longer the reference policy's.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Raises UserError for a loss that is not possible."""
+        self._args = args
+        self._config = PreferenceLossConfig(
+            kind=args.ogpsa_dpo_loss,
+            beta=args.ogpsa_dpo_beta,
+            label_smoothing=args.ogpsa_dpo_label_smoothing,
+            length_normalised=args.ogpsa_dpo_length_normalised,
+            nll_weight=args.ogpsa_dpo_nll_weight,
+        )
+        self._datasets: dict[str, NumberedPairs] = {}  # by fingerprint, in the order in which their pairs are numbered
+        self._num_pairs = 0
+        self._log_probs: LogProbs | None = None
+        self._table_N2: Tensor | None = None
+
+    def numbered(self, dataset: TokenizedPreferenceDataset) -> NumberedPairs:
+        """Take a data set in; before :meth:`start`, in the same order on all ranks."""
+        if dataset.fingerprint not in self._datasets:  # Megatron asks for data once for each model chunk
+            assert self._log_probs is None
+            self._datasets[dataset.fingerprint] = NumberedPairs(dataset, self._num_pairs)
+            self._num_pairs += dataset.num_pairs
+        return self._datasets[dataset.fingerprint]
+
+    def loss_of(self, batch: Batch) -> LossFunction:
+        """The preference loss of a micro-batch."""
+        assert batch.pair_ids is not None
+        if self._table_N2 is None:
+            raise RuntimeError("a preference loss was asked for before the reference policy's log-probabilities")
+        if self._table_N2.device != batch.tokens.device:
+            self._table_N2 = self._table_N2.to(batch.tokens.device)
+        return partial(
+            summed_pair_loss,
+            loss_mask=batch.loss_mask,
+            document_ids=batch.document_ids,
+            pair_ids=batch.pair_ids,
+            reference_log_probs=self._table_N2[batch.pair_ids.clamp_min(0)],
+            config=self._config,
+        )
+
+    def start(self, model: list[Any], optimizer: Any, forward_backward: Callable[..., Any], iteration: int) -> None:
+        """Read or compute the log-probabilities.
+
+        Raises:
+            UserError: on all ranks alike: what is stored belongs to other weights or data, is damaged, or is missing where
+                training goes on.
+        """
+        from megatron.training import print_rank_0
+
+        stored = self._stored()
+        if iteration > 0:
+            agreed(lambda: self._check_resumable(stored))
+            self._log_probs = stored
+        else:
+            self._log_probs = self._computed(stored, model, forward_backward)
+        assert self._log_probs is not None
+        self._table_N2 = self._log_probs.values_N2
+        print_rank_0(f"DPO: reference log-probabilities of {self._num_pairs} pairs, weights {self._log_probs.weights}")
+
+    def before_step(self, model: list[Any], optimizer: Any, forward_backward: Callable[..., Any], step: int) -> None:
+        """Nothing: the reference policy stays what it was."""
+
+    def figures(self) -> dict[str, Tensor]:
+        """None of its own: rewards and margins come with the loss."""
+        return {}
+
+    def after_step(self, losses: dict[str, Tensor], step: int) -> None:
+        """A line with the step's rewards, which may be negative: Megatron's log line leaves out what is not positive."""
+        if step % self._args.log_interval == 0 and dist.get_rank() == dist.get_world_size() - 1:
+            named = (f"{name}: {losses[name].item():.4f}" for name in losses if name.startswith(_SIGNED))
+            print(f" DPO iteration {step:8d} | {' | '.join(named)} |", flush=True)
+
+    def after_save(self) -> None:
+        """Nothing: the log-probabilities are kept already."""
+
+    def state(self) -> dict[str, Any]:
+        """Which weights the reference policy has."""
+        return {"reference policy": self._log_probs.weights if self._log_probs is not None else None}
+
+    def _stored(self) -> LogProbs | None:
+        """What rank 0 finds beside the checkpoints, on all ranks."""
+        from megatron_ogpsa.reference_policy.store import read_log_probs
+
+        folders = [Path(folder) for folder in (self._args.save, self._args.load) if folder]
+
+        def read() -> LogProbs | None:
+            if dist.get_rank() != 0:
+                return None
+            found = (read_log_probs(folder / LOG_PROBS_FILE) for folder in folders)
+            return next((log_probs for log_probs in found if log_probs is not None), None)
+
+        box = [agreed(read)]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _check_resumable(self, stored: LogProbs | None) -> None:
+        place = Path(self._args.save or self._args.load or ".") / LOG_PROBS_FILE
+        if stored is None:
+            raise UserError(
+                f"{place} is missing, and the model has been trained on since: restore it, or start DPO from this "
+                "checkpoint with --pretrained-checkpoint (or --finetune) and a new --save"
+            )
+        self._check_data(stored, place)
+        expected = read_state(Path(self._args.load)).get("reference policy")
+        if expected is not None and expected != stored.weights:
+            raise UserError(
+                f"{place} is of weights {stored.weights}, the checkpoint's run began with {expected}: restore it"
+            )
+        if not stored.is_complete:
+            raise UserError(f"{place} is not complete: restore it, or start anew with another --save")
+
+    def _check_data(self, stored: LogProbs, place: Path) -> None:
+        if stored.data != tuple(self._datasets):
+            raise UserError(
+                f"{place} is of other data, tokenizer, chat template or --seq-length: use those again, or start anew with "
+                "another --save"
+            )
+
+    def _computed(self, stored: LogProbs | None, model: list[Any], forward_backward: Callable[..., Any]) -> LogProbs:
+        from megatron.training import print_rank_0
+
+        from megatron_ogpsa.reference_policy.passes import complete
+        from megatron_ogpsa.reference_policy.store import LogProbs, write_log_probs
+        from megatron_ogpsa.reference_policy.weights import weights_fingerprint
+
+        weights = weights_fingerprint(model)
+        path = Path(self._args.save) / LOG_PROBS_FILE if self._args.save else None
+        if stored is not None and path is not None:
+            known = stored
+            agreed(lambda: self._check_data(known, path))
+            if stored.weights != weights:
+                raise UserError(
+                    f"{path} is of weights {stored.weights}, the model has {weights}: delete it, or use another --save"
+                )
+            print_rank_0(
+                f"DPO: {int(stored.is_known_N.sum())} of {self._num_pairs} reference log-probabilities are there"
+            )
+        log_probs = stored or LogProbs.unknown(self._num_pairs, weights=weights, data=tuple(self._datasets))
+        is_first = dist.get_rank() == 0
+        rows: Any = ConcatDataset(list(self._datasets.values()))
+        with tqdm(
+            total=self._num_pairs,
+            initial=int(log_probs.is_known_N.sum()),
+            desc="DPO reference policy",
+            unit=" pairs",
+            delay=PROGRESS_DELAY_SECONDS,
+            disable=not is_first,
+        ) as bar:
+
+            def after_round(so_far: LogProbs, num_new: int) -> None:
+                if path is not None:
+                    agreed(lambda: write_log_probs(path, so_far) if is_first else None)
+                bar.update(num_new)
+
+            try:
+                passes = self._passes(model, forward_backward)
+                return complete(log_probs, rows, passes, after_round=after_round)
+            except ValueError as error:
+                raise UserError(
+                    f"the reference policy's log-probabilities are not finite ({error}): check the weights that were loaded"
+                ) from None
+
+    def _passes(self, model: list[Any], forward_backward: Callable[..., Any]) -> Any:
+        from megatron_ogpsa.reference_policy.passes import Passes
+
+        args = self._args
+        return Passes(
+            chunks=model,
+            forward_step=make_forward_step(_log_probs_of, packed=True, validate=False),
+            forward_backward=forward_backward,
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            is_interleaved=args.virtual_pipeline_model_parallel_size is not None,
+            decoder_seq_length=args.decoder_seq_length,
+        )
+
+
+def _log_probs_of(batch: Batch) -> Any:
+    """In place of a loss: gives the schedule (pair ids, log-probabilities), which it collects."""
+
+    def collect(token_loss: Tensor, non_loss_data: bool = True) -> tuple[Tensor, Tensor]:
+        pair_ids = batch.pair_ids
+        assert pair_ids is not None
+        return pair_ids, answer_log_probs(token_loss, batch.loss_mask, batch.document_ids, pair_ids.shape[1])
+
+    return collect

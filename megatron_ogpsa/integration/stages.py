@@ -1,0 +1,123 @@
+"""What ``megatron-ogpsa train`` can do, by ``--ogpsa-stage``: each stage is data, a loss, and hooks in the loop."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from megatron_ogpsa.errors import UnsupportedError, UserError
+from megatron_ogpsa.integration.datasets import load_conversations, load_pairs, make_datasets_provider
+from megatron_ogpsa.integration.forward import ForwardStep, make_forward_step
+from megatron_ogpsa.integration.loop import LoopHook
+from megatron_ogpsa.integration.projection import ProjectionRun
+from megatron_ogpsa.integration.reference_data import reference_loader
+from megatron_ogpsa.integration.reference_policy import ReferencePolicy
+from megatron_ogpsa.losses.sft import summed_token_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What Megatron's ``pretrain`` is given, and who acts in its loop."""
+
+    datasets_provider: Callable[..., Any]
+    forward_step: ForwardStep
+    hooks: Sequence[LoopHook]
+
+
+def projection_hooks(args: argparse.Namespace, policy: ReferencePolicy | None = None) -> list[LoopHook]:
+    """The projection, if the run has references.
+
+    Raises:
+        UserError, UnsupportedError: flags that it cannot do with.
+    """
+    run = ProjectionRun(args, reference_loader(args, policy))
+    return [run] if args.ogpsa_reference else []
+
+
+def build_stage(args: argparse.Namespace) -> Stage:
+    """The stage of ``--ogpsa-stage``.
+
+    Raises:
+        UserError, UnsupportedError: flags with which it would be wrong or would fail late.
+    """
+    check_arguments(args)
+    return _dpo(args) if args.ogpsa_stage == "dpo" else _sft(args)
+
+
+def _sft(args: argparse.Namespace) -> Stage:
+    return Stage(
+        datasets_provider=make_datasets_provider(load_conversations),
+        forward_step=make_forward_step(
+            lambda batch: partial(summed_token_loss, loss_mask=batch.loss_mask), packed=args.ogpsa_packing
+        ),
+        hooks=projection_hooks(args),
+    )
+
+
+def _dpo(args: argparse.Namespace) -> Stage:
+    policy = ReferencePolicy(args)
+    projection = projection_hooks(args, policy)
+    return Stage(
+        datasets_provider=make_datasets_provider(lambda source: policy.numbered(load_pairs(source))),
+        forward_step=make_forward_step(policy.loss_of, packed=True),
+        hooks=[*projection, policy],  # references first: those with the loss dpo bring pairs of their own
+    )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse flags with which training would be wrong or would fail late.
+
+    Raises:
+        UserError: naming the flag and the remedy.
+    """
+    if not args.ogpsa_train_data:
+        example = "pairs to train on, such as data/pairs.jsonl" if args.ogpsa_stage == "dpo" else "conversations"
+        raise UserError(f"--ogpsa-train-data is missing: name the {example}")
+    if not args.calculate_per_token_loss:
+        raise UserError(
+            "--calculate-per-token-loss is off, so short answers would weigh more than long ones: switch it on"
+        )
+    if args.context_parallel_size > 1:
+        raise UnsupportedError(
+            "--context-parallel-size above 1 is not supported for fine-tuning: sequences are not split over its ranks yet; "
+            "use --tensor-model-parallel-size with --sequence-parallel for long sequences"
+        )
+    if args.ogpsa_stage == "dpo":
+        _check_dpo(args)
+    if args.ogpsa_packing or args.ogpsa_stage == "dpo":
+        _check_packing(args, "--ogpsa-packing" if args.ogpsa_packing else "--ogpsa-stage dpo")
+
+
+def _check_dpo(args: argparse.Namespace) -> None:
+    # Megatron would scale these losses by tokens and divide by pairs (core/transformer/moe/router.py).
+    for flag, value in (
+        ("--moe-aux-loss-coeff", args.moe_aux_loss_coeff if args.num_experts else 0),
+        ("--moe-z-loss-coeff", args.moe_z_loss_coeff if args.num_experts else 0),
+        ("--mtp-num-layers", args.mtp_num_layers),
+    ):
+        if any(value) if isinstance(value, list) else value:
+            raise UnsupportedError(
+                f"{flag} with --ogpsa-stage dpo is not supported: it counts tokens, not pairs; set it to 0"
+            )
+    if args.skip_train:
+        raise UnsupportedError(
+            "--skip-train with --ogpsa-stage dpo: the reference policy is known after a first step only"
+        )
+
+
+def _check_packing(args: argparse.Namespace, flag: str) -> None:
+    if args.transformer_impl == "transformer_engine":
+        if args.micro_batch_size != 1:
+            raise UserError(
+                f"--micro-batch-size {args.micro_batch_size} with {flag}: Transformer Engine takes rows of several documents "
+                "one at a time, use --micro-batch-size 1 and a larger --seq-length"
+            )
+        return
+    # Megatron's own attention honours an explicit mask only on its plain path (fused_softmax.py).
+    if args.masked_softmax_fusion:
+        raise UserError(f"{flag} with --transformer-impl local needs --no-masked-softmax-fusion")
+    if args.window_size is not None:
+        raise UnsupportedError(f"{flag} with --window-size and --transformer-impl local would mix documents")

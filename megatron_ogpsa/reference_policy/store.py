@@ -1,0 +1,108 @@
+"""The file that the reference policy's log-probabilities are kept in, written again after each round of passes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from megatron_ogpsa.errors import UserError
+
+_FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """log π_ref of (chosen, rejected) for the pairs of some data sets, laid end to end; sums over an answer's tokens.
+
+    Attributes:
+        values_N2: fp64, N pairs.
+        is_known_N: bool; the others are still to be computed.
+        weights: fingerprint of the reference policy's weights.
+        data: fingerprint of each data set (content, tokenizer, template, sequence length).
+    """
+
+    values_N2: Tensor
+    is_known_N: Tensor
+    weights: str
+    data: tuple[str, ...]
+
+    @classmethod
+    def unknown(cls, num_pairs: int, *, weights: str, data: tuple[str, ...]) -> LogProbs:
+        """Nothing computed yet."""
+        values = torch.zeros(num_pairs, 2, dtype=torch.float64)
+        return cls(values, torch.zeros(num_pairs, dtype=torch.bool), weights, data)
+
+    def with_round(self, values_N2: Tensor, is_new_N: Tensor) -> LogProbs:
+        """These and the log-probabilities of one more round."""
+        values = torch.where(is_new_N[:, None], values_N2, self.values_N2)
+        return replace(self, values_N2=values, is_known_N=self.is_known_N | is_new_N)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every pair's are known."""
+        return bool(self.is_known_N.all())
+
+
+def write_log_probs(path: Path, log_probs: LogProbs) -> None:
+    """Replace the file at once: a reader, or a run that starts after a crash, sees the old content or the new.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    tensors = {"log_probs": log_probs.values_N2, "is_known": log_probs.is_known_N.to(torch.uint8)}
+    metadata = {
+        "format": _FORMAT,
+        "weights": log_probs.weights,
+        "data": json.dumps(log_probs.data),
+        "sha256": _digest(tensors),
+    }
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(save(tensors, metadata))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"--save: {path} cannot be written ({error.strerror}): free space or choose another folder"
+        ) from None
+
+
+def read_log_probs(path: Path) -> LogProbs | None:
+    """What the file holds; ``None`` if there is no file.
+
+    Raises:
+        UserError: the file is torn, changed, or of another format.
+    """
+    if not path.exists():
+        return None
+    damaged = f"{path} is damaged: delete it (a new run computes it again) or restore it"
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in ("log_probs", "is_known")}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{damaged} ({error})") from None
+    if metadata.get("format") != _FORMAT or metadata.get("sha256") != _digest(tensors):
+        raise UserError(damaged)
+    return LogProbs(
+        tensors["log_probs"], tensors["is_known"].bool(), metadata["weights"], tuple(json.loads(metadata["data"]))
+    )
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
