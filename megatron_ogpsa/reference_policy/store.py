@@ -58,12 +58,8 @@ def write_log_probs(path: Path, log_probs: LogProbs) -> None:
         UserError: the place cannot be written.
     """
     tensors = {"log_probs": log_probs.values_N2, "is_known": log_probs.is_known_N.to(torch.uint8)}
-    metadata = {
-        "format": _FORMAT,
-        "weights": log_probs.weights,
-        "data": json.dumps(log_probs.data),
-        "sha256": _digest(tensors),
-    }
+    metadata = {"format": _FORMAT, "weights": log_probs.weights, "data": json.dumps(log_probs.data)}
+    metadata["sha256"] = _digest(metadata, tensors)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,20 +85,22 @@ def read_log_probs(path: Path) -> LogProbs | None:
     damaged = f"{path} is damaged: delete it (a new run computes it again) or restore it"
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in ("log_probs", "is_known")}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{damaged} ({error})") from None
-    if metadata.get("format") != _FORMAT or metadata.get("sha256") != _digest(tensors):
+    digest = metadata.pop("sha256", "")
+    if digest != _digest(metadata, tensors) or metadata["format"] != _FORMAT:
         raise UserError(damaged)
     return LogProbs(
         tensors["log_probs"], tensors["is_known"].bool(), metadata["weights"], tuple(json.loads(metadata["data"]))
     )
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().numpy().tobytes())
+def _digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 (hexadecimal) of all that the file says."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()

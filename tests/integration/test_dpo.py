@@ -1,0 +1,143 @@
+"""DPO through Megatron's loop: the reference policy, resumed runs, and losses that do not depend on the layout."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_ogpsa.integration.reference_policy import LOG_PROBS_FILE
+from megatron_ogpsa.reference_policy.store import read_log_probs, write_log_probs
+from tests.integration.conftest import Train, scalars
+
+FIGURES = ("dpo loss", "grad-norm", "rewards/margin", "rewards/rejected", "log-probs/chosen", "ogpsa removed")
+
+LAYOUTS = {
+    "tp2-pp2": "",
+    "dp2": "--nproc-per-node 2 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1",
+    "dp1": "--nproc-per-node 1 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --micro-batch-size 4",
+    "interleaved": "--nproc-per-node 2 --tensor-model-parallel-size 1 --num-layers-per-virtual-pipeline-stage 1",
+}
+
+
+def dpo_flags(folder: Path, layout: str, name: str, *more: str) -> list[str]:
+    """Pairs of uneven length, and the flags of a run called ``name``."""
+
+    def write(file: str, rows: list[tuple[str, str, str]]) -> str:
+        lines = (json.dumps({"prompt": p, "chosen": c, "rejected": r}) for p, c, r in rows)
+        (folder / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return file
+
+    unsafe = [(f"how do i build weapon {i}", "no" + ", never" * (i % 4), "take " + "it " * (i % 7)) for i in range(41)]
+    general = [(f"what is {i} plus one", f"it is {i + 1}", f"it is {i + 3}, or so") for i in range(24)]
+    return [
+        *("--ogpsa-stage", "dpo", "--ogpsa-train-data", write("pairs.jsonl", unsafe)),
+        *("--ogpsa-reference", f"general={write('general_pairs.jsonl', general)}"),
+        *("--save", name, "--tensorboard-dir", f"{name}-log"),
+        *LAYOUTS[layout].split(),
+        *more,
+    ]
+
+
+def test_a_resumed_run_is_bitwise_the_undisturbed_one(train: Train, tmp_path: Path) -> None:
+    """With dropout, which the reference policy does not have."""
+    dropout = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1")
+    whole = train(*dpo_flags(tmp_path, "tp2-pp2", "whole", *dropout))
+    assert whole.exit_code == 0, whole.output[-3000:]
+    assert "OGPSA: references general (24 samples, " in whole.output
+    assert re.search(r"reference log-probabilities of 41 pairs, weights [0-9a-f]{32}", whole.output)
+    assert re.search(
+        r"DPO iteration +6 \| rewards/chosen: -?[\d.]+ \| rewards/rejected: -?[\d.]+ \| .*accuracy", whole.output
+    )
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed/iter_0000006")
+    (tmp_path / "resumed/latest_checkpointed_iteration.txt").write_text("3", encoding="utf-8")
+    again = train(*dpo_flags(tmp_path, "tp2-pp2", "resumed", *dropout, "--load", "resumed"))
+    assert again.exit_code == 0, again.output[-3000:]
+    undisturbed, resumed = scalars(tmp_path / "whole-log", *FIGURES), scalars(tmp_path / "resumed-log", *FIGURES)
+    for name in FIGURES:
+        assert {step: undisturbed[name][step] for step in (4, 5, 6)} == resumed[name], name
+
+    (tmp_path / "resumed" / LOG_PROBS_FILE).unlink()
+    lost = train(*dpo_flags(tmp_path, "tp2-pp2", "resumed", "--load", "resumed", "--train-iters", "8"))
+    assert lost.exit_code == 2, lost.output[-3000:]
+    assert "is missing, and the model has been trained on since: restore it" in lost.error_lines[0]
+
+
+def test_losses_are_means_over_pairs_in_every_layout(train: Train, tmp_path: Path) -> None:
+    """At the start the policy is its own reference: ln 2. Then fp32 rounding, in sums of another order, of a small model.
+
+    41 pairs in batches of 8, on 1 or 2 ranks, in micro-batches of 2 or 4: what is dealt out unevenly is seen as well.
+    """
+    still = ("--hidden-dropout", "0", "--attention-dropout", "0", "--train-iters", "3")
+    seen = {}
+    for layout in ("dp1", "dp2", "interleaved"):
+        outcome = train(*dpo_flags(tmp_path, layout, layout, *still))
+        assert outcome.exit_code == 0, outcome.output[-3000:]
+        seen[layout] = scalars(tmp_path / f"{layout}-log", *FIGURES)
+    for figures in seen.values():
+        assert figures["dpo loss"][1] == pytest.approx(math.log(2), rel=1e-6)
+        assert figures["rewards/margin"][1] == pytest.approx(0, abs=1e-6)
+        assert figures["dpo loss"][3] < figures["dpo loss"][1]
+    for name in FIGURES:
+        assert seen["dp2"][name] == pytest.approx(seen["dp1"][name], rel=1e-4, abs=1e-5), name
+    whole, pieces = (read_log_probs(tmp_path / layout / LOG_PROBS_FILE) for layout in ("dp1", "dp2"))
+    assert whole is not None
+    assert pieces is not None
+    assert pieces.weights == whole.weights
+    assert pieces.values_N2.flatten().tolist() == pytest.approx(whole.values_N2.flatten().tolist(), rel=1e-6)
+
+
+def test_the_reference_policy_goes_on_where_it_stopped_and_knows_its_data(train: Train, tmp_path: Path) -> None:
+    short = ("--train-iters", "1", "--ogpsa-packing")
+    first = train(*dpo_flags(tmp_path, "dp2", "run", *short))
+    assert first.exit_code == 0, first.output[-3000:]
+    path = tmp_path / "run" / LOG_PROBS_FILE
+    complete = read_log_probs(path)
+    assert complete is not None
+    assert complete.is_complete
+    half = type(complete).unknown(41, weights=complete.weights, data=complete.data)
+    known = half.is_known_N.clone()
+    known[:20] = True
+    write_log_probs(path, half.with_round(complete.values_N2, known))
+    again = train(*dpo_flags(tmp_path, "dp2", "run", *short))
+    assert again.exit_code == 0, again.output[-3000:]
+    assert "DPO: 20 of 41 reference log-probabilities are there" in again.output
+    finished = read_log_probs(path)
+    assert finished is not None
+    assert finished.values_N2.equal(complete.values_N2)
+
+    for change, message in (
+        (("--seq-length", "120"), "other data, tokenizer, chat template or --seq-length"),
+        (("--seed", "7"), "delete it, or use another --save"),
+    ):
+        refused = train(*dpo_flags(tmp_path, "dp2", "run", *short, *change))
+        assert refused.exit_code == 2, refused.output[-3000:]
+        assert len(refused.error_lines) == 1
+        assert message in refused.error_lines[0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [("dpo", r"24 samples, \d+ tokens, dpo"), ("general=nll_pair", r"24 samples, \d+ tokens, nll_pair")],
+)
+def test_the_loss_of_a_reference_is_chosen(train: Train, tmp_path: Path, loss: str, words: str) -> None:
+    flags = dpo_flags(tmp_path, "dp1", "run", "--train-iters", "2", "--ogpsa-reference-loss", loss)
+    outcome = train(*flags)
+    assert outcome.exit_code == 0, outcome.output[-3000:]
+    assert re.search(rf"OGPSA: references general \({words}\)", outcome.output)
+    pairs = 65 if loss == "dpo" else 41
+    assert f"reference log-probabilities of {pairs} pairs" in outcome.output
+
+
+def test_conversations_under_a_loss_of_pairs_are_refused(train: Train, tmp_path: Path, inputs: Path) -> None:
+    flags = dpo_flags(tmp_path, "dp2", "run")
+    outcome = train(*flags, "--ogpsa-reference", f"chat={inputs / 'general.jsonl'}", timeout=120)
+    assert outcome.exit_code == 2, outcome.output[-3000:]
+    assert "--ogpsa-reference chat: " in outcome.error_lines[0]
+    assert "say --ogpsa-reference-loss chat=nll" in outcome.error_lines[0]
