@@ -35,14 +35,18 @@ MODEL: Settings = {
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSizes:
-    """Steps, batch sizes and learning rates; chosen once on seed 1 so that plain fine-tuning reaches full refusal."""
+    """Steps, batch sizes and learning rates, chosen on seed 1.
+
+    The safety learning rate is small, because the projection keeps general ability to first order only: at 2e-3 one run of
+    80 steps moved the weights so far that the projected runs came out worse than the plain one.
+    """
 
     base_steps: int = 900
     base_batch: int = 64
     base_lr: float = 4e-3
-    safety_steps: int = 80
+    safety_steps: int = 150
     safety_batch: int = 32
-    safety_lr: float = 2e-3
+    safety_lr: float = 2e-4
     refresh_interval: int = 10
 
 
@@ -101,6 +105,7 @@ def evaluation_config(benchmark: Benchmark, num_ranks: int, seed: int) -> Settin
         "tensor-model-parallel-size": 1,
         "ogpsa-train-data": str(benchmark.safety_train),
         **_schedule(1, num_ranks, 1e-3, num_ranks),
+        "micro-batch-size": 1,  # of no use here, but Megatron checks that batches come out even
     }
 
 

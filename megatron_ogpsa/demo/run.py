@@ -127,7 +127,7 @@ def plan_steps(benchmark: Benchmark, out: Path, *, num_ranks: int, seed: int, fr
             variant, benchmark, sizes, start=base, save=out / variant, num_ranks=num_ranks, seed=seed
         )
         path = write_config(out / f"{variant}.yaml", settings)
-        steps.append(Step(f"fine-tuning, {TITLES[variant]}", [*train, str(path)], out / f"{variant}.log", 22 * slower))
+        steps.append(Step(f"fine-tuning, {TITLES[variant]}", [*train, str(path)], out / f"{variant}.log", 40 * slower))
     evaluation = write_config(out / "evaluate.yaml", evaluation_config(benchmark, num_ranks, seed))
     named = [f"{START}={base}", *(f"{variant}={out / variant}" for variant in VARIANTS)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]

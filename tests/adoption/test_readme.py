@@ -92,6 +92,6 @@ def test_the_demo_prints_the_table_of_the_readme(tmp_path: Path) -> None:
         assert expected[:24] == line[:24]
     unsafe = [float(value) for value in re.findall(r"([\d.]+) %", table[2])]
     assert unsafe[0] == 0.0
-    assert min(unsafe[1:]) > 90  # fine-tuning for safety works, or there is no tax to speak of
+    assert min(unsafe[1:]) > 75  # fine-tuning for safety works, or there is no tax to speak of
     for name in ("report.md", "results.csv", "tasks.png", "tradeoff.png", "training.png"):
         assert (tmp_path / "demo/report" / name).stat().st_size > 500

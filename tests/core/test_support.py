@@ -38,7 +38,9 @@ def arguments() -> Callable[..., argparse.Namespace]:
         "ogpsa_reference": [("math", "math.jsonl")],
         "ogpsa_granularity": "tensor",
         "ogpsa_mode": "orthogonal",
-        "ogpsa_refresh_interval": 30,
+        "ogpsa_refresh_interval": None,
+        "ogpsa_reference_loss": [],
+        "ogpsa_stage": "sft",
         "ogpsa_basis_dtype": "fp32",
         "optimizer": "adam",
         "cuda_graph_impl": "none",
@@ -72,6 +74,22 @@ def test_unsupported_flags_are_refused_by_name_with_references_only(
     check_projection_arguments(arguments(**change, ogpsa_reference=[]))
     with pytest.raises(UnsupportedError, match=f"^{flag} with --ogpsa-reference is not supported: .+; .+"):
         check_projection_arguments(arguments(**change))
+
+
+def test_the_papers_refresh_interval_is_the_stages(arguments: Callable[..., argparse.Namespace]) -> None:
+    from megatron_ogpsa.integration.projection import check_projection_arguments
+
+    for stage, given, expected in (("sft", None, 30), ("dpo", None, 5), ("dpo", 7, 7)):
+        args = arguments(ogpsa_stage=stage, ogpsa_refresh_interval=given)
+        check_projection_arguments(args)
+        assert args.ogpsa_refresh_interval == expected
+
+
+def test_the_loss_of_a_reference_that_is_not_there(arguments: Callable[..., argparse.Namespace]) -> None:
+    from megatron_ogpsa.integration.projection import check_projection_arguments
+
+    with pytest.raises(UserError, match=r"^--ogpsa-reference-loss chat=…: no --ogpsa-reference has this name"):
+        check_projection_arguments(arguments(ogpsa_reference_loss=[("chat", "nll")]))
 
 
 def test_two_references_of_one_name_and_a_script_without_our_flags(

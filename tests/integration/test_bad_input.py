@@ -22,6 +22,11 @@ CASES = {
         "2 data-parallel ranks",
     ),
     "needs a GPU": ("", ["--fp8-format", "hybrid"], "--fp8-format"),
+    "a pair without a choice": (
+        '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}\n',
+        ["--ogpsa-stage", "dpo", "--ogpsa-train-data", "bad.jsonl"],
+        "bad.jsonl:2: field 'rejected' is missing",
+    ),
     "unknown flag": ("", ["--ogpsa-refresh-intervall", "3"], "did you mean --ogpsa-refresh-interval?"),
 }
 

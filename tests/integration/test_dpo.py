@@ -12,7 +12,7 @@ import pytest
 
 from megatron_ogpsa.integration.reference_policy import LOG_PROBS_FILE
 from megatron_ogpsa.reference_policy.store import read_log_probs, write_log_probs
-from tests.integration.conftest import Train, scalars
+from tests.integration.conftest import CONFIG, Train, scalars
 
 FIGURES = ("dpo loss", "grad-norm", "rewards/margin", "rewards/rejected", "log-probs/chosen", "ogpsa removed")
 
@@ -67,6 +67,27 @@ def test_a_resumed_run_is_bitwise_the_undisturbed_one(train: Train, tmp_path: Pa
     lost = train(*dpo_flags(tmp_path, "tp2-pp2", "resumed", "--load", "resumed", "--train-iters", "8"))
     assert lost.exit_code == 2, lost.output[-3000:]
     assert "is missing, and the model has been trained on since: restore it" in lost.error_lines[0]
+
+
+def test_the_result_of_fine_tuning_is_the_reference_policy(train: Train, tmp_path: Path) -> None:
+    """The examples, one after the other: a second call goes on with the second stage instead of starting it anew."""
+    first = train("--save", "sft", "--ogpsa-reference-samples", "8")
+    assert first.exit_code == 0, first.output[-3000:]
+    flags = ["--pretrained-checkpoint", "sft", "--load", "dpo", *dpo_flags(tmp_path, "tp2-pp2", "dpo")]
+    second = train(*flags, config=CONFIG.with_name("dpo.yaml"))
+    assert second.exit_code == 0, second.output[-3000:]
+    figures = scalars(tmp_path / "dpo-log", "dpo loss", "learning-rate")
+    assert figures["dpo loss"][1] == pytest.approx(math.log(2), rel=1e-6)
+    assert [*figures["dpo loss"]] == [1, 2, 3, 4, 5, 6]  # a schedule of its own
+    further = train(*flags, "--train-iters", "8", "--override-opt-param-scheduler", config=CONFIG.with_name("dpo.yaml"))
+    assert further.exit_code == 0, further.output[-3000:]
+    assert "successfully loaded checkpoint from dpo" in further.output
+    assert sorted(scalars(tmp_path / "dpo-log", "dpo loss")["dpo loss"]) == [*range(1, 9)]
+    log_probs = read_log_probs(tmp_path / "dpo" / LOG_PROBS_FILE)
+    assert log_probs is not None
+    assert (
+        json.loads((tmp_path / "dpo/ogpsa.json").read_text(encoding="utf-8"))["reference policy"] == log_probs.weights
+    )
 
 
 def test_losses_are_means_over_pairs_in_every_layout(train: Train, tmp_path: Path) -> None:
