@@ -1,14 +1,9 @@
-"""What the ranks of a distributed test run; each function is a job of the harness and returns plain numbers."""
+"""What the ranks run to compare with the oracle; each function is a job of the harness and returns plain numbers."""
 
 from __future__ import annotations
 
-import logging
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -18,8 +13,9 @@ from megatron_ogpsa import OGPSAConfig, attach
 from megatron_ogpsa.collectives import sum_over_ranks
 from megatron_ogpsa.projection.segments import gram_and_dots
 from tests.core import oracle
+from tests.core.gradients import plant, projected_gradient
 from tests.core.layouts import LAYOUTS, PRECISIONS, Layout
-from tests.core.megatron_model import Batch, Training, build, canonical_gradient, plant
+from tests.core.megatron_model import Batch, Training, build
 
 REFERENCES = ("math", "chat", "code")
 ROWS = 8
@@ -33,7 +29,9 @@ def batch_of(shape: oracle.ModelShape, seed: int) -> Batch:
 
     def rows(row_seed: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(row_seed)
-        tokens = torch.randint(0, shape.vocabulary, (ROWS // 2, shape.positions + 1), generator=generator)
+        tokens = torch.randint(
+            0, shape.vocabulary - shape.padding, (ROWS // 2, shape.positions + 1), generator=generator
+        )
         mask = (torch.rand(ROWS // 2, shape.positions, generator=generator) < 0.6).float()
         mask[:, 0] = 1.0
         return tokens, mask
@@ -41,22 +39,6 @@ def batch_of(shape: oracle.ModelShape, seed: int) -> Batch:
     (common, common_mask), (own, own_mask) = rows(0), rows(seed + 1)
     tokens, mask = torch.cat((common, own)), torch.cat((common_mask, own_mask))
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask
-
-
-def projected_gradient(training: Training) -> tuple[oracle.Tensors, Any]:
-    """Step once and return the gradient that the inner optimizer saw, and what the step returned."""
-    seen: dict[int, Tensor] = {}
-
-    def record() -> bool:
-        for group in training.optimizer.param_groups:
-            for param in group["params"]:
-                seen[id(param)] = param.grad.clone()
-        return True
-
-    training.optimizer.step_with_ready_grads = record
-    result = training.optimizer.step()
-    del training.optimizer.step_with_ready_grads
-    return canonical_gradient(training, lambda main: seen[id(main)]), result
 
 
 def refresh(training: Training, ogpsa: Any, batches: dict[str, Batch]) -> bool:
@@ -72,6 +54,7 @@ def parity(layout: str, granularity: str, basis_dtype: str = "fp32") -> dict[str
     shape = oracle.ModelShape(**LAYOUTS[layout].model)
     weights = oracle.random_weights(shape, seed=1)
     training = build(LAYOUTS[layout], weights, clip_grad=0.0)
+    trained = [name for name in weights if not LAYOUTS[layout].is_frozen(name)]
     ogpsa = attach(
         training.optimizer,
         training.chunks,
@@ -83,8 +66,8 @@ def parity(layout: str, granularity: str, basis_dtype: str = "fp32") -> dict[str
     training.gradient(safety)
     actual, (_, grad_norm, _) = projected_gradient(training)
 
-    plain = oracle.gradient(shape, weights, safety)
-    reference_gradients = [oracle.gradient(shape, weights, batch) for batch in references.values()]
+    plain = oracle.gradient(shape, weights, safety, trained)
+    reference_gradients = [oracle.gradient(shape, weights, batch, trained) for batch in references.values()]
     expected = oracle.project(plain, reference_gradients, granularity)
     return {
         "error": oracle.relative_error(actual, expected),
@@ -94,7 +77,7 @@ def parity(layout: str, granularity: str, basis_dtype: str = "fp32") -> dict[str
         "rank": ogpsa.metrics["rank"],
         "leak": ogpsa.metrics["leak"],
         "num_blocks": len(ogpsa.block_names),
-        "expected_num_blocks": len(weights) if granularity == "tensor" else 1,
+        "expected_num_blocks": len(trained) if granularity == "tensor" else 1,
         "world_size": dist.get_world_size(),
     }
 
@@ -151,20 +134,34 @@ HF_PARTS = {
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
-    "mlp.linear_fc1.weight[gate]": "mlp.gate_proj.weight",
-    "mlp.linear_fc1.weight[up]": "mlp.up_proj.weight",
-} | {
-    f"self_attention.linear_qkv.{kind}[{part}]": f"self_attn.{part}_proj.{kind}"
-    for kind in ("weight", "bias")
-    for part in "qkv"
+    "mlp.shared_experts.gate_weight": "mlp.shared_expert_gate.weight",
 }
+HF_MODULES = {
+    "self_attention.linear_proj": "self_attn.o_proj",
+    "self_attention.linear_qkv": "self_attn",
+    "mlp.router": "mlp.gate",
+    "mlp.shared_experts": "mlp.shared_expert",
+    "mlp.experts.local_experts": "mlp.experts",
+}
+HF_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "gate": "gate_proj", "up": "up_proj"}
 
 
 def hf_name(block: str) -> str:
+    """From the name of a block of the plugin to the Hugging Face tensor that it is."""
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", block)
-    return f"model.layers.{match[1]}.{HF_PARTS[match[2]]}" if match else HF_PARTS[block]
+    if match is None:
+        return HF_PARTS[block]
+    return f"model.layers.{match[1]}.{HF_PARTS.get(match[2]) or _hf_linear(match[2])}"
+
+
+def _hf_linear(leaf: str) -> str:
+    match = re.fullmatch(r"(.*?)(\.linear_fc[12])?\.(weight|bias)(?:\[(\w+)\])?", leaf)
+    assert match is not None
+    module, fc, kind, part = match.groups()
+    for megatron, hugging_face in HF_MODULES.items():
+        module = re.sub(rf"^{re.escape(megatron)}(?=\.|$)", hugging_face, module)
+    projection = "down_proj" if fc == ".linear_fc2" else HF_PROJECTIONS[part] if part else None
+    return ".".join(name for name in (module, projection, kind) if name)
 
 
 def integer_gram(layout: str) -> bool:
@@ -184,177 +181,3 @@ def integer_gram(layout: str) -> bool:
         if not torch.equal(actual, rows @ rows.T):
             raise AssertionError(f"{block}: {actual.tolist()} is not {(rows @ rows.T).tolist()}")
     return True
-
-
-# ----------------------------------------------------------------------------------------------- the contract
-
-
-@contextmanager
-def counted_collectives() -> Iterator[Counter[str]]:
-    """Count calls of torch.distributed's collectives by name."""
-    counts: Counter[str] = Counter()
-
-    def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            counts[name] += 1
-            return original(*args, **kwargs)
-
-        return call
-
-    names = ("all_reduce", "all_gather_into_tensor", "_all_gather_base", "broadcast", "all_gather_object", "barrier")
-    names += ("reduce_scatter_tensor", "_reduce_scatter_base", "all_gather", "reduce", "all_to_all_single")
-    with mock.patch.multiple(dist, **{name: counting(name, getattr(dist, name)) for name in names}):
-        yield counts
-
-
-def collectives(layout: str, granularity: str, num_references: int) -> dict[str, dict[str, int]]:
-    """Collectives of a plain step, of a projected one, and of the orthonormalisation."""
-    shape = oracle.ModelShape(**LAYOUTS[layout].model)
-    training = build(LAYOUTS[layout], oracle.random_weights(shape, seed=1))
-    gradients = planted(shape, num_references + 1, integers=False)
-
-    def step() -> dict[str, int]:
-        plant(training, gradients[-1])
-        with counted_collectives() as counts:
-            training.optimizer.step()
-        return dict(counts)
-
-    step()  # Megatron caches answers about parameter groups in its first step
-    plain = step()
-    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(granularity=granularity))  # type: ignore[arg-type]
-    ogpsa.begin_refresh()
-    with counted_collectives() as refresh_counts:
-        for index, gradient in enumerate(gradients[:-1]):
-            plant(training, gradient)
-            ogpsa.capture(f"reference {index}")
-        ogpsa.finish_refresh()
-    return {"plain": plain, "projected": step(), "refresh": dict(refresh_counts)}
-
-
-def detached_is_plain(layout: str) -> dict[str, bool]:
-    """Parameters and returns after attach, projected and unprojected steps, and detach, against a run without."""
-    shape = oracle.ModelShape(**LAYOUTS[layout].model)
-    weights = oracle.random_weights(shape, seed=1)
-    batches = [batch_of(shape, seed) for seed in range(3)]
-
-    def parameters(training: Training) -> list[Tensor]:
-        return [param.detach().clone() for chunk in training.chunks for param in chunk.parameters()]
-
-    def run(training: Training) -> list[Any]:
-        returned = []
-        for batch in batches:
-            training.gradient(batch)
-            returned.append(tuple(training.optimizer.step()))
-        return returned
-
-    training = build(LAYOUTS[layout], weights)
-    ogpsa = attach(training.optimizer, training.chunks)
-    refresh(training, ogpsa, {"a": batches[1]})
-    ogpsa.enabled = False
-    disabled_returns = run(training)
-    disabled_parameters = parameters(training)
-    ogpsa.detach()
-    restored = not {"prepare_grads", "get_grad_norm", "clip_grad_norm"} & vars(training.optimizer).keys()
-
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    plain = build(LAYOUTS[layout], weights)
-    plain_returns = run(plain)
-    return {
-        "restored": restored,
-        "same_returns": disabled_returns == plain_returns,
-        "same_parameters": all(map(torch.equal, disabled_parameters, parameters(plain))),
-    }
-
-
-def leaf_optimizer(layout: str) -> dict[str, float]:
-    """The plugin on an optimizer outside a chain: the norm that ``step`` returns and the clipping that follows it."""
-    shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
-    training = build(ALL_LAYOUTS[layout], oracle.random_weights(shape, seed=1), clip_grad=0.5)
-    (training.optimizer,) = training.optimizer.chained_optimizers
-    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(granularity="model"))
-    *references, gradient = planted(shape, 3, integers=False)
-    ogpsa.begin_refresh()
-    for index, reference in enumerate(references):
-        plant(training, reference)
-        ogpsa.capture(f"reference {index}")
-    ogpsa.finish_refresh()
-    plant(training, gradient)
-    actual, (_, grad_norm, _) = projected_gradient(training)
-    expected = oracle.project(gradient, references, "model")
-    return {
-        "optimizer": type(training.optimizer).__name__,
-        "norm_error": abs(float(grad_norm) / oracle.norm(expected) - 1),
-        "clipped_norm": oracle.norm(actual),
-    }
-
-
-def not_finite(layout: str, bad_rank: int) -> dict[str, Any]:
-    """NaN on one rank only: in a reference of a later refresh, then in the training gradient."""
-    shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
-    training = build(ALL_LAYOUTS[layout], oracle.random_weights(shape, seed=1))
-    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(granularity="tensor"))
-    good, bad, gradient = planted(shape, 3, integers=False)
-
-    def poison() -> None:
-        # Without the distributed optimizer the reduction over data parallelism has carried NaN to every copy.
-        if dist.get_rank() == bad_rank or not ALL_LAYOUTS[layout].distributed_optimizer:
-            for chunk in training.chunks:
-                for param in chunk.parameters():
-                    param.main_grad.fill_(float("nan"))
-
-    def refreshed(tensors: oracle.Tensors, poisoned: bool) -> bool:
-        ogpsa.begin_refresh()
-        plant(training, good)
-        ogpsa.capture("steady")
-        plant(training, tensors)
-        if poisoned:
-            poison()
-        ogpsa.capture("shaky")
-        return ogpsa.finish_refresh()
-
-    first = refreshed(gradient, poisoned=False)
-    basis = ogpsa._basis_KN.clone()
-    with mock.patch.object(logging.getLogger("megatron_ogpsa.plugin"), "warning") as warning:
-        second = refreshed(bad, poisoned=True)
-    plant(training, gradient)
-    before = [param.detach().clone() for chunk in training.chunks for param in chunk.parameters()]
-    poison()
-    skipped = training.optimizer.step()
-    unchanged = all(map(torch.equal, before, (p for chunk in training.chunks for p in chunk.parameters())))
-    plant(training, gradient)
-    success, norm, _ = training.optimizer.step()
-    return {
-        "refreshes": (first, second),
-        "kept": torch.equal(basis, ogpsa._basis_KN),
-        "warning": warning.call_args.args[0] % warning.call_args.args[1:],
-        "skipped": skipped[0] is False,
-        "unchanged": unchanged,
-        "skipped_steps": ogpsa.skipped_steps,
-        "goes_on": bool(success) and float(norm) == float(norm),
-    }
-
-
-def misuse() -> list[str]:
-    """The errors of calls out of order."""
-    training = build(LAYOUTS["dp2"], oracle.random_weights(oracle.ModelShape(), seed=1))
-    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(mode="conflict"))
-    messages: list[str] = []
-
-    def expect_error(action: Callable[[], object]) -> None:
-        try:
-            action()
-        except Exception as error:
-            messages.append(f"{type(error).__name__}: {error}")
-
-    expect_error(lambda: attach(training.optimizer, training.chunks))
-    expect_error(lambda: ogpsa.capture("math"))
-    expect_error(ogpsa.finish_refresh)
-    ogpsa.begin_refresh()
-    ogpsa.capture("math")
-    expect_error(lambda: ogpsa.capture("math"))
-    for index in range(8):
-        ogpsa.capture(str(index))
-    expect_error(ogpsa.finish_refresh)
-    return messages

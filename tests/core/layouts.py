@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a model is sharded, and what of the model matters for it.
+    """How a model is sharded and trained, and what of the model matters for it.
 
     Attributes:
         tp, pp, vpp, dp: sizes of the mesh axes; vpp is the number of model chunks per rank.
+        ep, etp: sizes of the experts' axes, which divide tp·dp; etp is tp unless it is given.
+        sequence_parallel: split the activations outside attention and MLP over the tensor-parallel ranks.
         distributed_optimizer: shard optimizer state over data parallelism.
+        instances: of the distributed optimizer, each with a whole copy of the optimizer state.
         overlap: reduce gradients bucket by bucket during the backward pass.
-        precision: of parameters and gradients: fp32; bf16 with fp32 gradients; bf16 with bf16 gradients.
+        overlap_param_gather: gather the parameters that a step changed during the next forward pass.
+        first_stage_layers: layers of the first pipeline stage; the others share the rest evenly.
+        micro_batch: rows of a micro-batch.
+        recompute: compute activations again in the backward pass.
+        dropout: probability, after attention and MLP and on the attention's weights.
+        frozen: a pattern found in the Hugging Face names of tensors that are not trained.
+        precision: of parameters and gradients: fp32; bf16 with fp32 gradients; bf16 with bf16 gradients; fp16.
+        precision_aware: keep gradients in the dtype of Megatron's buffer up to the inner optimizer.
+        cpu_offload: keep optimizer state in host memory.
         model: what differs from the default ``ModelShape``.
     """
 
@@ -22,15 +34,33 @@ class Layout:
     pp: int = 1
     vpp: int | None = None
     dp: int = 1
+    ep: int = 1
+    etp: int | None = None
+    sequence_parallel: bool = False
     distributed_optimizer: bool = True
+    instances: int = 1
     overlap: bool = False
+    overlap_param_gather: bool = False
+    first_stage_layers: int | None = None
+    micro_batch: int = 1
+    recompute: bool = False
+    dropout: float = 0.0
+    frozen: str | None = None
     precision: str = "fp32"
+    precision_aware: bool = False
+    cpu_offload: bool = False
     model: dict[str, Any] = field(default_factory=dict)
 
     @property
     def world_size(self) -> int:
         return self.tp * self.pp * self.dp
 
+    def is_frozen(self, name: str) -> bool:
+        """Whether the Hugging Face tensor ``name`` is not trained."""
+        return self.frozen is not None and re.search(self.frozen, name) is not None
+
+
+MOE: dict[str, Any] = {"experts": 4, "shared_ffn": 24}
 
 LAYOUTS: dict[str, Layout] = {
     "tp2": Layout(tp=2),
@@ -48,6 +78,24 @@ LAYOUTS: dict[str, Layout] = {
     "tp2-dp2-plain": Layout(tp=2, dp=2, distributed_optimizer=False),
     "pp2-vpp2-dp2": Layout(pp=2, vpp=2, dp=2),
     "pp2-dp2-tied": Layout(pp=2, dp=2, model={"tied": True}),
+    # experts
+    "ep2": Layout(dp=2, ep=2, model=MOE),
+    "ep2-plain": Layout(dp=2, ep=2, distributed_optimizer=False, model=MOE),
+    "ep2-dp2": Layout(dp=4, ep=2, model=MOE),
+    "ep2-dp2-plain": Layout(dp=4, ep=2, distributed_optimizer=False, model=MOE),
+    "ep2-tp2": Layout(tp=2, ep=2, etp=1, sequence_parallel=True, model=MOE),
+    "ep2-tp2-etp2": Layout(tp=2, dp=2, ep=2, etp=2, sequence_parallel=True, model=MOE),
+    "ep2-tp2-etp2-plain": Layout(
+        tp=2, dp=2, ep=2, etp=2, sequence_parallel=True, distributed_optimizer=False, model=MOE
+    ),
+    "tp2-moe": Layout(tp=2, sequence_parallel=True, model=MOE | {"shared_gate": True}),
+    "ep2-pp2-dense-stage": Layout(pp=2, dp=2, ep=2, distributed_optimizer=False, model=MOE | {"dense_layers": 2}),
+    "ep2-bias": Layout(dp=2, ep=2, model={"experts": 4, "linear_bias": True}),
+    "ep2-sigmoid-bias": Layout(dp=2, ep=2, model=MOE | {"routing_bias": True}),
+    # sequence parallelism
+    "tp2-sp": Layout(tp=2, sequence_parallel=True),
+    "tp2-sp-bias": Layout(tp=2, sequence_parallel=True, model={"linear_bias": True, "qk_norm": True}),
+    "tp2-sp-dp2-plain": Layout(tp=2, dp=2, sequence_parallel=True, distributed_optimizer=False),
 }
 
 PRECISIONS: dict[str, Layout] = {

@@ -1,12 +1,12 @@
-"""A real Megatron model in a given layout, with canonical weights going in and canonical gradients coming out."""
+"""A real Megatron model in a given layout, with canonical weights going in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -18,12 +18,16 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_ogpsa.sharding.gradients import _model_and_main_params, leaf_optimizers
+from tests.core.canonical import canonical_parts, gather_parts
 from tests.core.layouts import Layout
-from tests.core.oracle import ModelShape, Tensors, shapes_of
+from tests.core.oracle import ModelShape, Tensors, routing_bias
 
 Batch = tuple[Tensor, Tensor, Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-grads": torch.bfloat16, "fp16": torch.float16}
@@ -37,6 +41,7 @@ class Training:
     shape: ModelShape
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
+    parts: dict[torch.nn.Parameter, Any] | None = field(default=None, repr=False)
 
     def gradient(self, batch: Batch) -> None:
         """Zero, forward, backward, finalise: the loop's own way of getting a gradient of the token-weighted mean."""
@@ -44,22 +49,23 @@ class Training:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        rows = list(zip(*(tensor[rank::size] for tensor in batch), strict=True))
-        iterators = [iter(rows) for _ in self.chunks]
+        micro = self.layout.micro_batch
+        micro_batches = list(zip(*(tensor[rank::size].split(micro) for tensor in batch), strict=True))
+        iterators = [iter(micro_batches) for _ in self.chunks]
         get_forward_backward_func()(
             forward_step_func=_forward_step,
             data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
             model=self.chunks,
-            num_microbatches=len(rows),
+            num_microbatches=len(micro_batches),
             seq_length=self.shape.positions,
-            micro_batch_size=1,
+            micro_batch_size=micro,
             forward_only=False,
         )
 
 
 def _forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], object]]:
-    tokens, labels, mask = (tensor[None] for tensor in next(iterator))
-    positions = torch.arange(tokens.shape[1])[None]
+    tokens, labels, mask = next(iterator)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
 
     def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         total = (output.float() * mask).sum()
@@ -71,34 +77,31 @@ def _forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Te
 def build(layout: Layout, weights: Tensors, *, optimizer: str = "adam", clip_grad: float = 1.0) -> Training:
     """Initialise model parallelism, build the chunks, load this rank's slices of ``weights``."""
     shape = ModelShape(**layout.model)
-    parallel_state.initialize_model_parallel(layout.tp, layout.pp, virtual_pipeline_model_parallel_size=layout.vpp)
+    parallel_state.initialize_model_parallel(
+        layout.tp,
+        layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        num_distributed_optimizer_instances=layout.instances,
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     config = _transformer_config(layout, shape)
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
-    modules = []
-    for stage in range(layout.vpp or 1):
-        vp = {"ignore_virtual": False, "vp_stage": stage} if layout.vpp else {}
-        modules.append(
-            GPTModel(
-                config,
-                spec,
-                vocab_size=shape.vocabulary,
-                max_sequence_length=shape.positions,
-                pre_process=parallel_state.is_pipeline_first_stage(**vp),
-                post_process=parallel_state.is_pipeline_last_stage(**vp),
-                position_embedding_type="rope",
-                share_embeddings_and_output_weights=shape.tied,
-                vp_stage=stage if layout.vpp else None,
-            )
-        )
+    modules = [_module(layout, shape, config, stage) for stage in range(layout.vpp or 1)]
     for module in modules:
         module.to(DTYPES[layout.precision])
-        for param, hf_parts in canonical_parts(module, shape):
-            param.data.copy_(_gather_parts(hf_parts, weights))
+        for param, parts in canonical_parts(module, shape):
+            param.data.copy_(gather_parts(parts, weights))
+            param.requires_grad_(not all(layout.is_frozen(name) for name, *_ in parts))
+        for name, buffer in module.named_buffers():
+            if name.endswith("router.expert_bias"):
+                buffer.copy_(routing_bias(shape))
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=layout.precision != "bf16-grads",
         use_distributed_optimizer=layout.distributed_optimizer,
+        num_distributed_optimizer_instances=layout.instances,
         overlap_grad_reduce=layout.overlap,
+        overlap_param_gather=layout.overlap_param_gather,
         bucket_size=2000 if layout.overlap else None,
     )
     chunks = [DistributedDataParallel(config, ddp_config, module) for module in modules]
@@ -112,12 +115,60 @@ def build(layout: Layout, weights: Tensors, *, optimizer: str = "adam", clip_gra
         initial_loss_scale=2.0**10,
         params_dtype=DTYPES[layout.precision],
         use_distributed_optimizer=layout.distributed_optimizer,
+        overlap_param_gather=layout.overlap_param_gather,
+        use_precision_aware_optimizer=layout.precision_aware,
+        optimizer_cpu_offload=layout.cpu_offload,
+        optimizer_offload_fraction=1.0 if layout.cpu_offload else 0.0,
         clip_grad=clip_grad,
     )
     megatron_optimizer = get_megatron_optimizer(optimizer_config, chunks)
     config.grad_scale_func = megatron_optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
     return Training(layout, shape, chunks, megatron_optimizer)
+
+
+class SequenceParallelNorm(torch.nn.RMSNorm):
+    """Megatron's torch norm refuses sequence parallelism; this one marks its weight, as Transformer Engine's does.
+
+    The mark makes ``finalize_model_grads`` sum the weight's gradient over the tensor-parallel ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[union-attr]
+
+
+def _module(layout: Layout, shape: ModelShape, config: TransformerConfig, stage: int) -> GPTModel:
+    vp_stage = stage if layout.vpp else None
+    first = get_transformer_layer_offset(config, vp_stage)
+    specs = [
+        _layer_spec(layout, shape, is_dense=layer < shape.dense_layers)
+        for layer in range(first, first + get_num_layers_to_build(config, vp_stage))
+    ]
+    norm = SequenceParallelNorm if layout.sequence_parallel else WrappedTorchNorm
+    vp = {"ignore_virtual": False, "vp_stage": stage} if layout.vpp else {}
+    return GPTModel(
+        config,
+        TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm),  # type: ignore[arg-type]
+        vocab_size=shape.vocabulary,
+        max_sequence_length=shape.positions,
+        pre_process=parallel_state.is_pipeline_first_stage(**vp),
+        post_process=parallel_state.is_pipeline_last_stage(**vp),
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=shape.tied,
+        vp_stage=vp_stage,
+    )
+
+
+def _layer_spec(layout: Layout, shape: ModelShape, *, is_dense: bool) -> ModuleSpec:
+    num_experts = None if is_dense else shape.experts or None
+    spec = get_gpt_layer_local_spec(num_experts=num_experts, normalization="RMSNorm", qk_layernorm=shape.qk_norm)
+    if layout.sequence_parallel:
+        layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+        layer.input_layernorm = layer.pre_mlp_layernorm = SequenceParallelNorm
+        if shape.qk_norm:
+            attention.q_layernorm = attention.k_layernorm = SequenceParallelNorm
+    return spec
 
 
 def _transformer_config(layout: Layout, shape: ModelShape) -> TransformerConfig:
@@ -132,11 +183,11 @@ def _transformer_config(layout: Layout, shape: ModelShape) -> TransformerConfig:
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
+        add_bias_linear=shape.linear_bias,
         add_qkv_bias=shape.qkv_bias,
         qk_layernorm=shape.qk_norm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
+        hidden_dropout=layout.dropout,
+        attention_dropout=layout.dropout,
         use_cpu_initialization=True,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -145,6 +196,12 @@ def _transformer_config(layout: Layout, shape: ModelShape) -> TransformerConfig:
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        sequence_parallel=layout.sequence_parallel,
+        recompute_granularity="full" if layout.recompute else None,
+        recompute_method="uniform" if layout.recompute else None,
+        recompute_num_layers=1 if layout.recompute else None,
+        **_expert_settings(layout, shape),
         overlap_p2p_comm=layout.vpp is not None,
         batch_p2p_comm=layout.vpp is None,
         gradient_accumulation_fusion=False,
@@ -156,113 +213,22 @@ def _transformer_config(layout: Layout, shape: ModelShape) -> TransformerConfig:
     )
 
 
-# ------------------------------------------------------------------------------------------ canonical tensors
-
-Part = tuple[str, slice | Tensor, slice | Tensor]
-"""Hugging Face name, rows and columns of it; parts follow each other along dim 0 of the local parameter."""
-
-ALL = slice(None)
-
-
-def canonical_parts(module: GPTModel, shape: ModelShape) -> Iterator[tuple[torch.nn.Parameter, list[Part]]]:
-    """Each local parameter of a model chunk with the slices of Hugging Face tensors that it is made of."""
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    tp_size = parallel_state.get_tensor_model_parallel_world_size()
-
-    def share(size: int) -> slice:
-        return slice(tp_rank * size // tp_size, (tp_rank + 1) * size // tp_size)
-
-    numbers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(module.decoder.layers)}
-    for name, param in module.named_parameters():
-        layer = next((number for prefix, number in numbers.items() if name.startswith(prefix)), None)
-        leaf = name if layer is None else name.split(".", 3)[3]
-        prefix = f"model.layers.{layer}"
-        if leaf == "embedding.word_embeddings.weight":
-            yield param, [("model.embed_tokens.weight", share(shape.vocabulary), ALL)]
-        elif leaf == "output_layer.weight":
-            head = "model.embed_tokens.weight" if shape.tied else "lm_head.weight"
-            yield param, [(head, share(shape.vocabulary), ALL)]
-        elif leaf == "decoder.final_layernorm.weight":
-            yield param, [("model.norm.weight", ALL, ALL)]
-        elif leaf == "input_layernorm.weight":
-            yield param, [(f"{prefix}.input_layernorm.weight", ALL, ALL)]
-        elif leaf == "pre_mlp_layernorm.weight":
-            yield param, [(f"{prefix}.post_attention_layernorm.weight", ALL, ALL)]
-        elif leaf in ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"):
-            yield param, [(f"{prefix}.self_attn.{leaf[15]}_norm.weight", ALL, ALL)]
-        elif leaf == "self_attention.linear_proj.weight":
-            yield param, [(f"{prefix}.self_attn.o_proj.weight", ALL, share(shape.hidden))]
-        elif leaf == "mlp.linear_fc2.weight":
-            yield param, [(f"{prefix}.mlp.down_proj.weight", ALL, share(shape.ffn))]
-        elif leaf == "mlp.linear_fc1.weight":
-            yield param, [(f"{prefix}.mlp.{part}_proj.weight", share(shape.ffn), ALL) for part in ("gate", "up")]
-        elif leaf.startswith("self_attention.linear_qkv."):
-            yield param, _qkv_parts(shape, f"{prefix}.self_attn", leaf.rsplit(".", 1)[1], share)
-        else:
-            raise AssertionError(f"the test does not know {name}")
-
-
-def _qkv_parts(shape: ModelShape, prefix: str, kind: str, share: Callable[[int], slice]) -> list[Part]:
-    """Fused rows: for each query group its query heads, its k, its v; tensor parallelism cuts that list evenly."""
-    size, per_group = shape.head_size, shape.heads // shape.query_groups
-    rows: list[tuple[str, int]] = []
-    for group in range(shape.query_groups):
-        rows += [("q", group * per_group * size + row) for row in range(per_group * size)]
-        rows += [("k", group * size + row) for row in range(size)]
-        rows += [("v", group * size + row) for row in range(size)]
-    return [(f"{prefix}.{name}_proj.{kind}", slice(row, row + 1), ALL) for name, row in rows[share(len(rows))]]
-
-
-def _gather_parts(parts: list[Part], tensors: Tensors) -> Tensor:
-    return torch.cat(
-        [tensors[name][rows, cols] if tensors[name].dim() == 2 else tensors[name][rows] for name, rows, cols in parts]
-    )
-
-
-def canonical_gradient(training: Training, read: Callable[[Tensor], Tensor | None]) -> Tensors:
-    """Put the optimizer's gradients of all ranks together as full Hugging Face tensors, fp64.
-
-    Args:
-        read: gives the gradient of a tensor that the inner optimizer updates. Copies on several ranks must be equal
-            and are averaged; an element that no rank holds fails.
-    """
-    values = {name: torch.zeros(size, dtype=torch.float64) for name, size in shapes_of(training.shape).items()}
-    counts = {name: torch.zeros_like(value) for name, value in values.items()}
-    local: dict[torch.nn.Parameter, tuple[Tensor, Tensor]] = {}
-    for optimizer in leaf_optimizers(training.optimizer):
-        for param, main in _model_and_main_params(optimizer):
-            grad = read(main)
-            assert grad is not None
-            start, stop = 0, param.numel()
-            if hasattr(optimizer, "_get_model_param_range_map"):
-                shard = optimizer._get_model_param_range_map(param)["param"]
-                start, stop = shard.start, shard.end
-            value, count = (torch.zeros(param.numel(), dtype=torch.float64) for _ in range(2))
-            value[start:stop], count[start:stop] = grad.flatten().double(), 1.0
-            local[param] = value.view_as(param), count.view_as(param)
-    for chunk in training.chunks:
-        for param, parts in canonical_parts(chunk.module, training.shape):
-            if param not in local:
-                continue
-            row = 0
-            for name, rows, cols in parts:
-                index = (rows, cols) if values[name].dim() == 2 else (rows,)
-                stop = row + values[name][index].shape[0]
-                values[name][index] += local[param][0][row:stop]
-                counts[name][index] += local[param][1][row:stop]
-                row = stop
-    for name in values:
-        dist.all_reduce(values[name])
-        dist.all_reduce(counts[name])
-        assert counts[name].min() >= 1, f"no rank holds some elements of {name}"
-        values[name] /= counts[name]
-    return values
-
-
-def plant(training: Training, tensors: Tensors, scale: float = 1.0) -> None:
-    """Put a gradient where ``finalize_model_grads`` leaves one: in Megatron's buffers, each copy alike."""
-    for chunk in training.chunks:
-        chunk.zero_grad_buffer()
-        for param, parts in canonical_parts(chunk.module, training.shape):
-            param.main_grad.copy_(scale * _gather_parts(parts, tensors))
-    training.optimizer.zero_grad()
+def _expert_settings(layout: Layout, shape: ModelShape) -> dict[str, Any]:
+    if not shape.experts:
+        return {}
+    return {
+        "num_moe_experts": shape.experts,
+        "moe_layer_freq": [int(layer >= shape.dense_layers) for layer in range(shape.num_layers)],
+        "moe_ffn_hidden_size": shape.expert_ffn,
+        "moe_shared_expert_intermediate_size": shape.shared_ffn or None,
+        "moe_shared_expert_gate": shape.shared_gate,
+        "moe_router_topk": shape.top_k,
+        "moe_router_score_function": "sigmoid" if shape.routing_bias else "softmax",
+        "moe_router_enable_expert_bias": shape.routing_bias,
+        "moe_router_bias_update_rate": 0.0,  # the oracle's bias stays where it is
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "allgather",  # gloo has no all-to-all
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.tp if layout.etp is None else layout.etp,
+    }

@@ -1,6 +1,7 @@
 """The oracle: one process, no sharding, fp64, on canonical (Hugging Face) tensors; short enough to check by eye.
 
-Shape legend: B = rows, S = positions, D = hidden, H = heads, E = head size, V = vocabulary, N = elements of a block.
+Shape legend: B = rows, S = positions, D = hidden, H = heads, E = head size, V = vocabulary, X = experts,
+K = experts of a token or references, N = elements of a block.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A Llama-like model: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+    """A Llama-like model: RMSNorm, rotary positions, grouped-query attention, SwiGLU; with experts like Qwen's.
+
+    Attributes:
+        vocabulary: rows of the embedding, of which the last ``padding`` belong to no token.
+        linear_bias: every linear layer but the head has a bias, and so has the router.
+        experts: routed experts of each layer from ``dense_layers`` on; each token goes to ``top_k`` of them.
+        shared_ffn: width of the expert that every token goes to, weighted by a gate with ``shared_gate``.
+        routing_bias: scores by sigmoid; a bias that is no parameter takes part in the choice of experts.
+    """
 
     num_layers: int = 4
     hidden: int = 32
@@ -27,12 +36,25 @@ class ModelShape:
     vocabulary: int = 64
     positions: int = 16
     tied: bool = False
+    padding: int = 0
     qkv_bias: bool = False
     qk_norm: bool = False
+    linear_bias: bool = False
+    experts: int = 0
+    dense_layers: int = 0
+    top_k: int = 2
+    expert_ffn: int = 20
+    shared_ffn: int = 0
+    shared_gate: bool = False
+    routing_bias: bool = False
 
     @property
     def head_size(self) -> int:
         return self.hidden // self.heads
+
+
+def linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (rows, columns)} | ({f"{name}.bias": (rows,)} if bias else {})
 
 
 def shapes_of(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -42,16 +64,22 @@ def shapes_of(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     for layer in range(shape.num_layers):
         prefix = f"model.layers.{layer}"
         for name, rows in (("q", shape.hidden), ("k", kv), ("v", kv)):
-            shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (rows, shape.hidden)
-            if shape.qkv_bias:
-                shapes[f"{prefix}.self_attn.{name}_proj.bias"] = (rows,)
+            shapes |= linear(f"{prefix}.self_attn.{name}_proj", rows, shape.hidden, shape.qkv_bias or shape.linear_bias)
         if shape.qk_norm:
             shapes[f"{prefix}.self_attn.q_norm.weight"] = (shape.head_size,)
             shapes[f"{prefix}.self_attn.k_norm.weight"] = (shape.head_size,)
-        shapes[f"{prefix}.self_attn.o_proj.weight"] = (shape.hidden, shape.hidden)
-        shapes[f"{prefix}.mlp.gate_proj.weight"] = (shape.ffn, shape.hidden)
-        shapes[f"{prefix}.mlp.up_proj.weight"] = (shape.ffn, shape.hidden)
-        shapes[f"{prefix}.mlp.down_proj.weight"] = (shape.hidden, shape.ffn)
+        shapes |= linear(f"{prefix}.self_attn.o_proj", shape.hidden, shape.hidden, shape.linear_bias)
+        widths = {"mlp": shape.ffn}
+        if layer >= shape.dense_layers and shape.experts:
+            shapes |= linear(f"{prefix}.mlp.gate", shape.experts, shape.hidden, shape.linear_bias)
+            widths = {f"mlp.experts.{expert}": shape.expert_ffn for expert in range(shape.experts)}
+            widths |= {"mlp.shared_expert": shape.shared_ffn} if shape.shared_ffn else {}
+            if shape.shared_gate:
+                shapes[f"{prefix}.mlp.shared_expert_gate.weight"] = (1, shape.hidden)
+        for mlp, ffn in widths.items():
+            shapes |= linear(f"{prefix}.{mlp}.gate_proj", ffn, shape.hidden, shape.linear_bias)
+            shapes |= linear(f"{prefix}.{mlp}.up_proj", ffn, shape.hidden, shape.linear_bias)
+            shapes |= linear(f"{prefix}.{mlp}.down_proj", shape.hidden, ffn, shape.linear_bias)
         shapes[f"{prefix}.input_layernorm.weight"] = (shape.hidden,)
         shapes[f"{prefix}.post_attention_layernorm.weight"] = (shape.hidden,)
     shapes["model.norm.weight"] = (shape.hidden,)
@@ -66,6 +94,7 @@ def random_weights(shape: ModelShape, seed: int) -> Tensors:
     weights = {}
     for name, size in shapes_of(shape).items():
         scale = 0.3 if "norm" in name or name.endswith("bias") else 0.5 * size[-1] ** -0.5
+        scale *= 4.0 if name.endswith("mlp.gate.weight") else 1.0  # decisive routing
         offset = 1.0 if "norm" in name else 0.0
         weights[name] = (offset + scale * torch.randn(size, generator=generator)).double()
     return weights
@@ -84,10 +113,13 @@ def rotate(x_BHSE: Tensor) -> Tensor:
     return x_BHSE * cos + torch.cat((-x_BHSE[..., half:], x_BHSE[..., :half]), dim=-1) * sin
 
 
+def apply_linear(weights: Tensors, name: str, x: Tensor) -> Tensor:
+    return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", torch.zeros((), dtype=x.dtype))
+
+
 def attention(shape: ModelShape, weights: Tensors, prefix: str, x_BSD: Tensor) -> Tensor:
     def heads(name: str, num_heads: int) -> Tensor:
-        bias = weights.get(f"{prefix}.{name}_proj.bias", torch.zeros((), dtype=x_BSD.dtype))
-        flat = x_BSD @ weights[f"{prefix}.{name}_proj.weight"].T + bias
+        flat = apply_linear(weights, f"{prefix}.{name}_proj", x_BSD)
         out = flat.unflatten(-1, (num_heads, shape.head_size)).transpose(1, 2)
         if shape.qk_norm and name in "qk":
             out = rms_norm(out, weights[f"{prefix}.{name}_norm.weight"])
@@ -100,7 +132,42 @@ def attention(shape: ModelShape, weights: Tensors, prefix: str, x_BSD: Tensor) -
     scores = q @ k.mT / shape.head_size**0.5
     future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     context = scores.masked_fill(future, -torch.inf).softmax(-1) @ v
-    return context.transpose(1, 2).flatten(2) @ weights[f"{prefix}.o_proj.weight"].T
+    return apply_linear(weights, f"{prefix}.o_proj", context.transpose(1, 2).flatten(2))
+
+
+def gated_mlp(weights: Tensors, prefix: str, x: Tensor) -> Tensor:
+    gate, up = (apply_linear(weights, f"{prefix}.{name}_proj", x) for name in ("gate", "up"))
+    return apply_linear(weights, f"{prefix}.down_proj", silu(gate) * up)
+
+
+def routing_bias(shape: ModelShape) -> Tensor:
+    """What is added to the scores of the experts when some are chosen, and not when they are weighted."""
+    return torch.linspace(0.2, -0.2, shape.experts)
+
+
+def mixture_of_experts(shape: ModelShape, weights: Tensors, prefix: str, x_BSD: Tensor) -> Tensor:
+    """Σ_e p_e·expert_e(x) over each token's top experts, p normalised over them, and the shared expert."""
+    logits_BSX = apply_linear(weights, f"{prefix}.gate", x_BSD)
+    choice_BSX = logits_BSX.sigmoid() + routing_bias(shape).double() if shape.routing_bias else logits_BSX
+    ranked = choice_BSX.sort(dim=-1, descending=True)
+    margin = (ranked.values[..., shape.top_k - 1] - ranked.values[..., shape.top_k]).min()
+    assert margin > 1e-5, f"fp32 might choose other experts: the closest scores differ by {margin:.1e}"
+    top_BSK = ranked.indices[..., : shape.top_k]
+    if shape.routing_bias:
+        scores_BSK = logits_BSX.sigmoid().gather(-1, top_BSK)
+        weights_BSK = scores_BSK / scores_BSK.sum(-1, keepdim=True)
+    else:
+        weights_BSK = logits_BSX.gather(-1, top_BSK).softmax(-1)
+    share_BSX = torch.zeros_like(logits_BSX).scatter(-1, top_BSK, weights_BSK)
+    experts = [gated_mlp(weights, f"{prefix}.experts.{expert}", x_BSD) for expert in range(shape.experts)]
+    result = sum(share_BSX[..., [expert]] * output for expert, output in enumerate(experts))
+    assert isinstance(result, Tensor)
+    if shape.shared_ffn:
+        shared = gated_mlp(weights, f"{prefix}.shared_expert", x_BSD)
+        if shape.shared_gate:
+            shared = shared * apply_linear(weights, f"{prefix}.shared_expert_gate", x_BSD).sigmoid()
+        result = result + shared
+    return result
 
 
 def mean_loss(shape: ModelShape, weights: Tensors, tokens_BS: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
@@ -111,8 +178,10 @@ def mean_loss(shape: ModelShape, weights: Tensors, tokens_BS: Tensor, labels_BS:
         normed = rms_norm(x, weights[f"{prefix}.input_layernorm.weight"])
         x = x + attention(shape, weights, f"{prefix}.self_attn", normed)
         h = rms_norm(x, weights[f"{prefix}.post_attention_layernorm.weight"])
-        gate, up = (h @ weights[f"{prefix}.mlp.{name}_proj.weight"].T for name in ("gate", "up"))
-        x = x + (silu(gate) * up) @ weights[f"{prefix}.mlp.down_proj.weight"].T
+        if layer >= shape.dense_layers and shape.experts:
+            x = x + mixture_of_experts(shape, weights, f"{prefix}.mlp", h)
+        else:
+            x = x + gated_mlp(weights, f"{prefix}.mlp", h)
     x = rms_norm(x, weights["model.norm.weight"])
     head = weights["model.embed_tokens.weight" if shape.tied else "lm_head.weight"]
     losses = cross_entropy((x @ head.T).flatten(0, 1), labels_BS.flatten(), reduction="none")
@@ -120,9 +189,12 @@ def mean_loss(shape: ModelShape, weights: Tensors, tokens_BS: Tensor, labels_BS:
     return (losses * mask).sum() / mask.sum()
 
 
-def gradient(shape: ModelShape, weights: Tensors, batch: tuple[Tensor, Tensor, Tensor]) -> Tensors:
-    leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
-    grads = torch.autograd.grad(mean_loss(shape, leaves, *batch), list(leaves.values()))
+def gradient(
+    shape: ModelShape, weights: Tensors, batch: tuple[Tensor, Tensor, Tensor], trained: list[str] | None = None
+) -> Tensors:
+    """Of the tensors named ``trained``, by default all."""
+    leaves = {name: weights[name].clone().requires_grad_() for name in (weights if trained is None else trained)}
+    grads = torch.autograd.grad(mean_loss(shape, weights | leaves, *batch), list(leaves.values()))
     return dict(zip(leaves, grads, strict=True))
 
 

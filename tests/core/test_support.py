@@ -121,7 +121,7 @@ def test_attach_refuses_what_is_not_a_megatron_model() -> None:
 
 
 def test_misuse_of_a_refresh_is_told(distributed: Callable[[int], WorkerGroup]) -> None:
-    for messages in distributed(2).run("tests.core.cases:misuse"):
+    for messages in distributed(2).run("tests.core.contract_cases:misuse"):
         assert messages == [
             "UnsupportedError: attach(): this optimizer is hooked already; detach() the plugin that holds it first",
             "RuntimeError: capture() outside a refresh: call begin_refresh() first",

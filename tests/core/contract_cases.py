@@ -1,0 +1,192 @@
+"""What the ranks run to show the contract of attach, step and detach; jobs that return plain numbers."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ogpsa import OGPSAConfig, attach
+from tests.core import oracle
+from tests.core.cases import ALL_LAYOUTS, batch_of, planted, refresh
+from tests.core.gradients import plant, projected_gradient
+from tests.core.layouts import LAYOUTS
+from tests.core.megatron_model import Training, build
+
+
+@contextmanager
+def counted_collectives() -> Iterator[Counter[str]]:
+    """Count calls of torch.distributed's collectives by name."""
+    counts: Counter[str] = Counter()
+
+    def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    names = ("all_reduce", "all_gather_into_tensor", "_all_gather_base", "broadcast", "all_gather_object", "barrier")
+    names += ("reduce_scatter_tensor", "_reduce_scatter_base", "all_gather", "reduce", "all_to_all_single")
+    with mock.patch.multiple(dist, **{name: counting(name, getattr(dist, name)) for name in names}):
+        yield counts
+
+
+def collectives(layout: str, granularity: str, num_references: int) -> dict[str, dict[str, int]]:
+    """Collectives of a plain step, of a projected one, and of the orthonormalisation."""
+    shape = oracle.ModelShape(**LAYOUTS[layout].model)
+    training = build(LAYOUTS[layout], oracle.random_weights(shape, seed=1))
+    gradients = planted(shape, num_references + 1, integers=False)
+
+    def step() -> dict[str, int]:
+        plant(training, gradients[-1])
+        with counted_collectives() as counts:
+            training.optimizer.step()
+        return dict(counts)
+
+    step()  # Megatron caches answers about parameter groups in its first step
+    plain = step()
+    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(granularity=granularity))  # type: ignore[arg-type]
+    ogpsa.begin_refresh()
+    with counted_collectives() as refresh_counts:
+        for index, gradient in enumerate(gradients[:-1]):
+            plant(training, gradient)
+            ogpsa.capture(f"reference {index}")
+        ogpsa.finish_refresh()
+    return {"plain": plain, "projected": step(), "refresh": dict(refresh_counts)}
+
+
+def detached_is_plain(layout: str) -> dict[str, bool]:
+    """Parameters and returns after attach, projected and unprojected steps, and detach, against a run without."""
+    shape = oracle.ModelShape(**LAYOUTS[layout].model)
+    weights = oracle.random_weights(shape, seed=1)
+    batches = [batch_of(shape, seed) for seed in range(3)]
+
+    def parameters(training: Training) -> list[Tensor]:
+        return [param.detach().clone() for chunk in training.chunks for param in chunk.parameters()]
+
+    def run(training: Training) -> list[Any]:
+        returned = []
+        for batch in batches:
+            training.gradient(batch)
+            returned.append(tuple(training.optimizer.step()))
+        return returned
+
+    training = build(LAYOUTS[layout], weights)
+    ogpsa = attach(training.optimizer, training.chunks)
+    refresh(training, ogpsa, {"a": batches[1]})
+    ogpsa.enabled = False
+    disabled_returns = run(training)
+    disabled_parameters = parameters(training)
+    ogpsa.detach()
+    restored = not {"prepare_grads", "get_grad_norm", "clip_grad_norm"} & vars(training.optimizer).keys()
+
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    plain = build(LAYOUTS[layout], weights)
+    plain_returns = run(plain)
+    return {
+        "restored": restored,
+        "same_returns": disabled_returns == plain_returns,
+        "same_parameters": all(map(torch.equal, disabled_parameters, parameters(plain))),
+    }
+
+
+def leaf_optimizer(layout: str) -> dict[str, float]:
+    """The plugin on an optimizer outside a chain: the norm that ``step`` returns and the clipping that follows it."""
+    shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
+    training = build(ALL_LAYOUTS[layout], oracle.random_weights(shape, seed=1), clip_grad=0.5)
+    (training.optimizer,) = training.optimizer.chained_optimizers
+    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(granularity="model"))
+    *references, gradient = planted(shape, 3, integers=False)
+    ogpsa.begin_refresh()
+    for index, reference in enumerate(references):
+        plant(training, reference)
+        ogpsa.capture(f"reference {index}")
+    ogpsa.finish_refresh()
+    plant(training, gradient)
+    actual, (_, grad_norm, _) = projected_gradient(training)
+    expected = oracle.project(gradient, references, "model")
+    return {
+        "optimizer": type(training.optimizer).__name__,
+        "norm_error": abs(float(grad_norm) / oracle.norm(expected) - 1),
+        "clipped_norm": oracle.norm(actual),
+    }
+
+
+def not_finite(layout: str, bad_rank: int) -> dict[str, Any]:
+    """NaN on one rank only: in a reference of a later refresh, then in the training gradient."""
+    shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
+    training = build(ALL_LAYOUTS[layout], oracle.random_weights(shape, seed=1))
+    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(granularity="tensor"))
+    good, bad, gradient = planted(shape, 3, integers=False)
+
+    def poison() -> None:
+        # Without the distributed optimizer the reduction over data parallelism has carried NaN to every copy.
+        if dist.get_rank() == bad_rank or not ALL_LAYOUTS[layout].distributed_optimizer:
+            for chunk in training.chunks:
+                for param in chunk.parameters():
+                    param.main_grad.fill_(float("nan"))
+
+    def refreshed(tensors: oracle.Tensors, poisoned: bool) -> bool:
+        ogpsa.begin_refresh()
+        plant(training, good)
+        ogpsa.capture("steady")
+        plant(training, tensors)
+        if poisoned:
+            poison()
+        ogpsa.capture("shaky")
+        return ogpsa.finish_refresh()
+
+    first = refreshed(gradient, poisoned=False)
+    basis = ogpsa._basis_KN.clone()
+    with mock.patch.object(logging.getLogger("megatron_ogpsa.plugin"), "warning") as warning:
+        second = refreshed(bad, poisoned=True)
+    plant(training, gradient)
+    before = [param.detach().clone() for chunk in training.chunks for param in chunk.parameters()]
+    poison()
+    skipped = training.optimizer.step()
+    unchanged = all(map(torch.equal, before, (p for chunk in training.chunks for p in chunk.parameters())))
+    plant(training, gradient)
+    success, norm, _ = training.optimizer.step()
+    return {
+        "refreshes": (first, second),
+        "kept": torch.equal(basis, ogpsa._basis_KN),
+        "warning": warning.call_args.args[0] % warning.call_args.args[1:],
+        "skipped": skipped[0] is False,
+        "unchanged": unchanged,
+        "skipped_steps": ogpsa.skipped_steps,
+        "goes_on": bool(success) and float(norm) == float(norm),
+    }
+
+
+def misuse() -> list[str]:
+    """The errors of calls out of order."""
+    training = build(LAYOUTS["dp2"], oracle.random_weights(oracle.ModelShape(), seed=1))
+    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(mode="conflict"))
+    messages: list[str] = []
+
+    def expect_error(action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:
+            messages.append(f"{type(error).__name__}: {error}")
+
+    expect_error(lambda: attach(training.optimizer, training.chunks))
+    expect_error(lambda: ogpsa.capture("math"))
+    expect_error(ogpsa.finish_refresh)
+    ogpsa.begin_refresh()
+    ogpsa.capture("math")
+    expect_error(lambda: ogpsa.capture("math"))
+    for index in range(8):
+        ogpsa.capture(str(index))
+    expect_error(ogpsa.finish_refresh)
+    return messages
