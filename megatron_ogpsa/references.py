@@ -24,6 +24,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_ogpsa.data.micro_batches import deal_out
 from megatron_ogpsa.plugin import OGPSA
 
 if TYPE_CHECKING:
