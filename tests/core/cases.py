@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ogpsa import OGPSAConfig, attach
@@ -49,37 +49,45 @@ def refresh(training: Training, ogpsa: Any, batches: dict[str, Batch]) -> bool:
     return bool(ogpsa.finish_refresh())
 
 
-def parity(layout: str, granularity: str, basis_dtype: str = "fp32") -> dict[str, float]:
-    """The projected gradient of one step in ``layout`` against one unsharded fp64 process."""
-    shape = oracle.ModelShape(**LAYOUTS[layout].model)
+@functools.cache
+def expectation(model: tuple[tuple[str, Any], ...], frozen: str | None) -> tuple[oracle.Tensors, list[oracle.Tensors]]:
+    """The unsharded gradient of the safety batch and those of the references; many layouts have the same model."""
+    shape = oracle.ModelShape(**dict(model))
     weights = oracle.random_weights(shape, seed=1)
-    training = build(LAYOUTS[layout], weights, clip_grad=0.0)
-    trained = [name for name in weights if not LAYOUTS[layout].is_frozen(name)]
-    ogpsa = attach(
-        training.optimizer,
-        training.chunks,
-        OGPSAConfig(granularity=granularity, basis_dtype=basis_dtype, check_leak=True),  # type: ignore[arg-type]
+    trained = [name for name in weights if not Layout(frozen=frozen).is_frozen(name)]
+    safety, *references = (
+        oracle.gradient(shape, weights, batch_of(shape, seed), trained) for seed in (100, *range(len(REFERENCES)))
     )
-    references = {name: batch_of(shape, seed) for seed, name in enumerate(REFERENCES)}
-    safety = batch_of(shape, seed=100)
-    refresh(training, ogpsa, references)
-    training.gradient(safety)
-    actual, (_, grad_norm, _) = projected_gradient(training)
+    return safety, references
 
-    plain = oracle.gradient(shape, weights, safety, trained)
-    reference_gradients = [oracle.gradient(shape, weights, batch, trained) for batch in references.values()]
-    expected = oracle.project(plain, reference_gradients, granularity)
-    return {
-        "error": oracle.relative_error(actual, expected),
-        "norm_error": abs(float(grad_norm) / oracle.norm(expected) - 1),
-        "removed": ogpsa.metrics["removed"],
-        "expected_removed": 1 - (oracle.norm(expected) / oracle.norm(plain)) ** 2,
-        "rank": ogpsa.metrics["rank"],
-        "leak": ogpsa.metrics["leak"],
-        "num_blocks": len(ogpsa.block_names),
-        "expected_num_blocks": len(trained) if granularity == "tensor" else 1,
-        "world_size": dist.get_world_size(),
-    }
+
+def parity(layout: str) -> dict[str, dict[str, float]]:
+    """The projected gradient of one step in ``layout`` against one unsharded fp64 process, in both granularities."""
+    sharding = LAYOUTS[layout]
+    shape = oracle.ModelShape(**sharding.model)
+    training = build(sharding, oracle.random_weights(shape, seed=1), clip_grad=0.0)
+    batches = {name: batch_of(shape, seed) for seed, name in enumerate(REFERENCES)}
+    plain, references = expectation(tuple(sharding.model.items()), sharding.frozen)
+    results = {}
+    for granularity in ("tensor", "model"):
+        config = OGPSAConfig(granularity=granularity, check_leak=True)  # type: ignore[arg-type]
+        ogpsa = attach(training.optimizer, training.chunks, config)
+        refresh(training, ogpsa, batches)
+        training.gradient(batch_of(shape, seed=100))
+        actual, (_, grad_norm, _) = projected_gradient(training)
+        expected = oracle.project(plain, references, granularity)
+        results[granularity] = {
+            "error": oracle.relative_error(actual, expected),
+            "norm_error": abs(float(grad_norm) / oracle.norm(expected) - 1),
+            "removed": ogpsa.metrics["removed"],
+            "expected_removed": 1 - (oracle.norm(expected) / oracle.norm(plain)) ** 2,
+            "rank": ogpsa.metrics["rank"],
+            "leak": ogpsa.metrics["leak"],
+            "num_blocks": len(ogpsa.block_names),
+            "expected_num_blocks": len(plain) if granularity == "tensor" else 1,
+        }
+        ogpsa.detach()
+    return results
 
 
 # --------------------------------------------------------------------------------------- planted gradients
@@ -166,13 +174,14 @@ def _hf_linear(leaf: str) -> str:
 
 def integer_gram(layout: str) -> bool:
     """Whether every block's Gram matrix of integer-valued gradients has exactly the oracle's numbers."""
-    shape = oracle.ModelShape(**LAYOUTS[layout].model)
-    training = build(LAYOUTS[layout], oracle.random_weights(shape, seed=1))
+    shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
+    training = build(ALL_LAYOUTS[layout], oracle.random_weights(shape, seed=1))
     ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(granularity="tensor"))
     references = planted(shape, 3, integers=True)
+    scale = training.optimizer.get_loss_scale().item()
     ogpsa.begin_refresh()
     for index, reference in enumerate(references):
-        plant(training, reference)
+        plant(training, reference, scale)
         ogpsa.capture(f"reference {index}")
     shard = ogpsa._shard
     gram = sum_over_ranks(gram_and_dots(shard.layout, ogpsa._captured_KN), shard.reduction.group)

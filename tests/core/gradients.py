@@ -59,6 +59,8 @@ def _parts_of(training: Training) -> dict[torch.nn.Parameter, Any]:
 def _local_gradients(training: Training, read: Read) -> Any:
     """(model parameter, its gradient, which elements of it this rank holds), the two in the parameter's shape."""
     for optimizer in leaf_optimizers(training.optimizer):
+        if getattr(optimizer, "is_stub_optimizer", False):  # everything that it would hold is frozen
+            continue
         for param, main in _model_and_main_params(optimizer):
             held = slice(0, param.numel())
             if isinstance(optimizer, DistributedOptimizer):

@@ -92,6 +92,25 @@ LAYOUTS: dict[str, Layout] = {
     "ep2-pp2-dense-stage": Layout(pp=2, dp=2, ep=2, distributed_optimizer=False, model=MOE | {"dense_layers": 2}),
     "ep2-bias": Layout(dp=2, ep=2, model={"experts": 4, "linear_bias": True}),
     "ep2-sigmoid-bias": Layout(dp=2, ep=2, model=MOE | {"routing_bias": True}),
+    # what a training run switches on besides
+    "dp2-micro-batch": Layout(dp=2, micro_batch=2),
+    "dp2-gather": Layout(dp=2, overlap=True, overlap_param_gather=True),
+    "dp2-frozen": Layout(dp=2, frozen=r"embed_tokens|layers\.1\.|norm"),
+    "tp2-frozen-plain": Layout(tp=2, distributed_optimizer=False, frozen=r"mlp|q_norm", model={"qk_norm": True}),
+    "pp2-frozen-stage": Layout(pp=2, frozen=r"layers\.[01]\.|embed_tokens"),
+    "pp2-frozen-last-stage-plain": Layout(
+        pp=2, frozen=r"layers\.[23]\.|model\.norm|lm_head", distributed_optimizer=False
+    ),
+    "ep2-frozen-experts": Layout(dp=2, ep=2, frozen=r"experts\.[01]\.", model=MOE),
+    "ep2-pp2-frozen-dense": Layout(pp=2, dp=2, ep=2, frozen=r"^(?!.*experts)|layers\.0\.", model=MOE),
+    "pp2-uneven": Layout(pp=2, dp=2, first_stage_layers=1),
+    "tp2-padded": Layout(tp=2, model={"padding": 3}),
+    "tp2-padded-tied": Layout(tp=2, model={"padding": 3, "tied": True}),
+    "dp4-instances": Layout(dp=4, instances=2),
+    "tp2-dp2-instances": Layout(tp=2, dp=2, instances=2),
+    "ep2-dp2-instances": Layout(dp=4, ep=2, instances=2, model=MOE),
+    "tp2-recompute": Layout(tp=2, sequence_parallel=True, recompute=True),
+    "ep2-recompute": Layout(dp=2, ep=2, recompute=True, model=MOE),
     # sequence parallelism
     "tp2-sp": Layout(tp=2, sequence_parallel=True),
     "tp2-sp-bias": Layout(tp=2, sequence_parallel=True, model={"linear_bias": True, "qk_norm": True}),
@@ -106,4 +125,9 @@ PRECISIONS: dict[str, Layout] = {
     "tp2-bf16-grads": Layout(tp=2, precision="bf16-grads"),
     "tp2-fp16": Layout(tp=2, precision="fp16"),
     "dp2-fp16-plain": Layout(dp=2, precision="fp16", distributed_optimizer=False),
+    "ep2-dp2-bf16-grads": Layout(dp=4, ep=2, precision="bf16-grads", model=MOE),
+    "dp2-bf16-offload": Layout(dp=2, precision="bf16", cpu_offload=True),
+    "dp2-bf16-aware": Layout(dp=2, precision="bf16", cpu_offload=True, precision_aware=True),
+    "ep2-dp2-bf16-aware": Layout(dp=4, ep=2, precision="bf16", cpu_offload=True, precision_aware=True, model=MOE),
+    "tp2-bf16-grads-aware": Layout(tp=2, precision="bf16-grads", cpu_offload=True, precision_aware=True),
 }

@@ -13,28 +13,30 @@ from tests.harness import WorkerGroup
 # gradient of which the projection removes about half.
 FP32_TOLERANCE = 1e-6
 
+ALL_LAYOUTS = LAYOUTS | PRECISIONS
 
-@pytest.mark.parametrize("granularity", ["tensor", "model"])
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_projected_gradient_equals_the_unsharded_one(
-    distributed: Callable[[int], WorkerGroup], layout: str, granularity: str
+    distributed: Callable[[int], WorkerGroup], layout: str, record_property: Callable[[str, object], None]
 ) -> None:
-    group = distributed(LAYOUTS[layout].world_size)
-    for result in group.run("tests.core.cases:parity", layout=layout, granularity=granularity):
-        assert result["num_blocks"] == result["expected_num_blocks"]
-        assert result["error"] < FP32_TOLERANCE
-        assert result["norm_error"] < FP32_TOLERANCE
-        assert result["removed"] == pytest.approx(result["expected_removed"], abs=FP32_TOLERANCE)
-        assert result["leak"] < FP32_TOLERANCE
-        assert result["rank"] == 3
+    for results in distributed(LAYOUTS[layout].world_size).run("tests.core.cases:parity", layout=layout):
+        for granularity, result in results.items():
+            record_property(f"error per {granularity}", result["error"])
+            assert result["num_blocks"] == result["expected_num_blocks"], granularity
+            assert result["error"] < FP32_TOLERANCE, granularity
+            assert result["norm_error"] < FP32_TOLERANCE, granularity
+            assert result["removed"] == pytest.approx(result["expected_removed"], abs=FP32_TOLERANCE), granularity
+            assert result["leak"] < FP32_TOLERANCE, granularity
+            assert result["rank"] == 3, granularity
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
 def test_gram_matrices_are_bitwise_those_of_the_unsharded_model(
     distributed: Callable[[int], WorkerGroup], layout: str
 ) -> None:
     """Integer values make sums exact in any order: a block, a copy or a rank too many or too few shows in full."""
-    assert all(distributed(LAYOUTS[layout].world_size).run("tests.core.cases:integer_gram", layout=layout))
+    assert all(distributed(ALL_LAYOUTS[layout].world_size).run("tests.core.cases:integer_gram", layout=layout))
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "model"])
