@@ -53,8 +53,10 @@ class ChatTemplate:
         """
         return self._render(messages, add_generation_prompt)[0]
 
-    def render_with_spans(self, messages: list[Message]) -> tuple[str, list[Span]]:
+    def render_with_spans(self, messages: list[Message], *, answer_from: int = 0) -> tuple[str, list[Span]]:
         """The text of a conversation and the spans the assistant wrote, the end of its turns included.
+
+        Only turns from message ``answer_from`` on count: what comes before is prompt, the assistant's turns in it too.
 
         A template with ``{% generation %}`` says itself what the assistant writes. For any other, the assistant's span
         of turn i is what its message adds: from the end of ``messages[:i]`` rendered with the generation prompt to the
@@ -62,15 +64,15 @@ class ChatTemplate:
         ``add_generation_prompt`` makes that header part of the span; mark such a template with ``{% generation %}``.
 
         Raises:
-            UserError: the template refuses the conversation, or what it writes for a turn changes when later turns
-                follow, so that the spans cannot be known.
+            UserError: the template refuses the conversation, or what it writes for a turn (or for the prompt) changes
+                when later turns follow, so that the spans cannot be known.
         """
         if _GENERATION_TAG.search(self.source):
-            return self._render(messages, False)
+            return self._marked_spans(messages, answer_from)
         text = self.render(messages)
         spans = []
         for index, message in enumerate(messages):
-            if message["role"] == "assistant":
+            if message["role"] == "assistant" and index >= answer_from:
                 before = self.render(messages[:index], add_generation_prompt=True)
                 through = self.render(messages[: index + 1])
                 if not (text.startswith(through) and through.startswith(before)):
@@ -81,6 +83,19 @@ class ChatTemplate:
                     )
                 spans.append((len(before), len(through)))
         return text, spans
+
+    def _marked_spans(self, messages: list[Message], answer_from: int) -> tuple[str, list[Span]]:
+        """The spans in ``{% generation %}``, of which a turn may have any number: so the prompt ends by its characters."""
+        text, spans = self._render(messages, False)
+        if not any(message["role"] == "assistant" for message in messages[:answer_from]):
+            return text, spans
+        prompt = self.render(messages[:answer_from])
+        if not text.startswith(prompt):
+            raise UserError(
+                "the chat template writes the prompt differently when an answer follows, so the answer cannot be told"
+                " apart from the assistant's earlier turns; mend the template (--chat-template)"
+            )
+        return text, [span for span in spans if span[0] >= len(prompt)]
 
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> tuple[str, list[Span]]:
         tracking = _GENERATION_TAG.search(self.source) is not None

@@ -53,10 +53,9 @@ class ChatTokenizer(ABC):
         Raises:
             UserError: see :meth:`ChatTemplate.render_with_spans`.
         """
-        text, spans = self.template.render_with_spans(messages)
+        text, spans = self.template.render_with_spans(messages, answer_from=answer_from)
         is_assistant = bytearray(len(text) + 1)
-        num_earlier = sum(message["role"] == "assistant" for message in messages[:answer_from])
-        for begin, end in spans[num_earlier:]:
+        for begin, end in spans:
             is_assistant[begin:end] = b"\1" * (end - begin)
         token_ids, offsets = self.encode(text)
         return token_ids, [bool(is_assistant[position]) for position in last_characters(offsets)]
