@@ -120,6 +120,11 @@ def _encode(pair: PreferencePair, tokenizer: ChatTokenizer, where: str) -> tuple
                 "assistant turns"
             )
         documents.append(Document(token_ids, is_supervised))
+    if documents[0].token_ids == documents[1].token_ids:
+        raise UserError(
+            f"{where}: 'chosen' and 'rejected' are the same once the chat template has written them, so nothing is "
+            "preferred; remove the row"
+        )
     return documents[0], documents[1]
 
 

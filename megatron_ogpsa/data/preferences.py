@@ -52,7 +52,7 @@ def pair_from_row(row: object, where: str) -> PreferencePair:
             raise UserError(f"{where}: answers as text need a field 'prompt'; add it, or give whole conversations")
         shared = _common_length(chosen, rejected)
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-        if not prompt:
+        if not prompt and chosen != rejected:
             raise UserError(f"{where}: 'chosen' and 'rejected' do not begin alike, so there is no prompt; add 'prompt'")
     if chosen == rejected:
         raise UserError(f"{where}: 'chosen' and 'rejected' are the same, so nothing is preferred; remove the row")
@@ -68,11 +68,22 @@ def source_kind(source: str) -> Literal["chat", "preference"]:
     """Whether a source holds conversations or preference pairs, by the fields of its first row.
 
     Raises:
-        UserError: it cannot be read or holds no rows.
+        UserError: it cannot be read, holds no rows, or its first row is neither.
     """
-    for _, row in open_source(source).rows():
-        is_pair = isinstance(row, dict) and ("chosen" in row or "rejected" in row)
-        return "preference" if is_pair else "chat"
+    for where, row in open_source(source).rows():
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: a row must be an object with named fields, not {type_name(row)}")
+        # Columnar formats fill what a row lacks with nulls, so fields with a value decide before those without.
+        for fields in ({name for name, value in row.items() if value is not None}, set(row)):
+            if fields & {"chosen", "rejected"}:
+                return "preference"
+            if fields & {"messages", "response"}:
+                return "chat"
+        found = ", ".join(repr(str(name)) for name in row) or "nothing"
+        raise UserError(
+            f"{where}: neither a conversation ('messages', or 'prompt' and 'response') nor a preference pair ('chosen' and "
+            f"'rejected'; found {found}); rename the fields"
+        )
     raise UserError(f"{source}: holds no rows; give a source with at least one")
 
 

@@ -52,9 +52,13 @@ def truncate(document: Document, limit: int) -> tuple[Document, Cut]:
 def truncate_pair(chosen: Document, rejected: Document, limit: int) -> tuple[Document, Document, Cut]:
     """Cut two answers to the same prompt to ``limit`` tokens each, keeping the answers.
 
-    The start of the prompt goes first, as much of it as the longer answer needs, and alike in both documents. A quarter of
-    the limit stays the prompt's (or the whole prompt, if it is shorter); only answers that do not fit into the rest lose
-    their ends. Either way each document keeps a token of the prompt and at least one of its answer.
+    The start of the prompt goes first, as much of it as the longer answer needs. A quarter of the limit stays the prompt's
+    (or the whole prompt, if it is shorter); only answers that do not fit into the rest lose their ends. Either way each
+    document keeps a token of the prompt and at least one of its answer.
+
+    Both documents lose the same tokens at the start, so that their prompts begin alike. The prompts may differ in number of
+    tokens, where a token straddles their border with the answer. Only where they differ by nearly the whole limit is the
+    number of lost tokens another in each.
 
     Args:
         chosen, rejected: supervised from the first token of the answer on; each has one, and a prompt before it.
@@ -63,7 +67,9 @@ def truncate_pair(chosen: Document, rejected: Document, limit: int) -> tuple[Doc
     prompts = [document.is_supervised.index(True) for document in (chosen, rejected)]
     longest = max(len(d.token_ids) - prompt for d, prompt in zip((chosen, rejected), prompts, strict=True))
     kept = max(limit - longest, min(max(prompts), max(limit // 4, 1)))
-    starts = [max(prompt - kept, 0) for prompt in prompts]
+    start = max(min(max(prompts) - kept, min(prompts) - 1), 0)
+    # A longer prompt than that leaves its answer no token.
+    starts = [max(start, prompt - (limit - 1)) for prompt in prompts]
     cut = [_window(d, start, start + limit) for d, start in zip((chosen, rejected), starts, strict=True)]
     if any(starts):
         return cut[0], cut[1], Cut.PROMPT
