@@ -67,6 +67,18 @@ def test_earlier_turns_may_be_rewritten_where_they_are_prompt(with_template: Loa
     assert answer_of(forgetful, CONVERSATION) == "good bye"
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_earlier_turns_of_the_assistant_are_prompt_in_rows_too(
+    name: str, write_jsonl: Callable[..., str], with_template: LoadTemplate
+) -> None:
+    by = with_template(TEMPLATES[name])
+    whole = {"chosen": CONVERSATION, "rejected": [*CONVERSATION[:-1], {"role": "assistant", "content": "hello to you"}]}
+    item = build_preference_dataset(write_jsonl(whole), by, seq_length=256, packing=False, cache_dir=None)[0]
+    for number, answer in enumerate(("good bye", "hello to you")):
+        learnt = (item["document_ids"] == number) & (item["loss_mask"] == 1)
+        assert by.decode(item["labels"][learnt].tolist()).strip() == answer
+
+
 @pytest.mark.parametrize("kind", ["tokenizer", "sentencepiece_tokenizer"])
 def test_each_document_is_what_fine_tuning_on_it_sees(
     kind: str, request: pytest.FixtureRequest, write_jsonl: Callable[..., str]
