@@ -4,8 +4,8 @@ A gradient shard is a handful of contiguous *spans* (Megatron's gradient buffers
 of elements that belong to one block. Work is cut into *tiles*: pieces of one span that are small enough for a
 processor's cache (or few enough launches on an accelerator). A tile inside one segment is a plain matrix-vector
 product; neighbouring short segments (norm weights, biases, the cuts of a data-parallel shard) share a tile and are
-told apart by prefix sums. The number of tiles therefore depends on the number of elements and not on the number of
-parameters.
+summed by one segmented reduction. The number of tiles therefore depends on the number of elements and not on the
+number of parameters.
 
 Shape legend: N = elements of this rank's shard, T = elements of a tile, S = segments in a tile, B = blocks of the whole
 model, K = basis vectors. Sums are accumulated in fp64 whatever the tensors' dtypes: an fp32 sum leaks 4e-5 of a
@@ -170,13 +170,17 @@ def _merged(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def _accumulate(table_B: Tensor, tile: Tile, products_T: Tensor) -> None:
-    """Add the sums of ``products`` (fp64, last dim T) over each segment to the rows of their blocks."""
+    """Add the sums of ``products`` (fp64, [..., T]) over each segment to the rows of their blocks."""
     assert tile.lengths_S is not None
     assert tile.counted_blocks_S is not None
-    ends_S = tile.lengths_S.cumsum(0) - 1
-    prefix = products_T.cumsum(-1)[..., ends_S]
-    sums = torch.diff(prefix, dim=-1, prepend=torch.zeros_like(prefix[..., :1]))
-    table_B.index_add_(0, tile.counted_blocks_S, sums.movedim(-1, 0))
+    # Each segment is summed on its own. Differences of one prefix sum over the tile would leave the rounding error of
+    # large neighbours in a small block: 4 % of the Gram matrix of a block whose gradient is 1e-6 of theirs.
+    sums = [
+        torch.segment_reduce(product_T, "sum", lengths=tile.lengths_S, unsafe=True)
+        for product_T in products_T.flatten(0, -2)
+    ]
+    sums_S = torch.stack(sums, dim=-1).unflatten(-1, products_T.shape[:-1])
+    table_B.index_add_(0, tile.counted_blocks_S, sums_S)
 
 
 def gram_and_dots(layout: SegmentLayout, rows_KN: Tensor, spans: Sequence[Tensor] | None = None) -> Tensor:

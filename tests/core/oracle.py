@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, silu
 
 Tensors = dict[str, Tensor]
-Remove = Callable[[Tensor, Tensor, float], Tensor]
+Remove = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,53 +204,76 @@ def blocks(tensors: Tensors, granularity: str) -> Iterable[list[str]]:
     return [[name] for name in tensors] if granularity == "tensor" else [list(tensors)]
 
 
-def project(
-    grad: Tensors, references: list[Tensors], granularity: str, remove: Remove | None = None, tolerance: float = 1e-6
-) -> Tensors:
+def project(grad: Tensors, references: list[Tensors], granularity: str, remove: Remove | None = None) -> Tensors:
     """g − A·A⁺·g in each block, by a singular value decomposition of the whole references.
 
     Args:
         remove: what is taken out of a block's gradient instead, such as :func:`conflict`.
-        tolerance: singular values of the normalised references below this share of the largest are dropped.
     """
     result = {}
     for names in blocks(grad, granularity):
         vector_N = torch.cat([grad[name].flatten() for name in names])
-        matrix_NK = torch.stack([torch.cat([ref[name].flatten() for name in names]) for ref in references], dim=1)
-        length_K = matrix_NK.norm(dim=0)  # zero for an expert that no token has chosen
-        matrix_NK = matrix_NK[:, length_K > 0] / length_K[length_K > 0]
-        projected_N = vector_N - (remove or component)(matrix_NK, vector_N, tolerance)
+        projected_N = vector_N - (remove or component)(unit_references(references, names), vector_N)
         sizes = [grad[name].numel() for name in names]
         for name, part in zip(names, projected_N.split(sizes), strict=True):
             result[name] = part.view_as(grad[name])
     return result
 
 
-def component(unit_NK: Tensor, vector_N: Tensor, tolerance: float) -> Tensor:
-    """The part of a vector in the span of unit vectors."""
+def unit_references(references: list[Tensors], names: list[str]) -> Tensor:
+    """A block's references as columns of length one; without those that are zero, as for an expert without tokens."""
+    matrix_NK = torch.stack([torch.cat([ref[name].flatten() for name in names]) for ref in references], dim=1)
+    length_K = matrix_NK.norm(dim=0)
+    return matrix_NK[:, length_K > 0] / length_K[length_K > 0]
+
+
+def span(unit_NK: Tensor) -> Tensor:
+    """An orthonormal basis; singular values below 1e-6 of the largest are dropped."""
     if not unit_NK.shape[1]:
-        return torch.zeros_like(vector_N)
+        return unit_NK
     left_NK, singular_K, _ = torch.linalg.svd(unit_NK, full_matrices=False)
-    basis_NK = left_NK[:, singular_K > tolerance * singular_K[0]]
+    return left_NK[:, singular_K > 1e-6 * singular_K[0]]
+
+
+def component(unit_NK: Tensor, vector_N: Tensor) -> Tensor:
+    """The part of a vector in the span of unit vectors."""
+    basis_NK = span(unit_NK)
     return basis_NK @ (basis_NK.T @ vector_N)
 
 
-def conflict(unit_NK: Tensor, vector_N: Tensor, tolerance: float) -> Tensor:
+def conflict(unit_NK: Tensor, vector_N: Tensor) -> Tensor:
     """g − g', g' the nearest vector to g with ⟨g', a⟩ ≥ 0 for every reference a.
 
     The solution is orthogonal to some of the references, and is g without its component in their span. So: try every
     subset, and of all results that are feasible take the nearest. (The product looks at multipliers instead.)
     """
-    best_N, best_distance = torch.zeros_like(vector_N), torch.inf
-    for face in range(2 ** unit_NK.shape[1]):
-        chosen = [j for j in range(unit_NK.shape[1]) if face >> j & 1]
-        removed_N = component(unit_NK[:, chosen], vector_N, tolerance)
-        slack_K = unit_NK.T @ (vector_N - removed_N)
-        if slack_K.numel() and slack_K.min() < -1e-10 * vector_N.norm():
-            continue
-        if removed_N.norm() < best_distance:
-            best_N, best_distance = removed_N, float(removed_N.norm())
-    return best_N
+    basis_NK = span(unit_NK)  # all of it happens in the span: work with few coordinates
+    unit_KK, vector_K = basis_NK.T @ unit_NK, basis_NK.T @ vector_N
+    best_K, best_distance = torch.zeros_like(vector_K), torch.inf
+    for subset in range(2 ** unit_KK.shape[1]):
+        removed_K = component(unit_KK[:, [bool(subset >> j & 1) for j in range(unit_KK.shape[1])]], vector_K)
+        slack_K = unit_KK.T @ (vector_K - removed_K)
+        if (slack_K >= -1e-10 * vector_N.norm()).all() and removed_K.norm() < best_distance:
+            best_K, best_distance = removed_K, float(removed_K.norm())
+    return basis_NK @ best_K
+
+
+def leak(grad: Tensors, references: list[Tensors], granularity: str) -> float:
+    """Largest |⟨g', u⟩|/‖g'‖ over the blocks' basis vectors u, g' being the whole gradient."""
+    parts = [
+        span(unit_references(references, names)).T @ torch.cat([grad[name].flatten() for name in names])
+        for names in blocks(grad, granularity)
+    ]
+    return float(torch.cat(parts).abs().max()) / norm(grad)
+
+
+def worst_slack(grad: Tensors, references: list[Tensors], granularity: str) -> float:
+    """Smallest ⟨g', a⟩/(‖a‖·‖g'‖) over blocks and references a; below zero, a reference is hurt."""
+    parts = [
+        unit_references(references, names).T @ torch.cat([grad[name].flatten() for name in names])
+        for names in blocks(grad, granularity)
+    ]
+    return float(torch.cat(parts).min()) / norm(grad)
 
 
 def norm(tensors: Tensors) -> float:

@@ -13,6 +13,10 @@ from tests.harness import WorkerGroup
 # gradient of which the projection removes about half.
 FP32_TOLERANCE = 1e-6
 
+# The precision-aware optimizer reads Megatron's bf16 gradients where they lie: the projected gradient is rounded once.
+ROUNDED_TO_BF16 = ("tp2-bf16-grads-aware",)
+BF16_ROUNDING = 2.0**-9
+
 ALL_LAYOUTS = LAYOUTS | PRECISIONS
 
 
@@ -47,6 +51,7 @@ def test_sixteen_bit_training_projects_in_fp32(
     """On gradients that 16-bit types represent, so that only the projection can round: fp32, some 1e-7."""
     group = distributed(PRECISIONS[layout].world_size)
     for result in group.run("tests.core.cases:planted_parity", layout=layout, granularity=granularity):
-        assert result["error"] < FP32_TOLERANCE
-        assert result["norm_error"] < FP32_TOLERANCE
+        rounded = layout in ROUNDED_TO_BF16
+        assert result["error"] < (BF16_ROUNDING if rounded else FP32_TOLERANCE)
+        assert result["norm_error"] < FP32_TOLERANCE  # of what is about to be rounded
         assert result["scale"] == (1024.0 if PRECISIONS[layout].precision == "fp16" else 1.0)

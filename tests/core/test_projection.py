@@ -92,6 +92,20 @@ def test_sums_over_blocks_are_exact_for_integers_however_the_work_is_cut(limits:
         assert dots[block, -1] == vector.double()[select].square().sum()
 
 
+def test_a_small_block_beside_large_ones_is_summed_as_if_it_were_alone() -> None:
+    """A bias or a norm weight with a gradient 1e-6 of its neighbours' still has products exact to fp64."""
+    lengths = [4000, 4000, 32, 4000, 7]
+    layout = SegmentLayout([[Segment(length, block, True) for block, length in enumerate(lengths)]], len(lengths), CPU)
+    rows, vector = random(2, layout.num_elements), random(layout.num_elements, seed=1)
+    small = slice(8000, 8032)
+    rows[:, small] *= 1e-6
+    vector[small] *= 1e-6
+    gram, dots = gram_and_dots(layout, rows), gram_and_dots(layout, rows, [vector])
+    expected = rows.double()[:, small]
+    torch.testing.assert_close(gram[2], expected @ expected.T, rtol=1e-13, atol=0.0)
+    torch.testing.assert_close(dots[2, :-1], expected @ vector.double()[small], rtol=1e-13, atol=0.0)
+
+
 @pytest.mark.parametrize("limits", LIMITS)
 @pytest.mark.parametrize("num_references", [1, 2, 3, 8])
 def test_result_is_orthogonal_to_every_reference(limits: TileLimits, num_references: int) -> None:

@@ -1,0 +1,75 @@
+"""What the ranks run to show the rules of removal: many references, conflicts, nearly parallel ones, a bf16 basis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_ogpsa import OGPSAConfig, attach
+from tests.core import oracle
+from tests.core.cases import ALL_LAYOUTS
+from tests.core.gradients import plant, projected_gradient
+from tests.core.megatron_model import build
+
+
+def opposed(shape: oracle.ModelShape, names: list[str], count: int, separation: float | None) -> list[oracle.Tensors]:
+    """``count`` references and, last, a gradient; fp32 numbers, returned in fp64.
+
+    They share a direction with alternating signs, so that the gradient hurts some references and not others, and
+    references hurt each other. With ``separation`` the references are the first one and neighbours of it, that far
+    away.
+    """
+    shapes = oracle.shapes_of(shape)
+
+    def random(seed: int) -> oracle.Tensors:
+        generator = torch.Generator().manual_seed(seed)
+        return {name: torch.randn(shapes[name], generator=generator) for name in names}
+
+    common, result = random(1000), []
+    for index in range(count + 1):
+        own = random(index)
+        sign = -1.0 if index % 2 else 1.0
+        if separation is not None and 0 < index < count:
+            result.append({name: result[0][name] + separation * own[name] for name in names})
+        elif separation is not None and index == count:
+            # Heavy in the protected span, as in notes on hazards: what leaks shows.
+            span = {name: sum(reference[name] for reference in result) for name in names}
+            result.append({name: own[name] - 2.0 * span[name] for name in names})
+        else:
+            result.append({name: own[name] + sign * common[name] for name in names})
+    return [{name: tensor.double() for name, tensor in tensors.items()} for tensors in result]
+
+
+def rules(layout: str, settings: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Each setting (``count``, ``separation`` and fields of the config) on planted gradients, against the oracle."""
+    shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
+    training = build(ALL_LAYOUTS[layout], oracle.random_weights(shape, seed=1), clip_grad=0.0)
+    names = [name for name in oracle.shapes_of(shape) if not ALL_LAYOUTS[layout].is_frozen(name)]
+    results = []
+    for setting in settings:
+        config = {key: value for key, value in setting.items() if key not in ("count", "separation")}
+        ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(**config))
+        *references, gradient = opposed(shape, names, setting["count"], setting.get("separation"))
+        ogpsa.begin_refresh()
+        for index, reference in enumerate(references):
+            plant(training, reference)
+            ogpsa.capture(f"reference {index}")
+        ogpsa.finish_refresh()
+        plant(training, gradient)
+        actual, (_, grad_norm, _) = projected_gradient(training)
+        granularity, remove = config["granularity"], oracle.conflict if config.get("mode") == "conflict" else None
+        expected = oracle.project(gradient, references, granularity, remove)
+        results.append(
+            {
+                "error": oracle.relative_error(actual, expected),
+                "norm_error": abs(float(grad_norm) / oracle.norm(expected) - 1),
+                "leak": oracle.leak(actual, references, granularity),
+                "worst_slack": oracle.worst_slack(actual, references, granularity),
+                "size": oracle.norm(gradient) / oracle.norm(expected),
+                "removed": 1 - (oracle.norm(expected) / oracle.norm(gradient)) ** 2,
+                "rank": ogpsa.metrics["rank"],
+            }
+        )
+        ogpsa.detach()
+    return results
