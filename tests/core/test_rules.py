@@ -21,7 +21,7 @@ MAX_REFERENCES = 8
 TOLERANCE = 2e-7
 
 # The eigenvalues of two references 1e-5 apart differ by 4e10, and rounding in fp64 (1e-16) by as much. Measured leak:
-# 5e-7 to 1.3e-6 per tensor, 3e-7 for the whole model; 2e-6 is the figure of the notes on hazards. Larger separations
+# 5e-7 to 1.3e-6 per tensor, 3e-7 for the whole model. Larger separations
 # leave what fp32 does to a gradient of which the projection removes 97 % in energy (the norm falls sixfold).
 SEPARATIONS = {1e-3: (5e-7, 5e-7), 1e-4: (5e-7, 5e-7), 1e-5: (4e-6, 2e-6)}  # (error, leak)
 
