@@ -27,7 +27,8 @@ from megatron_ogpsa.collectives import sum_over_ranks
 from megatron_ogpsa.config import MAX_CONFLICT_REFERENCES, OGPSAConfig
 from megatron_ogpsa.errors import UnsupportedError
 from megatron_ogpsa.projection import removal
-from megatron_ogpsa.projection.basis import BasisTransform, orthonormalise
+from megatron_ogpsa.projection.basis import orthonormalise
+from megatron_ogpsa.projection.conflict import Cone
 from megatron_ogpsa.projection.segments import combine_rows, gram_and_dots, subtract_combination
 from megatron_ogpsa.sharding.gradients import GradientShard
 from megatron_ogpsa.support import check_supported
@@ -63,7 +64,7 @@ class OGPSA:
         self._optimizer = optimizer
         self._shard = GradientShard(optimizer, chunks, by_tensor=config.granularity == "tensor")
         self._basis_KN: Tensor | None = None
-        self._transform: BasisTransform | None = None
+        self._cone: Cone | None = None
         self._rank = 0
         self._rank_total = 0
         self._captured_names: list[str] | None = None
@@ -145,9 +146,8 @@ class OGPSA:
         self.rejected_refreshes = 0
         transform = orthonormalise(gram_BKK, self.config.rank_tolerance)
         self._basis_KN = self._stored(rows_KN, transform.weights_BKK.to(layout.device))
-        self._transform = BasisTransform(
-            transform.weights_BKK, transform.reference_BKK.to(layout.device), transform.rank_B
-        )
+        if self.config.mode == "conflict":
+            self._cone = Cone(transform.reference_BKK.to(layout.device))
         self._rank, self._rank_total = int(transform.rank_B.max()), int(transform.rank_B.sum())
         self.reference_names = names
         return True
@@ -179,7 +179,6 @@ class OGPSA:
     def _project(self) -> bool:
         """g ← g − Q·r; returns whether the gradient was finite, which every rank reads off the same sums."""
         assert self._basis_KN is not None
-        assert self._transform is not None
         layout = self._shard.layout
         self._shard.load()
         sums = sum_over_ranks(gram_and_dots(layout, self._basis_KN, self._shard.spans), self._shard.reduction.group)
@@ -187,9 +186,8 @@ class OGPSA:
         if self.config.mode == "orthogonal":
             removed_BK = removal.orthogonal(coefficients_BK)
         else:
-            removed_BK = removal.nearest_without_conflict(
-                torch.nan_to_num(coefficients_BK), self._transform.reference_BKK
-            )
+            assert self._cone is not None
+            removed_BK = self._cone.removed(torch.nan_to_num(coefficients_BK))
         after_B = removal.squared_norm_after(squared_norm_B, coefficients_BK, removed_BK)
         before, after = torch.stack((sums.sum() * 0 + squared_norm_B.sum(), after_B.sum())).tolist()
         if not math.isfinite(before):
@@ -262,7 +260,7 @@ class OGPSA:
         """Give the optimizer its own methods back and free the basis."""
         for name in _HOOKED:
             self._optimizer.__dict__.pop(name, None)
-        self._basis_KN = self._transform = self._captured_KN = self._captured_names = None
+        self._basis_KN = self._cone = self._captured_KN = self._captured_names = None
         self.enabled = False
 
 

@@ -2,5 +2,5 @@
 
 * :mod:`.segments` multiplies long contiguous vectors block by block.
 * :mod:`.basis` turns Gram matrices into orthonormal bases.
-* :mod:`.removal` decides how much of each basis vector a gradient loses.
+* :mod:`.removal` decides how much of each basis vector a gradient loses; :mod:`.conflict` does where only harm counts.
 """

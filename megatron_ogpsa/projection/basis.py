@@ -17,7 +17,7 @@ class BasisTransform:
 
     Attributes:
         weights_BKK: W, fp64; column r gives the r-th basis vector; columns from ``rank_B`` on are zero.
-        reference_BKK: QᵀA = WᵀM, fp64; column j holds reference j in the basis, used by ``mode="conflict"``.
+        reference_BKK: QᵀA = Λ^(1/2)·Vᵀ·S^(-1), fp64; column j holds reference j in the basis, for ``mode="conflict"``.
         rank_B: dimension of each block's span, int64.
     """
 
@@ -48,10 +48,12 @@ def orthonormalise(gram_BKK: Tensor, tolerance: float) -> BasisTransform:
     largest_B1K = vectors_BKK.abs().argmax(dim=-2, keepdim=True)
     vectors_BKK = vectors_BKK * torch.where(vectors_BKK.gather(-2, largest_B1K) < 0, -1.0, 1.0)
     keep_BK = eigenvalues_BK > tolerance * eigenvalues_BK[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
+    root_BK = torch.where(keep_BK, eigenvalues_BK, 1.0).sqrt() * keep_BK
     inverse_root_BK = torch.where(keep_BK, eigenvalues_BK, 1.0).rsqrt() * keep_BK
     weights_BKK = scale_BK[:, :, None] * vectors_BKK * inverse_root_BK[:, None, :]
     return BasisTransform(
         weights_BKK=weights_BKK,
-        reference_BKK=weights_BKK.transpose(-1, -2) @ gram_BKK,
+        # WᵀM is the same, but small coordinates would be differences of large numbers.
+        reference_BKK=(vectors_BKK * root_BK[:, None, :]).mT * diagonal_BK.sqrt()[:, None, :],
         rank_B=keep_BK.sum(dim=-1),
     )

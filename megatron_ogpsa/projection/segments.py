@@ -217,6 +217,27 @@ def gram_and_dots(layout: SegmentLayout, rows_KN: Tensor, spans: Sequence[Tensor
     return table[: layout.num_blocks]
 
 
+def _per_element(tile: Tile, values_B: Tensor) -> Tensor:
+    """The value of each element's block: 0-D if the tile lies in one block, else [T]."""
+    if tile.lengths_S is None:
+        return values_B[tile.block]
+    assert tile.blocks_S is not None
+    return values_B[tile.blocks_S].repeat_interleave(tile.lengths_S)
+
+
+def _combination(tile: Tile, weights_BK: Tensor, rows_KT: Tensor) -> Tensor:
+    """Σ_k w_bk·row_k, b being the block of each element: [T] in the dtype of both.
+
+    Copies of a weight on several ranks must stay bitwise the same, and lie in tiles of other sizes there, because only
+    one copy is counted. A matrix product chooses the order of its sums and whether to fuse them by the size and place
+    of its operands. Products and sums that are rounded one by one, in the order of k, come out the same everywhere.
+    """
+    total_T = rows_KT[0] * _per_element(tile, weights_BK[:, 0])
+    for k in range(1, rows_KT.shape[0]):
+        total_T += rows_KT[k] * _per_element(tile, weights_BK[:, k])
+    return total_T
+
+
 def subtract_combination(
     layout: SegmentLayout, spans: Sequence[Tensor], rows_KN: Tensor, coefficients_BK: Tensor
 ) -> None:
@@ -227,16 +248,10 @@ def subtract_combination(
         rows_KN: the basis.
         coefficients_BK: r, on the layout's device.
     """
-    coefficients = coefficients_BK.float()
+    coefficients_BK = coefficients_BK.float()
     for tile in layout.tiles:
-        target_T = spans[tile.span][tile.start : tile.stop]
         rows_KT = rows_KN[:, tile.columns].to(layout.device, torch.float32, non_blocking=True)
-        if tile.lengths_S is None:
-            target_T.sub_(coefficients[tile.block] @ rows_KT)
-        else:
-            assert tile.blocks_S is not None
-            per_element_TK = coefficients[tile.blocks_S].repeat_interleave(tile.lengths_S, dim=0)
-            target_T.sub_((per_element_TK.mT * rows_KT).sum(dim=0))
+        spans[tile.span][tile.start : tile.stop].sub_(_combination(tile, coefficients_BK, rows_KT))
 
 
 def combine_rows(layout: SegmentLayout, rows_KN: Tensor, weights_BKK: Tensor, out_KN: Tensor) -> None:
@@ -246,10 +261,6 @@ def combine_rows(layout: SegmentLayout, rows_KN: Tensor, weights_BKK: Tensor, ou
     """
     for tile in layout.tiles:
         rows_KT = rows_KN[:, tile.columns].to(layout.device, torch.float64, non_blocking=True)
-        if tile.lengths_S is None:
-            result_KT = weights_BKK[tile.block].mT @ rows_KT
-        else:
-            assert tile.blocks_S is not None
-            weights_TKK = weights_BKK[tile.blocks_S].repeat_interleave(tile.lengths_S, dim=0)
-            result_KT = torch.einsum("tjk,jt->kt", weights_TKK, rows_KT)
-        out_KN[:, tile.columns] = result_KT.to(out_KN.dtype)
+        out_KN[:, tile.columns] = torch.stack(
+            [_combination(tile, weights_BK, rows_KT) for weights_BK in weights_BKK.unbind(-1)]
+        ).to(out_KN.dtype)

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 
 from megatron_ogpsa.projection import removal
 from megatron_ogpsa.projection.basis import orthonormalise
+from megatron_ogpsa.projection.conflict import Cone
 from megatron_ogpsa.projection.segments import (
     Segment,
     SegmentLayout,
@@ -56,7 +58,7 @@ def project(vector_N: Tensor, rows_KN: Tensor, layout: SegmentLayout, mode: str 
     if mode == "orthogonal":
         removed = removal.orthogonal(coefficients)
     else:
-        removed = removal.nearest_without_conflict(coefficients, transform.reference_BKK)
+        removed = Cone(transform.reference_BKK).removed(coefficients)
     subtract_combination(layout, spans, basis_KN, removed)
     return result
 
@@ -225,3 +227,55 @@ def test_norm_after_needs_no_second_look_at_the_gradient() -> None:
     sums = gram_and_dots(layout, basis, list(vector.split(layout.span_lengths)))
     after = removal.squared_norm_after(sums[:, -1], sums[:, :-1], removal.orthogonal(sums[:, :-1]))
     assert float(after.sum()) == pytest.approx(float(result.double().square().sum()), rel=1e-6)
+
+
+def test_conflict_mode_with_zero_equal_and_opposed_references_in_many_blocks() -> None:
+    """More blocks than are solved at once, each against a descent that needs no sets of active references."""
+    num_blocks, num_references = 3000, 8
+    generator = torch.Generator().manual_seed(0)
+    references = torch.randn(num_blocks, num_references, num_references, generator=generator, dtype=torch.float64)
+    references[::3, :, 1] = 2.0 * references[::3, :, 0]
+    references[::3, :, 2] = 0.0
+    references[1::3, :, 4] = -references[1::3, :, 3]
+    references[1::3, :, 5] = references[1::3, :, 0] + references[1::3, :, 1]
+    coefficients = torch.randn(num_blocks, num_references, generator=generator, dtype=torch.float64)
+    removed = Cone(references).removed(coefficients)
+    left = coefficients - removed
+    size = coefficients.norm(dim=1, keepdim=True) * references.norm(dim=1)
+    slack = (references.mT @ left[:, :, None]).squeeze(-1)
+    assert (slack >= -1e-11 * size).all()
+    # left is the projection onto a cone: left ⟂ removed, and −removed is in the cone that the references span, whose
+    # distance is what non-negative least squares leaves.
+    assert ((left * removed).sum(dim=1).abs() <= 1e-11 * coefficients.square().sum(dim=1)).all()
+    for block in range(0, num_blocks, 100):
+        _, distance = nnls(references[block].numpy(), -removed[block].numpy())
+        assert distance <= 1e-9 * float(coefficients[block].norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_stay_bitwise_the_same_however_their_tiles_are_cut(dtype: torch.dtype) -> None:
+    """Another rank counts other segments, and has other neighbours beside a copy."""
+    length, num_references = 333, 5
+    segments = [Segment(5000, 0, True), Segment(length, 1, True), Segment(70, 2, True)]
+    cuts = [
+        (SegmentLayout([segments], 3, CPU), 5000),
+        (SegmentLayout([segments], 3, CPU, TileLimits(tile=100, short=64)), 5000),
+        (SegmentLayout([[Segment(5000, 1, True), Segment(length, 1, True)]], 3, CPU), 5000),
+        (SegmentLayout([[Segment(11, 0, True), Segment(length, 1, False), Segment(1, 1, True)]], 3, CPU), 11),
+        (SegmentLayout([[Segment(length, 1, False)]], 3, CPU), 0),
+    ]
+    copy_KN, vector_N = random(num_references, length), random(length, seed=1).to(dtype)
+    weights_BKK = random(3, num_references, num_references, seed=2).double()
+    coefficients_BK = random(3, num_references, seed=3).double()
+    results = []
+    for layout, start in cuts:
+        rows_KN = random(num_references, layout.num_elements, seed=4)
+        rows_KN[:, start : start + length] = copy_KN
+        gradient_N = random(layout.num_elements, seed=5).to(dtype)
+        gradient_N[start : start + length] = vector_N
+        combine_rows(layout, rows_KN, weights_BKK, rows_KN)
+        subtract_combination(layout, [gradient_N], rows_KN, coefficients_BK)
+        results.append((rows_KN[:, start : start + length], gradient_N[start : start + length]))
+    for basis_KN, result_N in results[1:]:
+        assert torch.equal(basis_KN, results[0][0])
+        assert torch.equal(result_N, results[0][1])
