@@ -11,7 +11,6 @@ import argparse
 import inspect
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.files import write_json
 from megatron_ogpsa.integration.patching import Patch, apply_patches
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def _saving_state(original: Callable[..., Any]) -> Callable[..., Any]:
             hook.after_save()
             state |= hook.state()
         if _hooks and torch.distributed.get_rank() == 0:
-            _write_atomically(Path(_args().save) / STATE_FILE, state)
+            write_json(Path(_args().save) / STATE_FILE, state)
         return result
 
     return save_checkpoint_and_time
@@ -158,13 +158,6 @@ def _require_parameters(function: Callable[..., Any], names: str) -> None:
     found = list(inspect.signature(function).parameters)[: len(expected)]
     if found != expected:
         raise RuntimeError(f"{function.__name__} takes {found}, not {expected} as in Megatron 0.19")
-
-
-def _write_atomically(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 _LOOP_PATCHES = (

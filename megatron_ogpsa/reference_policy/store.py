@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.files import write_atomically
 
 _FORMAT = "1"
 
@@ -60,14 +60,8 @@ def write_log_probs(path: Path, log_probs: LogProbs) -> None:
     tensors = {"log_probs": log_probs.values_N2, "is_known": log_probs.is_known_N.to(torch.uint8)}
     metadata = {"format": _FORMAT, "weights": log_probs.weights, "data": json.dumps(log_probs.data)}
     metadata["sha256"] = _digest(metadata, tensors)
-    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(save(tensors, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_atomically(path, save(tensors, metadata))
     except OSError as error:
         raise UserError(
             f"--save: {path} cannot be written ({error.strerror}): free space or choose another folder"
