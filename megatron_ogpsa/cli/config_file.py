@@ -1,8 +1,12 @@
-"""A YAML file whose keys are flags: what it may hold, and how it becomes a command line."""
+"""A YAML file whose keys are flags: what it may hold, and how it becomes a command line.
+
+A file with ``stages`` is a pipeline: a mapping of flags for each stage, beside the flags that all of them share.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,9 @@ from megatron_ogpsa.errors import UserError
 
 LAUNCH = "launch"
 LAUNCH_KEYS = ("nproc-per-node",)
+STAGES = "stages"
+
+_STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
@@ -31,15 +38,17 @@ class ConfigFile:
     Attributes:
         entries: flags in the order of the file.
         launch: how many ranks to start, when the command starts them itself.
+        stages: of a pipeline, each stage's own flags, in the order in which they run; empty for a single run.
     """
 
     path: Path
     entries: tuple[Entry, ...]
     launch: dict[str, int] = field(default_factory=dict)
+    stages: dict[str, tuple[Entry, ...]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> ConfigFile:
-        """Read a flat mapping of flags.
+        """Read a mapping of flags, with the stages of a pipeline if it has any.
 
         Raises:
             UserError: no such file, not YAML, not a mapping, or a key twice; with the line.
@@ -58,17 +67,21 @@ class ConfigFile:
             raise UserError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)}): mend the line") from None
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{path}: not a mapping: write one flag a line, such as 'num-layers: 4'")
-        entries = [_entry(path, key, value) for key, value in node.value]
-        lines: dict[str, int] = {}
-        for entry in entries:
-            if entry.key in lines:
-                raise UserError(
-                    f"{path}:{entry.line}: {entry.key} stands on line {lines[entry.key]} already: keep one of them"
-                )
-            lines[entry.key] = entry.line
+        nodes = {key.value: value for key, value in node.value if isinstance(key, yaml.ScalarNode)}
+        entries = _entries(path, node)
         launch = next((entry for entry in entries if entry.key == LAUNCH), None)
-        flags = tuple(entry for entry in entries if entry.key != LAUNCH)
-        return cls(path, flags, _launch_settings(path, launch) if launch else {})
+        return cls(
+            path,
+            tuple(entry for entry in entries if entry.key not in (LAUNCH, STAGES)),
+            _launch_settings(path, launch) if launch else {},
+            _stages(path, nodes[STAGES]) if STAGES in nodes else {},
+        )
+
+    def stage(self, name: str) -> ConfigFile:
+        """One stage of a pipeline as a configuration of its own; its flags win over the shared ones."""
+        own = {entry.key for entry in self.stages[name]}
+        shared = tuple(entry for entry in self.entries if entry.key not in own)
+        return ConfigFile(self.path, shared + self.stages[name], self.launch)
 
     def as_flags(self, parser: argparse.ArgumentParser, overrides: list[str]) -> list[str]:
         """The command line that the file and ``overrides`` stand for, the latter last so that they win.
@@ -97,6 +110,36 @@ class ConfigFile:
             except ValueError as error:
                 raise UserError(f"{self.path}:{entry.line}: {entry.key}: {error}") from None
         return flags + overrides
+
+
+def _entries(path: Path, node: yaml.MappingNode) -> list[Entry]:
+    entries = [_entry(path, key, value) for key, value in node.value]
+    lines: dict[str, int] = {}
+    for entry in entries:
+        if entry.key in lines:
+            raise UserError(
+                f"{path}:{entry.line}: {entry.key} stands on line {lines[entry.key]} already: keep one of them"
+            )
+        lines[entry.key] = entry.line
+    return entries
+
+
+def _stages(path: Path, node: yaml.Node) -> dict[str, tuple[Entry, ...]]:
+    example = "write a name for each stage with its flags below it, such as 'sft:' and 'dpo:'"
+    if not isinstance(node, yaml.MappingNode) or not node.value:
+        raise UserError(f"{path}:{node.start_mark.line + 1}: stages: {example}")
+    stages: dict[str, tuple[Entry, ...]] = {}
+    for key, value in node.value:
+        place = f"{path}:{key.start_mark.line + 1}: stages"
+        name = key.value if isinstance(key, yaml.ScalarNode) else ""
+        if not _STAGE_NAME.fullmatch(name):
+            raise UserError(f"{place}: {name!r} names a folder too: use letters, digits, '-' and '_'")
+        if name in stages:
+            raise UserError(f"{place}: {name} stands there twice: give each stage a name of its own")
+        if not isinstance(value, yaml.MappingNode):
+            raise UserError(f"{place}: {name}: {example}")
+        stages[name] = tuple(_entries(path, value))
+    return stages
 
 
 def _entry(path: Path, key: yaml.Node, value: yaml.Node) -> Entry:

@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from megatron_ogpsa.cli.main import ERRORS_VARIABLE
 from megatron_ogpsa.errors import UserError
@@ -16,8 +16,11 @@ RANK_MODULE = "megatron_ogpsa.cli.main"
 """What each rank runs."""
 
 
-def launch(arguments: list[str], *, num_ranks: int) -> int:
+def launch(arguments: list[str], *, num_ranks: int, environment: Mapping[str, str] | None = None) -> int:
     """Run ``megatron-ogpsa ARGUMENTS`` in ``num_ranks`` processes and wait for them.
+
+    Args:
+        environment: variables of the ranks beside this process's own.
 
     Returns:
         0, or the exit code of the first rank that failed; if one fails the others are ended. A user error is told by the
@@ -45,7 +48,7 @@ def launch(arguments: list[str], *, num_ranks: int) -> int:
         monitor_interval=0.1,
     )
     with tempfile.TemporaryDirectory() as errors:
-        os.environ[ERRORS_VARIABLE] = errors
+        os.environ.update({**(environment or {}), ERRORS_VARIABLE: errors})  # torchrun's agent hands them on
         return _run(lambda: elastic_launch(config, sys.executable)("-u", "-m", RANK_MODULE, *arguments))
 
 

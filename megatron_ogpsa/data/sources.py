@@ -65,10 +65,26 @@ def open_source(source: str) -> RowSource:
             raise UserError(f"{source}: unknown kind of file {suffix!r}; use .jsonl, .json or .parquet")
     except OSError as error:
         raise UserError(f"{source}: cannot be read ({error.strerror or error}); check the file") from error
-    hub_name = _HUB_NAME.fullmatch(source)
-    if hub_name is None or suffix in (".jsonl", ".json", ".parquet"):
+    name, split = _name_on_hub(source)
+    return _open_hub(source, name, split)
+
+
+def require_source(source: str) -> None:
+    """Find out whether there is something to open, without reading it; names of the Hub are not looked up.
+
+    Raises:
+        UserError: no such file or folder.
+    """
+    if not Path(source).exists():
+        _name_on_hub(source)
+
+
+def _name_on_hub(source: str) -> tuple[str, str]:
+    """Name and split."""
+    match = _HUB_NAME.fullmatch(source)
+    if match is None or Path(source).suffix.lower() in (".jsonl", ".json", ".parquet"):
         raise UserError(f"{source}: no such file; check the path (it is relative to {Path.cwd()})")
-    return _open_hub(source, hub_name["name"], hub_name["split"] or "train")
+    return match["name"], match["split"] or "train"
 
 
 def _open_json(source: str, path: Path, suffix: str) -> RowSource:

@@ -91,6 +91,26 @@ def check_arguments(args: argparse.Namespace) -> None:
         _check_packing(args, "--ogpsa-packing" if args.ogpsa_packing else "--ogpsa-stage dpo")
 
 
+def require_data(args: argparse.Namespace) -> None:
+    """Look whether the files that the flags name are there, long before they are read.
+
+    Raises:
+        UserError: naming the flag and the file.
+    """
+    from megatron_ogpsa.data.sources import require_source
+
+    named = [
+        ("--ogpsa-train-data", args.ogpsa_train_data),
+        ("--ogpsa-valid-data", args.ogpsa_valid_data),
+        *(("--ogpsa-reference", source) for _, source in args.ogpsa_reference),
+    ]
+    for flag, source in named:
+        try:
+            require_source(source or ".")
+        except UserError as error:
+            raise UserError(f"{flag}: {error}") from None
+
+
 def _check_dpo(args: argparse.Namespace) -> None:
     # Megatron would scale these losses by tokens and divide by pairs (core/transformer/moe/router.py).
     for flag, value in (

@@ -52,17 +52,23 @@ Train = Callable[..., Outcome]
 
 @pytest.fixture
 def train(inputs: Path, tmp_path: Path) -> Train:
-    """``train(*flags, config=..., module=...)``: run ``megatron-ogpsa train`` in ``tmp_path`` and wait."""
+    """``train(*flags, config=..., module=...)``: run ``megatron-ogpsa train`` in ``tmp_path`` and wait.
+
+    ``plain``: with nothing but ``flags``, where the configuration names all data.
+    """
 
     def run(
         *flags: str,
         config: Path = CONFIG,
         module: str = "megatron_ogpsa.cli.main",
         references: bool = True,
+        plain: bool = False,
         timeout: float = 240,
     ) -> Outcome:
-        given = {"--tokenizer-model": inputs / "tokenizer", "--ogpsa-train-data": inputs / "safety.jsonl"}
-        if references:
+        given = (
+            {} if plain else {"--tokenizer-model": inputs / "tokenizer", "--ogpsa-train-data": inputs / "safety.jsonl"}
+        )
+        if references and not plain:
             given["--ogpsa-reference"] = Path(f"general={inputs / 'general.jsonl'}")
         pairs = [str(part) for flag, value in given.items() if flag not in flags for part in (flag, value)]
         command = [sys.executable, "-m", module, "train", str(config), *pairs, *flags]

@@ -1,0 +1,103 @@
+"""The stages one after the other within one torchrun job: each rank of the job starts a process for each stage.
+
+A process of its own gives each stage a Megatron as fresh as a job of its own would have: no global state, no random
+state and no accelerator memory of the stage before. Rank 0 looks what is to be done and tells the others through
+torchrun's store, so that no two ranks can see the folders differently.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from types import FrameType
+
+from megatron_ogpsa.errors import UserError
+
+PARENT_VARIABLE = "MEGATRON_OGPSA_PARENT"
+"""Process id of the rank of the job, in the environment of its stage's process."""
+
+_PATIENCE = timedelta(days=1)
+"""Ranks may leave a stage at different times; a rank that fails ends the job at once through torchrun."""
+
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+
+
+class JobRank:
+    """One rank of a torchrun job that outlives the stages' processes. Every rank makes each call."""
+
+    def __init__(self) -> None:
+        """Meets the other ranks at MASTER_ADDR and MASTER_PORT."""
+        from torch.distributed.rendezvous import rendezvous
+
+        self._store, self.rank, _ = next(rendezvous("env://", timeout=_PATIENCE))
+        self._attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._told = 0
+
+    def told_by_first[T](self, look: Callable[[], T]) -> T:
+        """What ``look`` returns on rank 0, as JSON, on all ranks.
+
+        Raises:
+            UserError: it raised one on rank 0.
+        """
+        key = f"megatron-ogpsa/{self._attempt}/{self._told}"
+        self._told += 1
+        if self.rank == 0:
+            try:
+                message = {"result": look()}
+            except UserError as error:
+                self._store.set(key, json.dumps({"error": str(error)}))
+                raise
+            self._store.set(key, json.dumps(message))
+        answer = json.loads(self._store.get(key))
+        if "error" in answer:
+            raise UserError(answer["error"])
+        result: T = answer["result"]
+        return result
+
+    def run_process(self, arguments: Sequence[str], environment: dict[str, str]) -> int:
+        """Run ``python ARGUMENTS`` as this rank of a process group of its own; returns its exit code.
+
+        Signals that ask this process to end are handed on. If this process dies, so does the other.
+        """
+        port = self.told_by_first(_free_port)
+        own = {
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "False",  # rank 0 of the stage holds a store of its own
+            PARENT_VARIABLE: str(os.getpid()),
+        }
+        process = subprocess.Popen([sys.executable, *arguments], env=os.environ | environment | own)
+
+        def hand_on(number: int, frame: FrameType | None) -> None:
+            process.send_signal(number)
+
+        before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return code if code >= 0 else 128 - code
+
+
+def end_with_parent() -> None:
+    """Ask Linux to kill this process when the rank that started it dies, which may be by SIGKILL."""
+    parent = os.environ.get(PARENT_VARIABLE)
+    if parent is None:
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it died before the kernel was asked
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        port: int = listener.getsockname()[1]
+        return port

@@ -1,0 +1,140 @@
+"""SFT→DPO as one job: killed in each phase it ends with the weights of an undisturbed run; what is finished is skipped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ogpsa.demo.benchmark import BenchmarkSpec, write_benchmark
+from tests.integration.checkpoints import checkpoint_tensors
+from tests.integration.conftest import GENERAL, ROOT, Train
+
+CONFIG = ROOT / "configs/example/sft-dpo.yaml"
+GENERAL_PAIRS = GENERAL.with_name("general_preference.jsonl")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+DP2 = "--nproc-per-node 2 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1".split()
+
+
+def pipeline_text(inputs: Path, folder: Path) -> str:
+    """The example with the demo's safety data, and general data as references."""
+    benchmark = write_benchmark(folder / "data", BenchmarkSpec(base_train=70, safety_train=60, eval_per_task=4))
+    text = CONFIG.read_text(encoding="utf-8")
+    general, pairs = inputs / "general.jsonl", benchmark.safety_pairs
+    for name, path in (
+        ("data/tokenizer", inputs / "tokenizer"),
+        ("data/safety.jsonl", benchmark.safety_train),
+        ("data/safety_pairs.jsonl", benchmark.safety_pairs),
+        ("data/general.jsonl", GENERAL if GENERAL.exists() else general),
+        ("data/general_pairs.jsonl", GENERAL_PAIRS if GENERAL_PAIRS.exists() else pairs),
+    ):
+        assert text.count(name) == 1, name
+        text = text.replace(name, str(path))
+    return text
+
+
+@pytest.fixture
+def pipeline(inputs: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(pipeline_text(inputs, tmp_path), encoding="utf-8")
+    return path
+
+
+def torchrun(pipeline: Path, *flags: str, num_ranks: int, timeout: float = 400) -> str:
+    command = [*TORCHRUN, f"--nproc-per-node={num_ranks}", "-m", "megatron_ogpsa.cli.main", "train", str(pipeline)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *flags], cwd=pipeline.parent, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout + done.stderr
+
+
+def test_killed_in_each_phase_it_ends_as_if_undisturbed(
+    train: Train, pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TP2×PP2. The undisturbed run is one torchrun job, the others are launches of their own for each stage."""
+    output = torchrun(pipeline, "--save", "whole", num_ranks=4)
+    assert output.index("stage sft (whole/sft) begins") < output.index("stage dpo (whole/dpo) begins")
+
+    for die, expected in (
+        ("sft step 4", ["sft (killed/sft) begins"]),
+        ("dpo policy 1", ["sft (killed/sft) goes on", "dpo (killed/dpo) begins"]),
+        ("dpo step 4", ["sft (killed/sft) is finished: skipped", "dpo (killed/dpo) begins"]),
+    ):
+        monkeypatch.setenv("DIE", die)
+        outcome = train("--save", "killed", config=pipeline, module="tests.integration.dying", plain=True, timeout=400)
+        assert outcome.exit_code != 0, outcome.output[-3000:]
+        assert "rank 1 ended with signal 9" in outcome.output, outcome.output[-3000:]
+        for line in expected:
+            assert line in outcome.output
+    assert "DPO: 32 of 60 reference log-probabilities are there" in outcome.output
+    monkeypatch.delenv("DIE")
+    outcome = train("--save", "killed", config=pipeline, plain=True, timeout=400)
+    assert outcome.exit_code == 0, outcome.output[-3000:]
+    assert "dpo (killed/dpo) goes on" in outcome.output
+
+    for stage in ("sft", "dpo"):
+        undisturbed = checkpoint_tensors(pipeline.parent / "whole" / stage)
+        killed = checkpoint_tensors(pipeline.parent / "killed" / stage)
+        assert undisturbed.keys() == killed.keys()
+        assert any("exp_avg" in name for name in killed)
+        for name, tensor in undisturbed.items():
+            assert torch.equal(tensor, killed[name]), f"{stage}: {name}"
+
+
+def test_finished_stages_are_skipped_and_a_lost_job_leaves_no_process(pipeline: Path) -> None:
+    """Two ranks. A rank of the job is killed while a stage runs in a process of its own, which must not live on."""
+    flags = [*DP2[2:], "--save", "out"]
+    command = [*TORCHRUN, "--nproc-per-node=2", "-m", "megatron_ogpsa.cli.main", "train", str(pipeline), *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(
+        command, cwd=pipeline.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert job.stdout is not None
+    for line in job.stdout:
+        if "iteration        1/" in line:
+            break
+    ranks = [pid for pid in children(job.pid) if "torch.distributed.run" not in command_of(pid)]
+    stage_processes = [grandchild for rank in ranks for grandchild in children(rank)]
+    assert len(ranks) == len(stage_processes) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    job.communicate(timeout=60)
+    assert job.returncode != 0
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in stage_processes):
+        assert time.monotonic() < deadline, "a stage's process outlived its rank"
+        time.sleep(0.1)
+
+    shutil.rmtree(pipeline.parent / "out")
+    torchrun(pipeline, *flags, "--stage", "sft", num_ranks=2)
+    assert not (pipeline.parent / "out/dpo").exists()
+    output = torchrun(pipeline, *flags, "--lr-warmup-iters", "1", num_ranks=2)
+    assert "stage sft (out/sft) is finished: skipped; changed since: lr-warmup-iters; delete the folder" in output
+    assert "stage dpo (out/dpo) begins" in output
+    assert output.count("stage sft") == 1  # rank 0 alone speaks
+
+
+def test_a_mistake_in_the_last_stage_is_told_before_the_first_one_trains(train: Train, pipeline: Path) -> None:
+    text = pipeline.read_text(encoding="utf-8")
+    pipeline.write_text(text.replace("ogpsa-dpo-beta: 0.2", "ogpsa-dpo-beta: a lot"), encoding="utf-8")
+    outcome = train(*DP2, config=pipeline, plain=True)
+    assert outcome.exit_code == 2, outcome.output[-3000:]
+    assert len(outcome.error_lines) == 1, outcome.error_lines
+    assert "--ogpsa-dpo-beta" in outcome.error_lines[0]
+    assert "iteration" not in outcome.output
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8").replace("\0", " ")
