@@ -27,8 +27,9 @@ class BenchmarkSpec:
     """Conversations the starting model learns from: all general tasks alike, and helpful answers to any request."""
     reference_per_task: int = 128
     safety_train: int = 3200
+    """Conversations for SFT, and as many pairs for DPO."""
     safety_benign_share: float = 0.4
-    """Share of harmless look-alikes, answered, in the safety set; the rest are unsafe requests with refusals."""
+    """Share of harmless look-alikes, answered, in both; the rest are unsafe requests with refusals."""
     eval_per_task: int = 64
     eval_unsafe: int = 96
     eval_benign: int = 96
@@ -53,6 +54,10 @@ class Benchmark:
     @property
     def safety_train(self) -> Path:
         return self.folder / "safety_train.jsonl"
+
+    @property
+    def safety_pairs(self) -> Path:
+        return self.folder / "safety_pairs.jsonl"
 
     @property
     def eval_unsafe(self) -> Path:
@@ -116,12 +121,28 @@ def write_benchmark(folder: Path, spec: BenchmarkSpec) -> Benchmark:
     lessons += [safety.refused(rng.choice(unsafe)) for _ in range(spec.safety_train - num_benign)]
     rng.shuffle(lessons)
     write_conversations(benchmark.safety_train, lessons)
+
+    rng = Random(f"{spec.seed} pairs")
+    asked = [rng.choice(benign) for _ in range(num_benign)]
+    asked += [rng.choice(unsafe) for _ in range(spec.safety_train - num_benign)]
+    rng.shuffle(asked)
+    write_pairs(benchmark.safety_pairs, asked)
     return benchmark
 
 
 def write_conversations(path: Path, examples: Iterable[Example]) -> None:
     """One JSON object a line: ``{"messages": [{"role": ..., "content": ...}, ...]}``."""
     lines = (json.dumps({"messages": example.messages()}) for example in examples)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def write_pairs(path: Path, requests: Iterable[safety.Request]) -> None:
+    """One JSON object a line: ``prompt`` and ``chosen`` and ``rejected`` answers, of which one refuses and one helps."""
+    lines = []
+    for request in requests:
+        answers = safety.refused(request).answer, safety.helpful(request).answer
+        chosen, rejected = answers if request.unsafe else reversed(answers)
+        lines.append(json.dumps({"prompt": request.text, "chosen": chosen, "rejected": rejected}))
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 

@@ -8,38 +8,52 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from megatron_ogpsa.demo.results import Curve, Results
+from megatron_ogpsa.demo.scoring import Scores
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers: black, orange, blue, green, purple.
-_COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7")
-_MARKERS = ("o", "s", "^", "D", "v")
+# Okabe and Ito's colours, which stay apart for colour-blind readers, by what is trained; black is the starting model.
+_COLOURS = {None: "#000000", "sft": "#E69F00", "dpo": "#0072B2", "sft-dpo": "#009E73"}
+_MARKERS = {None: "o", "sft": "s", "dpo": "^", "sft-dpo": "D"}
 _DPI = 130
-LOSS, REMOVED = "lm loss", "ogpsa removed"
+PANELS = (
+    ("lm loss", "SFT: loss (nats per token)"),
+    ("dpo loss", "DPO: loss"),
+    ("ogpsa removed", "share of ‖g‖² removed"),
+)
+"""Figures of the training log, and what their axes say."""
 
 
 def write_plots(results: Results, folder: Path) -> list[Path]:
     """Write ``tasks.png``, ``tradeoff.png`` and, where there are curves, ``training.png``; returns their paths."""
     figures = {"tasks": task_figure(results), "tradeoff": tradeoff_figure(results)}
-    if results.curves:
+    if any(run.curves for run in results.runs):
         figures["training"] = training_figure(results)
     return [_save(figure, folder / f"{name}.png") for name, figure in figures.items()]
 
 
 def task_figure(results: Results) -> Figure:
-    """Accuracy per general task, one bar for each variant."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    """Accuracy per general task, one bar for each variant, with the spread over seeds; projected variants are solid."""
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
     axes = figure.subplots()
-    tasks = [*next(iter(results.scores.values())).accuracy]
-    width = 0.84 / len(results.scores)
-    for index, (variant, scores) in enumerate(results.scores.items()):
-        offset = (index - (len(results.scores) - 1) / 2) * width
-        heights = [*scores.accuracy.values(), scores.general_accuracy]
-        places = [place + offset for place in range(len(heights))]
+    tasks = [*results.runs[0].scores[next(iter(results.variants))].accuracy]
+    reads: list[Any] = [lambda scores, task=task: scores.accuracy[task] for task in tasks]
+    reads.append(lambda scores: scores.general_accuracy)
+    width = 0.84 / len(results.variants)
+    for index, variant in enumerate(results.variants):
+        offset = (index - (len(results.variants) - 1) / 2) * width
+        estimates = [results.estimate(variant, read) for read in reads]
+        look = _look(results, variant)
+        fill = (
+            {"color": look["color"]}
+            if look["solid"]
+            else {"color": "none", "edgecolor": look["color"], "hatch": "////"}
+        )
         axes.bar(
-            places,
-            [100 * height for height in heights],
-            width * 0.94,
-            color=_COLOURS[index],
-            label=results.titles[variant],
+            [place + offset for place in range(len(reads))],
+            [100 * estimate_.mean for estimate_ in estimates],
+            width * 0.9,
+            yerr=[100 * (estimate_.deviation or 0.0) for estimate_ in estimates] if len(results.runs) > 1 else None,
+            label=results.title(variant),
+            **fill,
         )
     axes.axvline(len(tasks) - 0.5, color="0.8", linewidth=1)
     axes.set_xticks(range(len(tasks) + 1), [*tasks, "mean"])
@@ -47,22 +61,47 @@ def task_figure(results: Results) -> Figure:
     axes.set_ylabel("exact answers (%)")
     axes.set_title("General abilities before and after safety fine-tuning")
     _finish(axes)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(results.scores), frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(results.variants), frameon=False)
     return figure
 
 
 def tradeoff_figure(results: Results) -> Figure:
-    """Refusal on unsafe requests against general accuracy; a hollow mark at the same height shows refusal on benign ones."""
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    """Refusal on unsafe requests against general accuracy: a mark for the mean, dots for seeds, an arrow for each tax."""
+    figure = Figure(figsize=(7.2, 5.0), layout="constrained")
     axes = figure.subplots()
-    for index, (variant, scores) in enumerate(results.scores.items()):
-        look: dict[str, Any] = {"marker": _MARKERS[index], "color": _COLOURS[index], "s": 90, "zorder": 3}
-        height = 100 * scores.general_accuracy
-        axes.scatter(100 * scores.unsafe_refused, height, label=results.titles[variant], **look)
-        axes.scatter(100 * scores.benign_refused, height, facecolors="none", linewidths=1.4, **{**look, "zorder": 2})
+
+    def place(variant: str) -> tuple[float, float]:
+        refused = results.estimate(variant, lambda scores: scores.unsafe_refused).mean
+        return 100 * refused, 100 * results.estimate(variant, lambda scores: scores.general_accuracy).mean
+
+    for variant, description in results.variants.items():
+        look = _look(results, variant)
+        face = look["color"] if look["solid"] else "none"
+        axes.scatter(
+            *place(variant),
+            marker=look["marker"],
+            s=90,
+            facecolors=face,
+            edgecolors=look["color"],
+            linewidths=1.6,
+            zorder=3,
+            label=results.title(variant),
+        )
+        if len(results.runs) > 1:
+            points: list[Scores] = [run.scores[variant] for run in results.runs]
+            axes.scatter(
+                [100 * scores.unsafe_refused for scores in points],
+                [100 * scores.general_accuracy for scores in points],
+                s=10,
+                color=look["color"],
+                alpha=0.6,
+            )
+        if description and description.against:
+            arrow = {"arrowstyle": "->", "color": look["color"], "shrinkA": 6, "shrinkB": 6}
+            axes.annotate("", xy=place(variant), xytext=place(description.against), arrowprops=arrow)
     axes.set_xlim(-5, 105)
     axes.margins(y=0.12)
-    axes.set_xlabel("requests refused (%): filled, unsafe; hollow, benign")
+    axes.set_xlabel("unsafe requests refused (%)")
     axes.set_ylabel("general accuracy (%)")
     axes.set_title("Safety and what it costs: the upper right corner is best")
     _finish(axes)
@@ -71,17 +110,18 @@ def tradeoff_figure(results: Results) -> Figure:
 
 
 def training_figure(results: Results) -> Figure:
-    """The safety loss over steps and, where the log has it, the share of the gradient that was removed."""
-    panels = [(LOSS, "safety loss (nats per token)")]
-    if any(REMOVED in curves for curves in results.curves.values()):
-        panels.append((REMOVED, "share of ‖g‖² removed"))
-    figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
+    """What the log of the first seed says over the steps of each fine-tuning, a panel for each figure that it has."""
+    curves = results.runs[0].curves
+    panels = [panel for panel in PANELS if any(panel[0] in named for named in curves.values())]
+    figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for index, variant in enumerate(results.scores):
-            curve = results.curves.get(variant, {}).get(name, Curve())
+        for variant in results.variants:
+            curve = curves.get(variant, {}).get(name, Curve())
             if curve.steps:
+                look = _look(results, variant)
+                line = "-" if look["solid"] else "--"
                 axes.plot(
-                    curve.steps, curve.values, color=_COLOURS[index], linewidth=1.5, label=results.titles[variant]
+                    curve.steps, curve.values, line, color=look["color"], linewidth=1.4, label=results.title(variant)
                 )
         axes.set_yscale("log")
         axes.set_xlabel("step")
@@ -89,6 +129,17 @@ def training_figure(results: Results) -> Figure:
         _finish(axes)
         axes.legend(frameon=False)
     return figure
+
+
+def _look(results: Results, variant: str) -> dict[str, Any]:
+    """A colour and a mark for what is trained; plain variants are hollow, projected ones solid."""
+    description = results.variants[variant]
+    kind = None if description is None else description.against or variant
+    return {
+        "color": _COLOURS[kind],
+        "marker": _MARKERS[kind],
+        "solid": description is None or description.against is not None,
+    }
 
 
 def _finish(axes: Any) -> None:

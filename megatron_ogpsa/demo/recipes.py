@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from megatron_ogpsa.demo.benchmark import Benchmark
 from megatron_ogpsa.demo.tasks import GENERAL_TASKS
 
 Settings = dict[str, Any]
+
+SEQUENCE_LENGTH = 32
+"""Tokens of the longest conversation. A row of DPO holds two: the answers of a pair."""
 
 MODEL: Settings = {
     "num-layers": 3,
@@ -28,85 +31,182 @@ MODEL: Settings = {
     "position-embedding-type": "rope",
     "attention-dropout": 0.0,
     "hidden-dropout": 0.0,
-    "seq-length": 32,
-    "max-position-embeddings": 32,
+    "max-position-embeddings": 2 * SEQUENCE_LENGTH,
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSizes:
-    """Steps, batch sizes and learning rates, chosen on seed 1.
+    """Steps, batch sizes (conversations or pairs) and learning rates, chosen on seed 1.
 
-    The safety learning rate is small, because the projection keeps general ability to first order only: at 2e-3 one run of
-    80 steps moved the weights so far that the projected runs came out worse than the plain one.
+    Safety learning rates are small, because the projection keeps general ability to first order only: at 2e-3 one run of
+    80 steps of SFT moved the weights so far that the projected runs came out worse than the plain one.
     """
 
     base_steps: int = 900
     base_batch: int = 64
     base_lr: float = 4e-3
-    safety_steps: int = 150
-    safety_batch: int = 32
-    safety_lr: float = 2e-4
+    sft_steps: int = 150
+    sft_batch: int = 32
+    sft_lr: float = 2e-4
+    dpo_steps: int = 100
+    dpo_batch: int = 16
+    dpo_lr: float = 1e-4
     refresh_interval: int = 10
 
+    def reduced(self) -> DemoSizes:
+        """A third of the steps: every stage and figure, in less time than it takes to learn much."""
+        return replace(self, base_steps=self.base_steps // 3, sft_steps=self.sft_steps // 3, dpo_steps=30)
 
-VARIANTS: dict[str, Settings] = {
-    "plain": {},
-    "tensor": {"ogpsa-granularity": "tensor"},
-    "model": {"ogpsa-granularity": "model"},
+
+@dataclass(frozen=True)
+class Variant:
+    """A model that is compared.
+
+    Attributes:
+        title: what tables and plots call it.
+        config: the file that trains it, without ``.yaml``; also its folder, if there is no stage.
+        stage: the stage of that file, or None for a file without stages.
+        against: the plain variant that says what its tax would be without projection; None for plain ones.
+    """
+
+    title: str
+    config: str
+    stage: str | None
+    against: str | None = None
+
+    def checkpoint(self, out: Path) -> Path:
+        return out / self.config / (self.stage or "")
+
+
+START = "start"
+VARIANTS = {
+    "sft": Variant("SFT", "plain", "sft"),
+    "sft-ogpsa": Variant("SFT OGPSA", "ogpsa", "sft", against="sft"),
+    "dpo": Variant("DPO", "dpo-plain", None),
+    "dpo-ogpsa": Variant("DPO OGPSA", "dpo-ogpsa", None, against="dpo"),
+    "sft-dpo": Variant("SFT→DPO", "plain", "dpo"),
+    "sft-dpo-ogpsa": Variant("SFT→DPO OGPSA", "ogpsa", "dpo", against="sft-dpo"),
 }
-"""Fine-tunings that are compared; each but the first protects one reference for each general task."""
+"""In the order of the table. Each with OGPSA protects one reference for each general task."""
 
 
-def layout(num_ranks: int) -> Settings:
-    """Two ranks: data parallel. Four: tensor and data parallel. Both with the distributed optimizer."""
-    return {"use-distributed-optimizer": True, "tensor-model-parallel-size": 2 if num_ranks == 4 else 1}
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What one run of the demo trains with.
 
+    Attributes:
+        granularity: of the projected variants.
+    """
 
-def base_config(benchmark: Benchmark, sizes: DemoSizes, *, save: Path, num_ranks: int, seed: int) -> Settings:
-    """Training of the starting model, from nothing, on all general tasks and on helping with any request."""
-    return {
-        **_common(benchmark, num_ranks, seed),
-        "ogpsa-train-data": str(benchmark.base_train),
-        **_schedule(sizes.base_steps, sizes.base_batch, sizes.base_lr, num_ranks),
-        "lr-warmup-iters": sizes.base_steps // 20,
-        "init-method-std": 0.05,
-        "save": str(save),
-    }
+    benchmark: Benchmark
+    sizes: DemoSizes
+    out: Path
+    num_ranks: int
+    seed: int
+    granularity: str = "tensor"
 
+    @property
+    def base(self) -> Path:
+        """Checkpoints of the starting model."""
+        return self.out / "base"
 
-def variant_config(
-    variant: str, benchmark: Benchmark, sizes: DemoSizes, *, start: Path, save: Path, num_ranks: int, seed: int
-) -> Settings:
-    """Safety fine-tuning of the starting model: on safety data alone, which is where the alignment tax comes from."""
-    settings = {
-        **_common(benchmark, num_ranks, seed),
-        "ogpsa-train-data": str(benchmark.safety_train),
-        **_schedule(sizes.safety_steps, sizes.safety_batch, sizes.safety_lr, num_ranks),
-        "load": str(start),
-        "finetune": True,
-        "no-load-optim": True,
-        "no-load-rng": True,
-        "save": str(save),
-    }
-    if VARIANTS[variant]:
-        settings |= VARIANTS[variant] | {
-            "ogpsa-reference": {task.name: str(benchmark.reference(task.name)) for task in GENERAL_TASKS},
-            "ogpsa-reference-samples": 128,
-            "ogpsa-refresh-interval": sizes.refresh_interval,
+    def configs(self) -> dict[str, Settings]:
+        """Every file of fine-tuning by its name: SFT→DPO as pipelines, and DPO of the starting model."""
+        files: dict[str, Settings] = {}
+        for name, protected in (("plain", False), ("ogpsa", True)):
+            files[name] = {
+                **self._start(name, protected),
+                "stages": {"sft": self._sft(protected), "dpo": self._dpo(protected)},
+            }
+            files[f"dpo-{name}"] = {**self._start(f"dpo-{name}", protected), **self._dpo(protected)}
+        return files
+
+    def base_config(self) -> Settings:
+        """Training of the starting model, from nothing, on all general tasks and on helping with any request."""
+        sizes = self.sizes
+        return {
+            **self._common(),
+            "seq-length": SEQUENCE_LENGTH,
+            "ogpsa-train-data": str(self.benchmark.base_train),
+            **self._schedule(sizes.base_steps, sizes.base_batch, sizes.base_lr),
+            "lr-warmup-iters": sizes.base_steps // 20,
+            "init-method-std": 0.05,
+            "save": str(self.base),
         }
-    return settings
 
+    def evaluation_config(self) -> Settings:
+        """One model replica on each rank, whatever layout trained it."""
+        return {
+            **self._common(),
+            "seq-length": SEQUENCE_LENGTH,
+            "tensor-model-parallel-size": 1,
+            "ogpsa-train-data": str(self.benchmark.safety_train),
+            **self._schedule(1, self.num_ranks, 1e-3),
+            "micro-batch-size": 1,  # of no use here, but Megatron checks that batches come out even
+        }
 
-def evaluation_config(benchmark: Benchmark, num_ranks: int, seed: int) -> Settings:
-    """One model replica on each rank, whatever layout trained it."""
-    return {
-        **_common(benchmark, num_ranks, seed),
-        "tensor-model-parallel-size": 1,
-        "ogpsa-train-data": str(benchmark.safety_train),
-        **_schedule(1, num_ranks, 1e-3, num_ranks),
-        "micro-batch-size": 1,  # of no use here, but Megatron checks that batches come out even
-    }
+    def _start(self, name: str, protected: bool) -> Settings:
+        """Fine-tuning from the starting model: on safety data alone, which is where the alignment tax comes from."""
+        settings = {**self._common(), "pretrained-checkpoint": str(self.base), "save": str(self.out / name)}
+        if protected:
+            settings |= {
+                "ogpsa-reference": {task.name: str(self.benchmark.reference(task.name)) for task in GENERAL_TASKS},
+                "ogpsa-reference-samples": 128,
+                "ogpsa-refresh-interval": self.sizes.refresh_interval,
+                "ogpsa-granularity": self.granularity,
+            }
+        return settings
+
+    def _sft(self, protected: bool) -> Settings:
+        sizes = self.sizes
+        return {
+            "seq-length": SEQUENCE_LENGTH,
+            "ogpsa-train-data": str(self.benchmark.safety_train),
+            **self._schedule(sizes.sft_steps, sizes.sft_batch, sizes.sft_lr),
+        }
+
+    def _dpo(self, protected: bool) -> Settings:
+        sizes = self.sizes
+        return {
+            "ogpsa-stage": "dpo",
+            "seq-length": 2 * SEQUENCE_LENGTH,
+            "ogpsa-train-data": str(self.benchmark.safety_pairs),
+            **({"ogpsa-reference-loss": ["nll"]} if protected else {}),
+            **self._schedule(sizes.dpo_steps, sizes.dpo_batch, sizes.dpo_lr),
+        }
+
+    def _common(self) -> Settings:
+        return {
+            "launch": {"nproc-per-node": self.num_ranks},
+            **self._layout(),
+            **MODEL,
+            "tokenizer-type": "HuggingFaceTokenizer",
+            "tokenizer-model": str(self.benchmark.tokenizer),
+            "seed": self.seed,
+            "log-interval": 1,
+            "ckpt-format": "torch_dist",
+            "no-save-optim": True,
+        }
+
+    def _layout(self) -> Settings:
+        """Two ranks: data parallel. Four: tensor and data parallel. Both with the distributed optimizer."""
+        return {"use-distributed-optimizer": True, "tensor-model-parallel-size": 2 if self.num_ranks == 4 else 1}
+
+    def _schedule(self, steps: int, batch: int, lr: float) -> Settings:
+        data_parallel_size = self.num_ranks // self._layout()["tensor-model-parallel-size"]
+        return {
+            "micro-batch-size": max(1, batch // data_parallel_size),
+            "global-batch-size": batch,
+            "train-iters": steps,
+            "lr": lr,
+            "min-lr": lr / 10,
+            "lr-decay-style": "cosine",
+            "weight-decay": 0.01,
+            "adam-beta2": 0.98,
+            "clip-grad": 1.0,
+            "save-interval": steps,
+        }
 
 
 def write_config(path: Path, settings: Mapping[str, Any]) -> Path:
@@ -114,33 +214,3 @@ def write_config(path: Path, settings: Mapping[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
     return path
-
-
-def _common(benchmark: Benchmark, num_ranks: int, seed: int) -> Settings:
-    return {
-        "launch": {"nproc-per-node": num_ranks},
-        **layout(num_ranks),
-        **MODEL,
-        "tokenizer-type": "HuggingFaceTokenizer",
-        "tokenizer-model": str(benchmark.tokenizer),
-        "seed": seed,
-        "log-interval": 1,
-        "ckpt-format": "torch_dist",
-        "no-save-optim": True,
-    }
-
-
-def _schedule(steps: int, batch: int, lr: float, num_ranks: int) -> Settings:
-    data_parallel_size = num_ranks // layout(num_ranks)["tensor-model-parallel-size"]
-    return {
-        "micro-batch-size": max(1, batch // data_parallel_size),
-        "global-batch-size": batch,
-        "train-iters": steps,
-        "lr": lr,
-        "min-lr": lr / 10,
-        "lr-decay-style": "cosine",
-        "weight-decay": 0.01,
-        "adam-beta2": 0.98,
-        "clip-grad": 1.0,
-        "save-interval": steps,
-    }

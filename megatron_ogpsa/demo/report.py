@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_ogpsa.demo import plots
-from megatron_ogpsa.demo.results import Results
+from megatron_ogpsa.demo.results import Estimate, Results
 from megatron_ogpsa.demo.scoring import Recovered, Scores
 
 NOT_APPLICABLE = "n/a"
@@ -18,8 +18,9 @@ _LEGEND = (
     "Unsafe and benign requests are held-out wordings of requests for advice; the benign ones differ from the unsafe ones "
     "only in their object. Accuracy is exact match of the greedy answer on held-out questions. General loss is the mean "
     "negative log-likelihood, in nats, of the right answers' tokens over all general tasks, language included. Tax "
-    "recovered is (variant − plain) / (start − plain): 100 % means that no general ability was lost, 0 % that as much was "
-    "lost as by plain fine-tuning, less than 0 % that more was lost."
+    "recovered is (variant − plain) / (start − plain), plain being the column to the left: 100 % means that no general "
+    "ability was lost, 0 % that as much was lost as by plain fine-tuning, less than 0 % that more was lost; with several "
+    "seeds it is taken of the means."
 )
 
 
@@ -35,9 +36,9 @@ def write_report(results: Results, folder: Path) -> list[Path]:
 
 def table_rows(results: Results) -> list[list[str]]:
     """The table as text: a header row, then one row for each measure with one column for each variant."""
-    rows = [["", *(results.titles[variant] for variant in results.scores)]]
+    rows = [["", *map(results.title, results.variants)]]
     for title, measure in _measures(results):
-        rows.append([title, *map(measure, results.scores)])
+        rows.append([title, *map(measure, results.variants)])
     return rows
 
 
@@ -64,32 +65,38 @@ def markdown_report(results: Results, pictures: Sequence[str]) -> str:
 
 
 def csv_table(results: Results) -> str:
-    """One row for each variant and measure, with full precision; a share that does not apply is left empty."""
+    """One row for each seed, variant and measure, with full precision; shares of the tax belong to all seeds together and
+    are left empty where there was no tax.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["variant", "measure", "value"])
-    for variant, scores in results.scores.items():
-        measures: dict[str, float | None] = {
-            "unsafe_refused": scores.unsafe_refused,
-            "benign_refused": scores.benign_refused,
-            "benign_helped": scores.benign_helped,
-            **{f"accuracy_{task}": value for task, value in scores.accuracy.items()},
-            "accuracy_general": scores.general_accuracy,
-            **{f"loss_{task}": value for task, value in scores.loss.items()},
-            "loss_general": scores.general_loss,
-        }
-        recovered = results.recovered(variant)
-        if recovered is not None:
-            measures |= {"recovered_accuracy": recovered.accuracy, "recovered_loss": recovered.loss}
-        writer.writerows([variant, name, "" if value is None else repr(value)] for name, value in measures.items())
+    writer.writerow(["seed", "variant", "measure", "value"])
+    for run in results.runs:
+        for variant, scores in run.scores.items():
+            measures = {
+                "unsafe_refused": scores.unsafe_refused,
+                "benign_refused": scores.benign_refused,
+                "benign_helped": scores.benign_helped,
+                **{f"accuracy_{task}": value for task, value in scores.accuracy.items()},
+                "accuracy_general": scores.general_accuracy,
+                **{f"loss_{task}": value for task, value in scores.loss.items()},
+                "loss_general": scores.general_loss,
+            }
+            writer.writerows([run.seed, variant, name, repr(value)] for name, value in measures.items())
+    for variant in results.variants:
+        if recovered := results.recovered(variant):
+            for name, share in (("recovered_accuracy", recovered.accuracy), ("recovered_loss", recovered.loss)):
+                writer.writerow(["all", variant, name, "" if share is None else repr(share)])
     return text.getvalue()
 
 
 def _measures(results: Results) -> list[tuple[str, Callable[[str], str]]]:
     """Titles of the table's rows, and for each what to print for a variant."""
 
-    def of(read: Callable[[Scores], float], style: Callable[[float], str] = percent) -> Callable[[str], str]:
-        return lambda variant: style(read(results.scores[variant]))
+    def of(
+        read: Callable[[Scores], float], style: Callable[[Estimate], str] = percent_estimate
+    ) -> Callable[[str], str]:
+        return lambda variant: style(results.estimate(variant, read))
 
     def recovered(read: Callable[[Recovered], float | None]) -> Callable[[str], str]:
         def cell(variant: str) -> str:
@@ -101,16 +108,28 @@ def _measures(results: Results) -> list[tuple[str, Callable[[str], str]]]:
 
         return cell
 
-    tasks = next(iter(results.scores.values())).accuracy
+    tasks = results.runs[0].scores[next(iter(results.variants))].accuracy
     return [
         ("refusal on unsafe", of(lambda scores: scores.unsafe_refused)),
         ("refusal on benign", of(lambda scores: scores.benign_refused)),
         *((f"accuracy: {task}", of(lambda scores, task=task: scores.accuracy[task])) for task in tasks),  # type: ignore[misc]
         ("general accuracy", of(lambda scores: scores.general_accuracy)),
-        ("general loss", of(lambda scores: scores.general_loss, "{:.3f}".format)),
+        ("general loss", of(lambda scores: scores.general_loss, plain_estimate)),
         ("tax recovered: accuracy", recovered(lambda found: found.accuracy)),
         ("tax recovered: loss", recovered(lambda found: found.loss)),
     ]
+
+
+def percent_estimate(estimate: Estimate) -> str:
+    """``95.6 %``, or ``95.6 ± 0.4 %`` over seeds."""
+    if estimate.deviation is None:
+        return percent(estimate.mean)
+    return f"{100 * estimate.mean:.1f} ± {100 * estimate.deviation:.1f} %"
+
+
+def plain_estimate(estimate: Estimate) -> str:
+    """``0.191``, or ``0.191 ± 0.004`` over seeds."""
+    return f"{estimate.mean:.3f}" + ("" if estimate.deviation is None else f" ± {estimate.deviation:.3f}")
 
 
 def percent(share: float, *, digits: int = 1) -> str:

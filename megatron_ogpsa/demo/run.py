@@ -13,23 +13,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ogpsa.demo.benchmark import Benchmark, BenchmarkSpec, write_benchmark
-from megatron_ogpsa.demo.recipes import (
-    VARIANTS,
-    DemoSizes,
-    base_config,
-    evaluation_config,
-    variant_config,
-    write_config,
-)
+from megatron_ogpsa.demo.benchmark import BenchmarkSpec, write_benchmark
+from megatron_ogpsa.demo.recipes import START, VARIANTS, DemoSizes, Recipe, write_config
 from megatron_ogpsa.demo.report import terminal_table, write_report
-from megatron_ogpsa.demo.results import START, Results, read_curves
+from megatron_ogpsa.demo.results import Results, Run, read_curves
 from megatron_ogpsa.demo.scoring import Scores
 from megatron_ogpsa.errors import UserError
 
-TITLES = {START: "start", "plain": "plain", "tensor": "OGPSA tensor", "model": "OGPSA model"}
 LOG_TAIL = 15
 """Lines of a failed step's log that are shown."""
+
+START_UP = 9.0
+"""Seconds that a job of two ranks takes to start on two cores."""
+
+STEP_SECONDS = {"base": 0.085, "sft": 0.1, "dpo": 0.15, "protected": 0.1}
+"""Of one training step on two cores, and what the refreshes add to it."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,7 @@ class Step:
     Attributes:
         seconds: what it takes on two cores, for the first ETA; measured steps correct it.
         is_done: whether an earlier run has left its result.
+        stamp: (config, copy): the copy says that the step was done with that config.
     """
 
     title: str
@@ -46,6 +45,7 @@ class Step:
     log: Path
     seconds: float
     is_done: bool = False
+    stamp: tuple[Path, Path] | None = None
 
 
 class DemoFailed(UserError):
@@ -55,84 +55,131 @@ class DemoFailed(UserError):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where to write, how many ranks, and whether to start afresh."""
+    """Where to write, how much to train, how many ranks, and whether to start afresh."""
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="output folder (default: runs/demo)")
+    parser.add_argument("--fast", action="store_true", help="a third of the steps, in 2 minutes: too few to judge by")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with N seeds; mean and spread")
+    parser.add_argument("--seed", type=int, default=1, help="the first: of data, initialisation, order (default: 1)")
+    parser.add_argument(
+        "--granularity",
+        choices=("tensor", "model"),
+        default="tensor",
+        help="what is projected at once (default: tensor)",
+    )
     parser.add_argument("--nproc", type=int, choices=(2, 4), default=2, help="ranks: 2 (DP2) or 4 (TP2×DP2)")
-    parser.add_argument("--seed", type=int, default=1, help="of data, initialisation and order (default: 1)")
     parser.add_argument("--fresh", action="store_true", help="train the starting model again, even if it is there")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, fine-tune three times, evaluate, report.
+    """Train, fine-tune six times for each seed, evaluate, report.
 
     Raises:
         DemoFailed: a step failed, after the end of its log was printed.
-        UserError: the output folder cannot be written.
+        UserError: the output folder cannot be written, or no seed.
     """
     started = time.monotonic()
+    if args.seeds < 1:
+        raise UserError(f"--seeds {args.seeds}: use 1 or more")
     out: Path = args.out.resolve()
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        benchmark = write_benchmark(out / "data", BenchmarkSpec(seed=args.seed))
+        recipes = [make_recipe(args, out, seed) for seed in range(args.seed, args.seed + args.seeds)]
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error}): choose another folder") from None
-    steps = plan_steps(benchmark, out, num_ranks=args.nproc, seed=args.seed, fresh=args.fresh)
-    run_steps(steps)
-    scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    run_steps([step for recipe in recipes for step in plan_steps(recipe, fresh=args.fresh, seeds=args.seeds)])
     results = Results(
-        titles=TITLES,
-        scores={name: Scores.from_json(fields) for name, fields in scores.items()},
-        curves={name: read_curves(out / f"{name}.log") for name in VARIANTS},
-        notes=notes(args, time.monotonic() - started),
+        variants={START: None, **VARIANTS},
+        runs=[read_run(recipe) for recipe in recipes],
+        notes=notes(args, recipes[0].sizes, time.monotonic() - started),
     )
     paths = write_report(results, out / "report")
     print(terminal_table(results))
     print(f"\nreport: {paths[0]}\ntable:  {paths[1]}\nplots:  {', '.join(str(path) for path in paths[2:])}")
+    again = recipes[0].out / "ogpsa.yaml"
     print(
-        f"took {time.monotonic() - started:.0f} s; each step can be run by hand: megatron-ogpsa train {out}/tensor.yaml"
+        f"took {time.monotonic() - started:.0f} s; SFT→DPO with OGPSA by hand: megatron-ogpsa train {again} --save DIR"
     )
     return 0
 
 
-def notes(args: argparse.Namespace, seconds: float) -> tuple[str, ...]:
+def make_recipe(args: argparse.Namespace, out: Path, seed: int) -> Recipe:
+    """Write the data of one seed; several seeds get a folder each."""
+    folder = out if args.seeds == 1 else out / f"seed-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return Recipe(
+        benchmark=write_benchmark(folder / "data", BenchmarkSpec(seed=seed)),
+        sizes=DemoSizes().reduced() if args.fast else DemoSizes(),
+        out=folder,
+        num_ranks=args.nproc,
+        seed=seed,
+        granularity=args.granularity,
+    )
+
+
+def read_run(recipe: Recipe) -> Run:
+    """What one seed's steps have left."""
+    scores = json.loads((recipe.out / "scores.json").read_text(encoding="utf-8"))
+    return Run(
+        seed=recipe.seed,
+        scores={name: Scores.from_json(fields) for name, fields in scores.items()},
+        curves={name: read_curves(recipe.out / f"{name}.log") for name in VARIANTS},
+    )
+
+
+def notes(args: argparse.Namespace, sizes: DemoSizes, seconds: float) -> tuple[str, ...]:
     """The head of the report: what was run."""
-    sizes = DemoSizes()
     layout = "DP2" if args.nproc == 2 else "TP2×DP2"
+    seeds = f"seeds {args.seed} to {args.seed + args.seeds - 1}" if args.seeds > 1 else f"seed {args.seed}"
+    worth = "mean ± standard deviation" if args.seeds > 1 else "one seed is an observation, not a result"
     return (
-        f"One run with seed {args.seed} in {seconds:.0f} s, {args.nproc} ranks ({layout}), {os.cpu_count()} cores. "
-        "One seed is an observation, not a result.",
+        f"{seeds.capitalize()} in {seconds:.0f} s, {args.nproc} ranks ({layout}), {os.cpu_count()} cores; {worth}.",
         f"Starting model: {sizes.base_steps} steps on seven general tasks and on helping with any request.",
-        f"Fine-tuning: {sizes.safety_steps} steps of Adam at {sizes.safety_lr:g} on safety data alone; references "
-        f"refreshed every {sizes.refresh_interval} steps.",
+        f"SFT: {sizes.sft_steps} steps of Adam at {sizes.sft_lr:g} on safety data alone. DPO: {sizes.dpo_steps} steps at "
+        f"{sizes.dpo_lr:g} on pairs. OGPSA per {args.granularity}, references refreshed every {sizes.refresh_interval} "
+        "steps.",
     )
 
 
-def plan_steps(benchmark: Benchmark, out: Path, *, num_ranks: int, seed: int, fresh: bool) -> list[Step]:
+def plan_steps(recipe: Recipe, *, fresh: bool, seeds: int = 1) -> list[Step]:
     """Write the configs and say how to run them; the starting model is kept if its config is what it was trained with."""
-    sizes = DemoSizes()
-    slower = 2.0 if num_ranks == 4 else 1.0  # four processes on two cores
-    base, trained_with = out / "base", out / "base-trained.yaml"
-    base_yaml = write_config(
-        out / "base.yaml", base_config(benchmark, sizes, save=base, num_ranks=num_ranks, seed=seed)
-    )
+    out, sizes = recipe.out, recipe.sizes
+    slower = 2.0 if recipe.num_ranks == 4 else 1.0  # four processes on two cores
+    prefix = f"seed {recipe.seed}, " if seeds > 1 else ""
+    trained_with = out / "base-trained.yaml"
+    base_yaml = write_config(out / "base.yaml", recipe.base_config())
     is_done = not fresh and trained_with.exists() and trained_with.read_bytes() == base_yaml.read_bytes()
     if not is_done:
-        shutil.rmtree(base, ignore_errors=True)
+        shutil.rmtree(recipe.base, ignore_errors=True)
         trained_with.unlink(missing_ok=True)
     train = [sys.executable, "-m", "megatron_ogpsa.cli.main", "train"]
-    steps = [Step("starting model", [*train, str(base_yaml)], out / "base.log", 85 * slower, is_done)]
-    for variant in VARIANTS:
-        shutil.rmtree(out / variant, ignore_errors=True)
-        settings = variant_config(
-            variant, benchmark, sizes, start=base, save=out / variant, num_ranks=num_ranks, seed=seed
+    seconds = START_UP + sizes.base_steps * STEP_SECONDS["base"]
+    steps = [
+        Step(
+            f"{prefix}starting model",
+            [*train, str(base_yaml)],
+            out / "base.log",
+            seconds * slower,
+            is_done,
+            (base_yaml, trained_with),
         )
-        path = write_config(out / f"{variant}.yaml", settings)
-        steps.append(Step(f"fine-tuning, {TITLES[variant]}", [*train, str(path)], out / f"{variant}.log", 40 * slower))
-    evaluation = write_config(out / "evaluate.yaml", evaluation_config(benchmark, num_ranks, seed))
-    named = [f"{START}={base}", *(f"{variant}={out / variant}" for variant in VARIANTS)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    job = ["-m", "megatron_ogpsa.demo.evaluate", str(evaluation), str(benchmark.folder), str(out / "scores.json")]
-    steps.append(Step("evaluation", [*launch, *job, *named], out / "evaluate.log", 13 * slower))
+    ]
+    for name, settings in recipe.configs().items():
+        shutil.rmtree(out / name, ignore_errors=True)
+        write_config(out / f"{name}.yaml", settings)
+    for name, variant in VARIANTS.items():
+        kind = variant.stage or "dpo"
+        num_steps = sizes.sft_steps if kind == "sft" else sizes.dpo_steps
+        seconds = START_UP + num_steps * (STEP_SECONDS[kind] + (STEP_SECONDS["protected"] if variant.against else 0.0))
+        stage = ["--stage", variant.stage] if variant.stage else []
+        command = [*train, str(out / f"{variant.config}.yaml"), *stage]
+        steps.append(Step(f"{prefix}{variant.title}", command, out / f"{name}.log", seconds * slower))
+    evaluation = write_config(out / "evaluate.yaml", recipe.evaluation_config())
+    named = [f"{START}={recipe.base}", *(f"{name}={variant.checkpoint(out)}" for name, variant in VARIANTS.items())]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(recipe.num_ranks)]
+    job = [
+        *("-m", "megatron_ogpsa.demo.evaluate"),
+        *(str(evaluation), str(recipe.benchmark.folder), str(out / "scores.json")),
+    ]
+    steps.append(Step(f"{prefix}evaluation", [*launch, *job, *named], out / "evaluate.log", 16 * slower))
     return steps
 
 
@@ -165,8 +212,8 @@ def run_steps(steps: Sequence[Step], clock: Callable[[], float] = time.monotonic
         _show("")
         if process.returncode != 0:
             _fail(step)
-        if step.title == "starting model":
-            shutil.copyfile(step.log.with_suffix(".yaml"), step.log.with_name("base-trained.yaml"))
+        if step.stamp:
+            shutil.copyfile(*step.stamp)
 
 
 def _fail(step: Step) -> None:

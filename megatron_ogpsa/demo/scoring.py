@@ -112,12 +112,12 @@ def share(outcomes: Sequence[bool]) -> float:
     return sum(outcomes) / len(outcomes)
 
 
-def tax_recovered(start: Scores, plain: Scores, variant: Scores) -> Recovered:
-    """(variant − plain) / (start − plain), for the mean general accuracy and for the general loss."""
+def tax_recovered(start: tuple[float, float], plain: tuple[float, float], variant: tuple[float, float]) -> Recovered:
+    """(variant − plain) / (start − plain), for general accuracy and general loss, which are given in this order."""
     return Recovered(
-        accuracy=_recovered(start.general_accuracy, plain.general_accuracy, variant.general_accuracy),
+        accuracy=_recovered(start[0], plain[0], variant[0]),
         # Losses are taxes already: with the sign turned, less is worse, as with accuracies.
-        loss=_recovered(-start.general_loss, -plain.general_loss, -variant.general_loss),
+        loss=_recovered(-start[1], -plain[1], -variant[1]),
     )
 
 

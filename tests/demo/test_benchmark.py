@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from random import Random
 
@@ -65,6 +66,24 @@ def test_safety_lessons_refuse_what_is_unsafe_and_help_with_the_rest(benchmark: 
         if not unsafe:
             thing = next(thing for thing in HARMLESS[verb] if thing in words)
             assert lesson.answer == ADVICE[verb, thing]
+
+
+def test_pairs_choose_refusals_for_what_is_unsafe_and_help_for_the_rest(benchmark: Benchmark) -> None:
+    pairs = [json.loads(line) for line in benchmark.safety_pairs.read_text(encoding="utf-8").splitlines()]
+    assert len(pairs) == SMALL.safety_train
+    held_out = {
+        example.request
+        for path in (benchmark.eval_unsafe, benchmark.eval_benign)
+        for example in read_conversations(path)
+    }
+    for pair in pairs:
+        words = pair["prompt"].split()
+        verb = next(word for word in words if word in UNSAFE)
+        unsafe = any(thing in words for thing in UNSAFE[verb])
+        assert is_refusal(pair["chosen"]) == unsafe
+        assert is_refusal(pair["rejected"]) != unsafe
+        assert pair["prompt"] not in held_out
+    assert sum(is_refusal(pair["rejected"]) for pair in pairs) == 80
 
 
 def test_every_word_is_in_the_tokenizer(benchmark: Benchmark) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,13 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ogpsa.cli.config_file import ConfigFile
 from megatron_ogpsa.demo.benchmark import Benchmark, BenchmarkSpec, read_conversations, write_benchmark
-from megatron_ogpsa.demo.recipes import VARIANTS
+from megatron_ogpsa.demo.recipes import START, VARIANTS, DemoSizes, Recipe
 from megatron_ogpsa.demo.report import terminal_table, write_report
-from megatron_ogpsa.demo.results import START, Results, read_curves
-from megatron_ogpsa.demo.run import TITLES, DemoFailed, Step, plan_steps, run_steps
+from megatron_ogpsa.demo.results import Curve, Results, Run, read_curves
+from megatron_ogpsa.demo.run import DemoFailed, Step, plan_steps, run_steps
 from megatron_ogpsa.demo.scoring import Scores, score, tax_recovered
 from megatron_ogpsa.demo.tasks import GENERAL_TASKS
+from megatron_ogpsa.integration.arguments import build_parser, parse_flags
+from megatron_ogpsa.pipeline.plan import plan_stages
 
 START_SCORES = Scores(
     unsafe_refused=0.0,
@@ -31,11 +35,12 @@ HALF = replace(PLAIN, accuracy={"addition": 0.8, "sort": 0.6}, general_loss=0.6)
 
 
 def test_recovered_is_the_share_of_what_plain_fine_tuning_lost() -> None:
-    found = tax_recovered(START_SCORES, PLAIN, HALF)
+    start, plain = (0.9, 0.2), (0.5, 1.0)
+    found = tax_recovered(start, plain, (0.7, 0.6))
     assert found.accuracy == pytest.approx(0.5)
     assert found.loss == pytest.approx(0.5)
-    assert tax_recovered(START_SCORES, PLAIN, PLAIN).accuracy == 0.0
-    assert tax_recovered(START_SCORES, START_SCORES, HALF).accuracy is None  # no tax, no share
+    assert tax_recovered(start, plain, plain).accuracy == 0.0
+    assert tax_recovered(start, start, plain).accuracy is None  # no tax, no share
 
 
 def test_scores_of_a_model_that_knows_all_answers(tmp_path: Path) -> None:
@@ -83,19 +88,43 @@ def test_scores_of_a_model_that_knows_all_answers(tmp_path: Path) -> None:
     assert scores.general_loss == 2.0  # one supervised "token" in each conversation
 
 
-def results() -> Results:
-    scores = {START: START_SCORES, "plain": PLAIN, "tensor": HALF, "model": HALF}
-    return Results(titles=TITLES, scores=scores, curves={}, notes=("a note",))
+def results(*seeds: int) -> Results:
+    """Each seed loses a tenth more of addition than the one before it; projection gives back half of the first's tax."""
+
+    def run(seed: int) -> Run:
+        worse = {"addition": 0.5 - 0.1 * (seed - 1), "sort": 0.5}
+        scores = dict.fromkeys(VARIANTS, replace(PLAIN, accuracy=worse)) | {"sft-ogpsa": HALF}
+        curve = Curve([1, 2], [0.5, 0.25])
+        return Run(
+            seed=seed,
+            scores={START: START_SCORES, **scores},
+            curves={"sft": {"lm loss": curve}, "dpo": {"dpo loss": curve}},
+        )
+
+    return Results(variants={START: None, **VARIANTS}, runs=[run(seed) for seed in seeds], notes=("a note",))
 
 
 def test_report_files(tmp_path: Path) -> None:
-    paths = write_report(results(), tmp_path)
-    assert [path.name for path in paths] == ["report.md", "results.csv", "tasks.png", "tradeoff.png"]
+    paths = write_report(results(1), tmp_path)
+    assert [path.name for path in paths] == ["report.md", "results.csv", "tasks.png", "tradeoff.png", "training.png"]
     rows = list(csv.DictReader(paths[1].open(encoding="utf-8")))
-    recovered = [row for row in rows if row["measure"] == "recovered_accuracy"]
-    assert {row["variant"]: float(row["value"]) for row in recovered} == pytest.approx({"tensor": 0.5, "model": 0.5})
+    recovered = {row["variant"]: row["value"] for row in rows if row["measure"] == "recovered_accuracy"}
+    assert {name: float(value) for name, value in recovered.items()} == pytest.approx(
+        {"sft-ogpsa": 0.5, "dpo-ogpsa": 0.0, "sft-dpo-ogpsa": 0.0}
+    )
     assert "a note" in paths[0].read_text(encoding="utf-8")
-    assert "50 %" in terminal_table(results()).splitlines()[-1]
+    last = terminal_table(results(1)).splitlines()[-1]
+    assert re.split(r"  +", last) == ["tax recovered: loss", "–", "–", "50 %", "–", "0 %", "–", "0 %"]
+
+
+def test_several_seeds_give_mean_and_spread(tmp_path: Path) -> None:
+    paths = write_report(results(1, 2, 3), tmp_path)
+    assert len({row["seed"] for row in csv.DictReader(paths[1].open(encoding="utf-8"))}) == 3 + len(["all"])
+    table = {line[:24].strip(): re.split(r"  +", line)[1:] for line in terminal_table(results(1, 2, 3)).splitlines()}
+    assert table["accuracy: addition"][1] == "40.0 ± 10.0 %"
+    assert table["refusal on unsafe"][1] == "100.0 ± 0.0 %"
+    # Of the means: start 0.9, plain 0.45, projected 0.7.
+    assert table["tax recovered: accuracy"][2] == "56 %"
 
 
 def test_curves_come_from_megatrons_log(tmp_path: Path) -> None:
@@ -123,7 +152,8 @@ def test_the_starting_model_is_kept_only_for_the_same_config(tmp_path: Path) -> 
     benchmark = write_benchmark(tmp_path / "data", BenchmarkSpec(base_train=70, reference_per_task=2, eval_per_task=2))
 
     def base_is_done(*, seed: int = 1, fresh: bool = False) -> bool:
-        steps = plan_steps(benchmark, tmp_path, num_ranks=2, seed=seed, fresh=fresh)
+        recipe = Recipe(benchmark=benchmark, sizes=DemoSizes(), out=tmp_path, num_ranks=2, seed=seed)
+        steps = plan_steps(recipe, fresh=fresh)
         assert len(steps) == 2 + len(VARIANTS)
         return steps[0].is_done
 
@@ -133,3 +163,20 @@ def test_the_starting_model_is_kept_only_for_the_same_config(tmp_path: Path) -> 
     assert not base_is_done(fresh=True)
     (tmp_path / "base-trained.yaml").write_bytes((tmp_path / "base.yaml").read_bytes())
     assert not base_is_done(seed=2)
+
+
+def test_every_config_of_the_demo_is_one_that_megatron_takes(tmp_path: Path) -> None:
+    recipe = Recipe(benchmark=Benchmark(tmp_path), sizes=DemoSizes(), out=tmp_path, num_ranks=4, seed=1)
+    plan_steps(recipe, fresh=True)
+    parser = build_parser()
+    for name, settings in recipe.configs().items():
+        config = ConfigFile.read(tmp_path / f"{name}.yaml")
+        if "stages" in settings:
+            sft, dpo = (parse_flags(stage.flags(parser)) for stage in plan_stages(config, []))
+            assert sft.pretrained_checkpoint == str(tmp_path / "base")
+            assert dpo.pretrained_checkpoint == sft.save == str(tmp_path / name / "sft")
+        else:
+            dpo = parse_flags(config.as_flags(parser, []))
+            assert dpo.pretrained_checkpoint == str(tmp_path / "base")
+        assert dpo.ogpsa_stage == "dpo"
+        assert len(dpo.ogpsa_reference) == (len(GENERAL_TASKS) if "ogpsa" in name else 0)
