@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import queue
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -126,6 +127,18 @@ def _with_steps_of_their_own(original: Callable[..., Any]) -> Callable[..., Any]
     return load_state_dict
 
 
+def _in_process_unless_async(original: Callable[..., Any]) -> Callable[..., Any]:
+    written: queue.Queue[Any] = queue.Queue()
+
+    @functools.wraps(original)
+    def get_write_results_queue(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        return original(*args, **kwargs) if get_args().async_save else written
+
+    return get_write_results_queue
+
+
 _WHEEL_PATCHES = (
     Patch(
         target="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.sharded_state_dict",
@@ -147,6 +160,15 @@ _WHEEL_PATCHES = (
         target="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
         reason="fp32 main parameters are views of the model's, which autograd lets nobody overwrite in place",
         replace=lambda original: torch.no_grad()(original),
+    ),
+    Patch(
+        target="megatron.core.dist_checkpointing.strategies.filesystem_async:get_write_results_queue",
+        reason=(
+            "a checkpoint that is not saved asynchronously is written by threads of the rank itself, yet each rank starts "
+            "a process to pass the results on: it imports torch once more in the middle of the first save, and outlives a "
+            "killed rank, holding the job's output open"
+        ),
+        replace=_in_process_unless_async,
     ),
     Patch(
         target="megatron.core.datasets.utils:compile_helpers",
