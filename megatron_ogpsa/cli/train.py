@@ -126,9 +126,9 @@ def _run_as_rank_of_job(stages: Sequence[Stage], command: list[str]) -> int:
 
 def _run_stage(stages: tuple[Stage, ...], name: str) -> int:
     """Be a rank of one stage."""
-    from megatron_ogpsa.pipeline.ranks import end_with_parent
+    from megatron_ogpsa.pipeline.ranks import end_with_job
 
-    end_with_parent()
+    end_with_job()
     index = next(number for number, stage in enumerate(stages) if stage.name == name)
     stage, is_first = stages[index], os.environ["RANK"] == "0"
 

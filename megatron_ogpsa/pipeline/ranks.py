@@ -7,7 +7,6 @@ torchrun's store, so that no two ranks can see the folders differently.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -19,14 +18,13 @@ from datetime import timedelta
 from types import FrameType
 
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.processes import end_with_parent
 
 PARENT_VARIABLE = "MEGATRON_OGPSA_PARENT"
 """Process id of the rank of the job, in the environment of its stage's process."""
 
 _PATIENCE = timedelta(days=1)
 """Ranks may leave a stage at different times; a rank that fails ends the job at once through torchrun."""
-
-_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
 class JobRank:
@@ -86,14 +84,10 @@ class JobRank:
         return code if code >= 0 else 128 - code
 
 
-def end_with_parent() -> None:
-    """Ask Linux to kill this process when the rank that started it dies, which may be by SIGKILL."""
-    parent = os.environ.get(PARENT_VARIABLE)
-    if parent is None:
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it died before the kernel was asked
-        os.kill(os.getpid(), signal.SIGKILL)
+def end_with_job() -> None:
+    """In a stage's process: end with the rank of the job that started it."""
+    if parent := os.environ.get(PARENT_VARIABLE):
+        end_with_parent(int(parent))
 
 
 def _free_port() -> int:

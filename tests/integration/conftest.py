@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.data.conftest import build_hugging_face_folder
+from tests.harness.preloaded import PreloadedCommand
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs/example/sft.yaml"
@@ -50,11 +51,20 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 Train = Callable[..., Outcome]
 
 
+@pytest.fixture(scope="session")
+def preloaded() -> Iterator[PreloadedCommand]:
+    """The command with everything imported."""
+    command = PreloadedCommand()
+    yield command
+    command.close()
+
+
 @pytest.fixture
-def train(inputs: Path, tmp_path: Path) -> Train:
+def train(inputs: Path, tmp_path: Path, preloaded: PreloadedCommand) -> Train:
     """``train(*flags, config=..., module=...)``: run ``megatron-ogpsa train`` in ``tmp_path`` and wait.
 
-    ``plain``: with nothing but ``flags``, where the configuration names all data.
+    ``plain``: with nothing but ``flags``, where the configuration names all data. ``fresh``: as users run it, in new
+    processes under torchrun's agent, which takes 10 to 20 s longer.
     """
 
     def run(
@@ -63,6 +73,7 @@ def train(inputs: Path, tmp_path: Path) -> Train:
         module: str = "megatron_ogpsa.cli.main",
         references: bool = True,
         plain: bool = False,
+        fresh: bool = False,
         timeout: float = 240,
     ) -> Outcome:
         given = (
@@ -71,6 +82,11 @@ def train(inputs: Path, tmp_path: Path) -> Train:
         if references and not plain:
             given["--ogpsa-reference"] = Path(f"general={inputs / 'general.jsonl'}")
         pairs = [str(part) for flag, value in given.items() if flag not in flags for part in (flag, value)]
+        if not fresh:
+            finished = preloaded.run(module, ["train", str(config), *pairs, *flags], folder=tmp_path, timeout=timeout)
+            if finished.exit_code is None:
+                pytest.fail(f"still running after {timeout} s:\n{finished.output[-2000:]}")
+            return Outcome(finished.exit_code, finished.output)
         command = [sys.executable, "-m", module, "train", str(config), *pairs, *flags]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(

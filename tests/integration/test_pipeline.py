@@ -25,7 +25,7 @@ DP2 = "--nproc-per-node 2 --tensor-model-parallel-size 1 --pipeline-model-parall
 
 def pipeline_text(inputs: Path, folder: Path) -> str:
     """The example with the demo's safety data, and general data as references."""
-    benchmark = write_benchmark(folder / "data", BenchmarkSpec(base_train=70, safety_train=60, eval_per_task=4))
+    benchmark = write_benchmark(folder / "data", BenchmarkSpec(base_train=70, safety_train=100, eval_per_task=4))
     text = CONFIG.read_text(encoding="utf-8")
     general, pairs = inputs / "general.jsonl", benchmark.safety_pairs
     for name, path in (
@@ -70,14 +70,16 @@ def test_killed_in_each_phase_it_ends_as_if_undisturbed(
         ("dpo step 4", ["sft (killed/sft) is finished: skipped", "dpo (killed/dpo) begins"]),
     ):
         monkeypatch.setenv("DIE", die)
-        outcome = train("--save", "killed", config=pipeline, module="tests.integration.dying", plain=True, timeout=400)
+        outcome = train(
+            "--save", "killed", config=pipeline, module="tests.integration.dying", plain=True, fresh=True, timeout=400
+        )
         assert outcome.exit_code != 0, outcome.output[-3000:]
         assert "rank 1 ended with signal 9" in outcome.output, outcome.output[-3000:]
         for line in expected:
             assert line in outcome.output
-    assert "DPO: 32 of 60 reference log-probabilities are there" in outcome.output
+    assert "DPO: 64 of 100 reference log-probabilities are there" in outcome.output
     monkeypatch.delenv("DIE")
-    outcome = train("--save", "killed", config=pipeline, plain=True, timeout=400)
+    outcome = train("--save", "killed", config=pipeline, plain=True, fresh=True, timeout=400)
     assert outcome.exit_code == 0, outcome.output[-3000:]
     assert "dpo (killed/dpo) goes on" in outcome.output
 
