@@ -45,8 +45,8 @@ class OGPSA:
         enabled: ``False`` makes ``optimizer.step()`` what it is without the plugin.
         metrics: of the last projected step (``rank``: dimension of the largest protected subspace of any block;
             ``rank_total``: summed over blocks; ``removed``: 1 − ‖g'‖²/‖g‖²; ``grad_norm_before`` and
-            ``grad_norm_after``; ``leak``: largest |⟨g', q⟩|/‖g'‖, with ``check_leak``). Empty until a step was
-            projected.
+            ``grad_norm_after``; ``leak``: largest |⟨g', q⟩|/‖g'‖, with ``check_leak``; ``added``: ‖w·Σ_j a_j‖²/‖g‖²,
+            after :meth:`add_references_once`). Empty until a step was projected.
         skipped_steps: steps skipped because the gradient was not finite.
         rejected_refreshes: refreshes in a row whose references were not finite, so that the last good basis was kept.
     """
@@ -64,7 +64,9 @@ class OGPSA:
         self._optimizer = optimizer
         self._shard = GradientShard(optimizer, chunks, by_tensor=config.granularity == "tensor")
         self._basis_KN: Tensor | None = None
+        self._reference_BKK: Tensor | None = None
         self._cone: Cone | None = None
+        self._added_weight = 0.0
         self._rank = 0
         self._rank_total = 0
         self._captured_names: list[str] | None = None
@@ -146,8 +148,9 @@ class OGPSA:
         self.rejected_refreshes = 0
         transform = orthonormalise(gram_BKK, self.config.rank_tolerance)
         self._basis_KN = self._stored(rows_KN, transform.weights_BKK.to(layout.device))
+        self._reference_BKK = transform.reference_BKK.to(layout.device)
         if self.config.mode == "conflict":
-            self._cone = Cone(transform.reference_BKK.to(layout.device))
+            self._cone = Cone(self._reference_BKK)
         self._rank, self._rank_total = int(transform.rank_B.max()), int(transform.rank_B.sum())
         self.reference_names = names
         return True
@@ -162,23 +165,42 @@ class OGPSA:
         combine_rows(self._shard.layout, rows_KN, weights_BKK, out_KN)
         return out_KN
 
+    def add_references_once(self, weight: float) -> None:
+        """Add w·Σ_j a_j to the gradient of the next step, after its projection and before it is clipped.
+
+        Undoes what the projection is for. It is what the authors' released code does by mistake after a refresh (under
+        ZeRO the reference passes leave their gradient in the optimizer's accumulators), and is here so that its share of
+        published results can be measured. The a_j come out of the basis, as Q·Qᵀa_j: nothing else is kept.
+
+        Args:
+            weight: w, of reference gradients as they were captured, for every reference alike.
+
+        Raises:
+            RuntimeError: there is no basis yet.
+        """
+        if self._basis_KN is None:
+            raise RuntimeError("add_references_once() before the first refresh: there are no references yet")
+        self._added_weight = weight
+
     # ---------------------------------------------------------------------------------------------------- step
 
     @torch.no_grad()
     def _prepare_grads(self) -> bool:
         """Megatron's ``prepare_grads``, then the projection of what it prepared; true if the step must be skipped."""
         self._norm_after = None
+        added_weight, self._added_weight = self._added_weight, 0.0
         found_inf: bool = self._megatrons["prepare_grads"]()
         if not self.enabled or self._basis_KN is None:
             return found_inf
-        if found_inf or not self._project():
+        if found_inf or not self._project(added_weight):
             self.skipped_steps += 1
             return True
         return False
 
-    def _project(self) -> bool:
+    def _project(self, added_weight: float) -> bool:
         """g ← g − Q·r; returns whether the gradient was finite, which every rank reads off the same sums."""
         assert self._basis_KN is not None
+        assert self._reference_BKK is not None
         layout = self._shard.layout
         self._shard.load()
         sums = sum_over_ranks(gram_and_dots(layout, self._basis_KN, self._shard.spans), self._shard.reduction.group)
@@ -188,8 +210,14 @@ class OGPSA:
         else:
             assert self._cone is not None
             removed_BK = self._cone.removed(torch.nan_to_num(coefficients_BK))
+        projected_B = removal.squared_norm_after(squared_norm_B, coefficients_BK, removed_BK)
+        added_BK = added_weight * self._reference_BKK.sum(dim=-1)
+        if added_weight:
+            removed_BK = removed_BK - added_BK
         after_B = removal.squared_norm_after(squared_norm_B, coefficients_BK, removed_BK)
-        before, after = torch.stack((sums.sum() * 0 + squared_norm_B.sum(), after_B.sum())).tolist()
+        before, projected, added, after = torch.stack(
+            (sums.sum() * 0 + squared_norm_B.sum(), projected_B.sum(), added_BK.square().sum(), after_B.sum())
+        ).tolist()
         if not math.isfinite(before):
             return False
         subtract_combination(layout, self._shard.spans, self._basis_KN, removed_BK)
@@ -198,10 +226,12 @@ class OGPSA:
         self.metrics = {
             "rank": float(self._rank),
             "rank_total": float(self._rank_total),
-            "removed": 1.0 - after / before if before > 0 else 0.0,
+            "removed": 1.0 - projected / before if before > 0 else 0.0,
             "grad_norm_before": math.sqrt(before),
             "grad_norm_after": self._norm_after,
         }
+        if added_weight:
+            self.metrics["added"] = added / before if before > 0 else math.inf
         if self.config.check_leak:
             self.metrics["leak"] = self._leak()
         return True
@@ -260,7 +290,7 @@ class OGPSA:
         """Give the optimizer its own methods back and free the basis."""
         for name in _HOOKED:
             self._optimizer.__dict__.pop(name, None)
-        self._basis_KN = self._cone = self._captured_KN = self._captured_names = None
+        self._basis_KN = self._reference_BKK = self._cone = self._captured_KN = self._captured_names = None
         self.enabled = False
 
 

@@ -172,6 +172,22 @@ def _add_projection_arguments(group: argparse._ArgumentGroup) -> None:
         default="fp32",
         help="Storage of the basis on each rank (default: fp32).",
     )
+    _add_authors_arguments(group)
+
+
+def _add_authors_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--ogpsa-authors-rule",
+        action="store_true",
+        help="For comparisons, the rule of the authors' released code: per tensor, both signs, at most two references, and "
+        "in DPO the likelihood of chosen and rejected answers together (nll_pair) as their loss.",
+    )
+    group.add_argument(
+        "--ogpsa-authors-leak",
+        action="store_true",
+        help="For comparisons, the mistake of the authors' released code: after each refresh but the first, add the "
+        "reference gradients, divided by the micro-batches of a step, to the next update, unprojected.",
+    )
 
 
 def _named_source(text: str) -> tuple[str, str]:

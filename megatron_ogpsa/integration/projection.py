@@ -17,6 +17,7 @@ import torch
 
 from megatron_ogpsa.config import OGPSAConfig
 from megatron_ogpsa.errors import UnsupportedError, UserError
+from megatron_ogpsa.integration.authors import LEAK_NOTICE, check_authors_arguments, leak_weight
 from megatron_ogpsa.integration.loop import read_state
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def check_projection_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--ogpsa-reference {repeated[0]}=… is given twice: give each reference a name of its own")
     if unknown := sorted({name for name, _ in args.ogpsa_reference_loss if name is not None} - set(names)):
         raise UserError(f"--ogpsa-reference-loss {unknown[0]}=…: no --ogpsa-reference has this name")
+    check_authors_arguments(args)
     config_from_arguments(args)
     scaling = "reference passes would leave their mark on the scaling factors"
     dtensors = "its gradients lie outside Megatron's gradient buffers"
@@ -111,6 +113,8 @@ class ProjectionRun:
             f"OGPSA: references {described}; {len(self._ogpsa.block_names)} blocks by {self._args.ogpsa_granularity}, "
             f"mode {self._args.ogpsa_mode}, refreshed every {self._args.ogpsa_refresh_interval} steps"
         )
+        if self._args.ogpsa_authors_leak:
+            print_rank_0(LEAK_NOTICE)
         if self._args.load and not self._args.finetune:
             self._compare_with(Path(self._args.load))
 
@@ -122,7 +126,7 @@ class ProjectionRun:
         from megatron_ogpsa.references import refresh
 
         started = time.monotonic()
-        refresh(
+        is_new = refresh(
             self._ogpsa,
             self._references,
             optimizer=optimizer,
@@ -134,6 +138,9 @@ class ProjectionRun:
         )
         self._refresh_seconds = time.monotonic() - started
         self._refresh_is_due = False
+        weight = leak_weight(self._args, step, self._ogpsa.config.refresh_interval)
+        if is_new and weight:
+            self._ogpsa.add_references_once(weight)
 
     def figures(self) -> dict[str, torch.Tensor]:
         """The share of the gradient that was removed, the rank, and how long the last refresh took."""
@@ -145,6 +152,8 @@ class ProjectionRun:
             "ogpsa rank": metrics["rank"],
             "ogpsa refresh (ms)": self._refresh_seconds * 1000,
         }
+        if self._args.ogpsa_authors_leak:
+            values["ogpsa leaked"] = metrics.get("added", 0.0)
         return {name: torch.tensor([value], device=torch.cuda.current_device()) for name, value in values.items()}
 
     def after_step(self, losses: dict[str, torch.Tensor], step: int) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.integration import authors
 from megatron_ogpsa.integration.agreement import agreed
 from megatron_ogpsa.integration.datasets import load_conversations, load_pairs
 from megatron_ogpsa.integration.forward import BatchLoss, make_forward_step
@@ -31,7 +32,8 @@ _TOKEN_LOSSES: dict[str, BatchLoss] = {
 def loss_of_reference(args: argparse.Namespace, name: str) -> str:
     """``--ogpsa-reference-loss`` for this reference; the last one that names it, or that names none, holds."""
     given = dict(args.ogpsa_reference_loss)
-    return str(given.get(name, given.get(None, DEFAULT_LOSS[args.ogpsa_stage])))
+    default = (authors.REFERENCE_LOSS if args.ogpsa_authors_rule else DEFAULT_LOSS)[args.ogpsa_stage]
+    return str(given.get(name, given.get(None, default)))
 
 
 def reference_loader(args: argparse.Namespace, policy: ReferencePolicy | None) -> Callable[[str, str], Reference]:

@@ -1,4 +1,5 @@
-"""What the ranks run to show the rules of removal: many references, conflicts, nearly parallel ones, a bf16 basis."""
+"""What the ranks run to show the rules of removal: many references, conflicts, nearly parallel ones, a bf16 basis, and
+references that are added once."""
 
 from __future__ import annotations
 
@@ -72,4 +73,35 @@ def rules(layout: str, settings: list[dict[str, Any]]) -> list[dict[str, float]]
             }
         )
         ogpsa.detach()
+    return results
+
+
+def added_once(layout: str, granularity: str, weight: float) -> list[dict[str, float]]:
+    """Two steps on the same gradient after ``add_references_once``: the references are in the first one alone."""
+    shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
+    training = build(ALL_LAYOUTS[layout], oracle.random_weights(shape, seed=1), clip_grad=0.0)
+    names = [name for name in oracle.shapes_of(shape) if not ALL_LAYOUTS[layout].is_frozen(name)]
+    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(granularity=granularity))  # type: ignore[arg-type]
+    *references, gradient = opposed(shape, names, 2, None)
+    ogpsa.begin_refresh()
+    for index, reference in enumerate(references):
+        plant(training, reference)
+        ogpsa.capture(f"reference {index}")
+    ogpsa.finish_refresh()
+    ogpsa.add_references_once(weight)
+    expected = oracle.project(gradient, references, granularity)
+    added = {name: weight * sum(reference[name] for reference in references) for name in names}
+    results = []
+    for total in ({name: expected[name] + added[name] for name in names}, expected):
+        plant(training, gradient)
+        actual, (_, grad_norm, _) = projected_gradient(training)
+        results.append(
+            {
+                "error": oracle.relative_error(actual, total),
+                "norm_error": abs(float(grad_norm) / oracle.norm(total) - 1),
+                "removed_error": ogpsa.metrics["removed"] + (oracle.norm(expected) / oracle.norm(gradient)) ** 2 - 1,
+                "added": ogpsa.metrics.get("added", 0.0),
+                "expected_added": (oracle.norm(added) / oracle.norm(gradient)) ** 2,
+            }
+        )
     return results

@@ -97,3 +97,19 @@ def test_a_bf16_basis_costs_the_rounding_of_bf16(distributed: Distributed, layou
         # Errors of elements are independent of each other, so that little of them lies in the span: measured 1e-4.
         if setting["mode"] == "orthogonal":
             assert result["leak"] < 5e-4, setting
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("layout", ["dp2-plain", "tp2-pp2", "ep2-dp2"])
+def test_references_are_added_to_one_step_unprojected(distributed: Distributed, layout: str, granularity: str) -> None:
+    """The authors' leak. It comes out of the basis, so that an error here would be one of the references too."""
+    job = "tests.core.rule_cases:added_once"
+    for results in distributed(LAYOUTS[layout].world_size).run(
+        job, layout=layout, granularity=granularity, weight=0.25
+    ):
+        for result in results:
+            assert result["error"] < TOLERANCE
+            assert result["norm_error"] < TOLERANCE
+            assert abs(result["removed_error"]) < TOLERANCE
+        assert results[0]["added"] == pytest.approx(results[0]["expected_added"], rel=1e-6) > 0.01
+        assert results[1]["added"] == 0.0

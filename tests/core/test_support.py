@@ -45,8 +45,10 @@ def arguments() -> Callable[..., argparse.Namespace]:
         "optimizer": "adam",
         "cuda_graph_impl": "none",
         "context_parallel_size": 1,
+        "calculate_per_token_loss": True,
     }
-    switches = "fp8 fp4 use_megatron_fsdp use_torch_fsdp2 mtp_num_layers optimizer_cuda_graph perform_rl_step".split()
+    switches = "ogpsa_authors_rule ogpsa_authors_leak fp8 fp4 use_megatron_fsdp use_torch_fsdp2 mtp_num_layers".split()
+    switches += ["optimizer_cuda_graph", "perform_rl_step"]
     return lambda **changes: argparse.Namespace(**(plain | dict.fromkeys(switches) | changes))
 
 
@@ -130,3 +132,32 @@ def test_misuse_of_a_refresh_is_told(distributed: Callable[[int], WorkerGroup]) 
             "UnsupportedError: --ogpsa-mode conflict with 9 references: it solves for up to 8; join some references "
             "into one, or use mode orthogonal",
         ]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ogpsa_granularity": "model"}, "--ogpsa-granularity model with --ogpsa-authors-rule: the authors' is tensor"),
+        ({"ogpsa_mode": "conflict"}, "--ogpsa-mode conflict with --ogpsa-authors-rule: the authors' is orthogonal"),
+        (
+            {"ogpsa_stage": "dpo", "ogpsa_reference_loss": [("math", "nll_chosen")]},
+            "--ogpsa-reference-loss nll_chosen with --ogpsa-authors-rule: the authors' is nll_pair",
+        ),
+        (
+            {"ogpsa_reference": [(name, "x.jsonl") for name in "abc"]},
+            "3 times --ogpsa-reference with --ogpsa-authors-rule: the authors' is 2 at most",
+        ),
+        (
+            {"ogpsa_authors_leak": True, "calculate_per_token_loss": False},
+            "--ogpsa-authors-leak without --calculate-per-token-loss",
+        ),
+    ],
+)
+def test_what_is_not_the_authors_is_refused_with_their_rule(
+    arguments: Callable[..., argparse.Namespace], change: dict[str, Any], words: str
+) -> None:
+    from megatron_ogpsa.integration.projection import check_projection_arguments
+
+    check_projection_arguments(arguments(ogpsa_authors_rule=True, ogpsa_authors_leak=True))
+    with pytest.raises(UserError, match=f"^{words}"):
+        check_projection_arguments(arguments(**({"ogpsa_authors_rule": True} | change)))
