@@ -173,6 +173,12 @@ def mixture_of_experts(shape: ModelShape, weights: Tensors, prefix: str, x_BSD: 
 
 def mean_loss(shape: ModelShape, weights: Tensors, tokens_BS: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
     """Token-weighted mean of the next-token loss."""
+    mask = mask_BS.double()
+    return (token_losses(shape, weights, tokens_BS, labels_BS) * mask).sum() / mask.sum()
+
+
+def token_losses(shape: ModelShape, weights: Tensors, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
+    """−log p(label) at each position, [B, S]."""
     x = weights["model.embed_tokens.weight"][tokens_BS]
     for layer in range(shape.num_layers):
         prefix = f"model.layers.{layer}"
@@ -186,16 +192,20 @@ def mean_loss(shape: ModelShape, weights: Tensors, tokens_BS: Tensor, labels_BS:
     x = rms_norm(x, weights["model.norm.weight"])
     head = weights["model.embed_tokens.weight" if shape.tied else "lm_head.weight"]
     losses = cross_entropy((x @ head.T).flatten(0, 1), labels_BS.flatten(), reduction="none")
-    mask = mask_BS.flatten().double()
-    return (losses * mask).sum() / mask.sum()
+    return losses.view(labels_BS.shape)
 
 
 def gradient(
     shape: ModelShape, weights: Tensors, batch: tuple[Tensor, Tensor, Tensor], trained: list[str] | None = None
 ) -> Tensors:
-    """Of the tensors named ``trained``, by default all."""
+    """Of the mean loss, for the tensors named ``trained``, by default all."""
+    return gradient_of(lambda weights: mean_loss(shape, weights, *batch), weights, trained)
+
+
+def gradient_of(loss: Callable[[Tensors], Tensor], weights: Tensors, trained: list[str] | None = None) -> Tensors:
+    """Of any loss of the weights."""
     leaves = {name: weights[name].clone().requires_grad_() for name in (weights if trained is None else trained)}
-    grads = torch.autograd.grad(mean_loss(shape, weights | leaves, *batch), list(leaves.values()))
+    grads = torch.autograd.grad(loss(weights | leaves), list(leaves.values()))
     return dict(zip(leaves, grads, strict=True))
 
 
