@@ -12,6 +12,7 @@ from megatron_ogpsa.demo.scoring import Scores
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers, by what is trained; black is the starting model.
 _COLOURS = {None: "#000000", "sft": "#E69F00", "dpo": "#0072B2", "sft-dpo": "#009E73"}
+_LIGHTER: dict[str | None, str] = {"sft": "#F5CE7A", "dpo": "#7FB8DB", "sft-dpo": "#7FCFB9"}
 _MARKERS = {None: "o", "sft": "s", "dpo": "^", "sft-dpo": "D"}
 _DPI = 130
 PANELS = (
@@ -132,11 +133,12 @@ def training_figure(results: Results) -> Figure:
 
 
 def _look(results: Results, variant: str) -> dict[str, Any]:
-    """A colour and a mark for what is trained; plain variants are hollow, projected ones solid."""
+    """A colour and a mark for what is trained; plain variants are hollow, projected ones solid, per model lighter."""
     description = results.variants[variant]
     kind = None if description is None else description.against or variant
+    per_model = description is not None and description.granularity == "model"
     return {
-        "color": _COLOURS[kind],
+        "color": _LIGHTER[kind] if per_model else _COLOURS[kind],
         "marker": _MARKERS[kind],
         "solid": description is None or description.against is not None,
     }

@@ -68,12 +68,14 @@ class Variant:
         config: the file that trains it, without ``.yaml``; also its folder, if there is no stage.
         stage: the stage of that file, or None for a file without stages.
         against: the plain variant that says what its tax would be without projection; None for plain ones.
+        granularity: of the projection, or None for plain ones.
     """
 
     title: str
     config: str
     stage: str | None
     against: str | None = None
+    granularity: str | None = None
 
     def checkpoint(self, out: Path) -> Path:
         return out / self.config / (self.stage or "")
@@ -82,29 +84,28 @@ class Variant:
 START = "start"
 VARIANTS = {
     "sft": Variant("SFT", "plain", "sft"),
-    "sft-ogpsa": Variant("SFT OGPSA", "ogpsa", "sft", against="sft"),
+    "sft-tensor": Variant("SFT tensor", "tensor", "sft", against="sft", granularity="tensor"),
+    "sft-model": Variant("SFT model", "model", "sft", against="sft", granularity="model"),
     "dpo": Variant("DPO", "dpo-plain", None),
-    "dpo-ogpsa": Variant("DPO OGPSA", "dpo-ogpsa", None, against="dpo"),
+    "dpo-tensor": Variant("DPO tensor", "dpo-tensor", None, against="dpo", granularity="tensor"),
     "sft-dpo": Variant("SFT→DPO", "plain", "dpo"),
-    "sft-dpo-ogpsa": Variant("SFT→DPO OGPSA", "ogpsa", "dpo", against="sft-dpo"),
+    "sft-dpo-tensor": Variant("SFT→DPO tensor", "tensor", "dpo", against="sft-dpo", granularity="tensor"),
 }
-"""In the order of the table. Each with OGPSA protects one reference for each general task."""
+"""In the order of the table. Those with a granularity protect one reference for each general task."""
+
+GRANULARITIES: dict[str, str | None] = {"plain": None, "tensor": "tensor", "model": "model"}
+"""Name of a pipeline's file → granularity of its projection."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What one run of the demo trains with.
-
-    Attributes:
-        granularity: of the projected variants.
-    """
+    """What one run of the demo trains with."""
 
     benchmark: Benchmark
     sizes: DemoSizes
     out: Path
     num_ranks: int
     seed: int
-    granularity: str = "tensor"
 
     @property
     def base(self) -> Path:
@@ -114,12 +115,10 @@ class Recipe:
     def configs(self) -> dict[str, Settings]:
         """Every file of fine-tuning by its name: SFT→DPO as pipelines, and DPO of the starting model."""
         files: dict[str, Settings] = {}
-        for name, protected in (("plain", False), ("ogpsa", True)):
-            files[name] = {
-                **self._start(name, protected),
-                "stages": {"sft": self._sft(protected), "dpo": self._dpo(protected)},
-            }
-            files[f"dpo-{name}"] = {**self._start(f"dpo-{name}", protected), **self._dpo(protected)}
+        for name, granularity in GRANULARITIES.items():
+            stages = {"sft": self._sft(), "dpo": self._dpo(granularity)}
+            files[name] = {**self._start(name, granularity), "stages": stages}
+            files[f"dpo-{name}"] = {**self._start(f"dpo-{name}", granularity), **self._dpo(granularity)}
         return files
 
     def base_config(self) -> Settings:
@@ -146,19 +145,19 @@ class Recipe:
             "micro-batch-size": 1,  # of no use here, but Megatron checks that batches come out even
         }
 
-    def _start(self, name: str, protected: bool) -> Settings:
+    def _start(self, name: str, granularity: str | None) -> Settings:
         """Fine-tuning from the starting model: on safety data alone, which is where the alignment tax comes from."""
         settings = {**self._common(), "pretrained-checkpoint": str(self.base), "save": str(self.out / name)}
-        if protected:
+        if granularity is not None:
             settings |= {
                 "ogpsa-reference": {task.name: str(self.benchmark.reference(task.name)) for task in GENERAL_TASKS},
                 "ogpsa-reference-samples": 128,
                 "ogpsa-refresh-interval": self.sizes.refresh_interval,
-                "ogpsa-granularity": self.granularity,
+                "ogpsa-granularity": granularity,
             }
         return settings
 
-    def _sft(self, protected: bool) -> Settings:
+    def _sft(self) -> Settings:
         sizes = self.sizes
         return {
             "seq-length": SEQUENCE_LENGTH,
@@ -166,13 +165,13 @@ class Recipe:
             **self._schedule(sizes.sft_steps, sizes.sft_batch, sizes.sft_lr),
         }
 
-    def _dpo(self, protected: bool) -> Settings:
+    def _dpo(self, granularity: str | None) -> Settings:
         sizes = self.sizes
         return {
             "ogpsa-stage": "dpo",
             "seq-length": 2 * SEQUENCE_LENGTH,
             "ogpsa-train-data": str(self.benchmark.safety_pairs),
-            **({"ogpsa-reference-loss": ["nll"]} if protected else {}),
+            **({"ogpsa-reference-loss": ["nll"]} if granularity is not None else {}),
             **self._schedule(sizes.dpo_steps, sizes.dpo_batch, sizes.dpo_lr),
         }
 

@@ -60,18 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fast", action="store_true", help="a third of the steps, in 2 minutes: too few to judge by")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with N seeds; mean and spread")
     parser.add_argument("--seed", type=int, default=1, help="the first: of data, initialisation, order (default: 1)")
-    parser.add_argument(
-        "--granularity",
-        choices=("tensor", "model"),
-        default="tensor",
-        help="what is projected at once (default: tensor)",
-    )
     parser.add_argument("--nproc", type=int, choices=(2, 4), default=2, help="ranks: 2 (DP2) or 4 (TP2×DP2)")
     parser.add_argument("--fresh", action="store_true", help="train the starting model again, even if it is there")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, fine-tune six times for each seed, evaluate, report.
+    """Train, fine-tune seven times for each seed, evaluate, report.
 
     Raises:
         DemoFailed: a step failed, after the end of its log was printed.
@@ -94,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     paths = write_report(results, out / "report")
     print(terminal_table(results))
     print(f"\nreport: {paths[0]}\ntable:  {paths[1]}\nplots:  {', '.join(str(path) for path in paths[2:])}")
-    again = recipes[0].out / "ogpsa.yaml"
+    again = recipes[0].out / "tensor.yaml"
     print(
         f"took {time.monotonic() - started:.0f} s; SFT→DPO with OGPSA by hand: megatron-ogpsa train {again} --save DIR"
     )
@@ -111,7 +105,6 @@ def make_recipe(args: argparse.Namespace, out: Path, seed: int) -> Recipe:
         out=folder,
         num_ranks=args.nproc,
         seed=seed,
-        granularity=args.granularity,
     )
 
 
@@ -134,8 +127,8 @@ def notes(args: argparse.Namespace, sizes: DemoSizes, seconds: float) -> tuple[s
         f"{seeds.capitalize()} in {seconds:.0f} s, {args.nproc} ranks ({layout}), {os.cpu_count()} cores; {worth}.",
         f"Starting model: {sizes.base_steps} steps on seven general tasks and on helping with any request.",
         f"SFT: {sizes.sft_steps} steps of Adam at {sizes.sft_lr:g} on safety data alone. DPO: {sizes.dpo_steps} steps at "
-        f"{sizes.dpo_lr:g} on pairs. OGPSA per {args.granularity}, references refreshed every {sizes.refresh_interval} "
-        "steps.",
+        f"{sizes.dpo_lr:g} on pairs. With OGPSA per tensor or per model, references are refreshed every "
+        f"{sizes.refresh_interval} steps.",
     )
 
 
