@@ -7,11 +7,11 @@ from typing import Literal, get_args
 
 import torch
 
-from megatron_ogpsa.errors import UnsupportedError, UserError
+from megatron_ogpsa.errors import UserError
 
 Granularity = Literal["tensor", "model"]
 Mode = Literal["orthogonal", "conflict"]
-Space = Literal["gradient"]
+Space = Literal["gradient", "update"]
 BasisDtype = Literal["fp32", "bf16"]
 BasisDevice = Literal["accelerator", "cpu"]
 
@@ -38,7 +38,9 @@ class OGPSAConfig:
     whose inner product with every reference gradient is not negative (the cone of GEM, arXiv:1706.08840, eq. 11)."""
 
     space: Space = "gradient"
-    """What is projected: the gradient, before the optimizer's own rescaling and momentum."""
+    """What is projected. ``gradient``: the gradient, before the optimizer's own rescaling and momentum, which is the
+    paper's rule. ``update``: the change of the parameters that the optimizer makes, momentum and weight decay included;
+    Adam's rescaling carries a projected gradient back into the protected subspace."""
 
     refresh_interval: int = 30
     """Optimizer steps from one computation of the reference gradients to the next (paper: 30 for SFT, 5 for DPO)."""
@@ -63,17 +65,13 @@ class OGPSAConfig:
         choices = {
             "granularity": Granularity,
             "mode": Mode,
+            "space": Space,
             "basis_dtype": BasisDtype,
             "basis_device": BasisDevice,
         }
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise UserError(f"{name}={getattr(self, name)!r}: use one of {', '.join(get_args(kind))}")
-        if self.space != "gradient":
-            raise UnsupportedError(
-                f"space={self.space!r}: only space='gradient', the paper's rule, is built; projecting the optimizer's "
-                "update is not supported yet"
-            )
         if self.refresh_interval < 1:
             raise UserError(
                 f"refresh_interval={self.refresh_interval}: use 1 or more optimizer steps, or leave the references out "

@@ -1,82 +1,84 @@
-"""The plugin: a basis kept beside Megatron's optimizer, and a projection inside its step.
+"""The plugin: a basis kept beside Megatron's optimizer, refreshed from reference gradients, used in every step.
 
 ```
 every refresh                                     every step
  begin_refresh()                                   optimizer.step()
- for each reference:                                ├ prepare_grads()      Megatron's: copy, unscale, check inf/nan
-   a gradient, the loop's own way                   │   └ then ours: local dots, one all-reduce, g ← g − Q·r
-   capture(name)          local copy                ├ get_grad_norm()      known already, no all-reduce
- finish_refresh()         one all-reduce            └ clip, step           Megatron's
+ for each reference:                                └ the basis at work: see spaces.py
+   a gradient, the loop's own way
+   capture(name)          local copy
+ finish_refresh()         one all-reduce
 ```
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_ogpsa.collectives import sum_over_ranks
 from megatron_ogpsa.config import MAX_CONFLICT_REFERENCES, OGPSAConfig
 from megatron_ogpsa.errors import UnsupportedError
-from megatron_ogpsa.projection import removal
 from megatron_ogpsa.projection.basis import orthonormalise
 from megatron_ogpsa.projection.conflict import Cone
-from megatron_ogpsa.projection.segments import combine_rows, gram_and_dots, subtract_combination
+from megatron_ogpsa.projection.segments import combine_rows, gram_and_dots
 from megatron_ogpsa.sharding.gradients import GradientShard
+from megatron_ogpsa.spaces import SPACES, Basis, GradientSpace
 from megatron_ogpsa.support import check_supported
 
 logger = logging.getLogger(__name__)
 
-_HOOKED = ("prepare_grads", "get_grad_norm", "clip_grad_norm")
-
 
 class OGPSA:
-    """Projects the gradients of one Megatron optimizer; made by :func:`attach`.
+    """Projects the steps of one Megatron optimizer; made by :func:`attach`.
 
     Attributes:
-        enabled: ``False`` makes ``optimizer.step()`` what it is without the plugin.
-        metrics: of the last projected step (``rank``: dimension of the largest protected subspace of any block;
-            ``rank_total``: summed over blocks; ``removed``: 1 − ‖g'‖²/‖g‖²; ``grad_norm_before`` and
-            ``grad_norm_after``; ``leak``: largest |⟨g', q⟩|/‖g'‖, with ``check_leak``; ``added``: ‖w·Σ_j a_j‖²/‖g‖²,
-            after :meth:`add_references_once`). Empty until a step was projected.
-        skipped_steps: steps skipped because the gradient was not finite.
         rejected_refreshes: refreshes in a row whose references were not finite, so that the last good basis was kept.
+        reference_names: of the basis in use.
     """
 
     def __init__(
         self, optimizer: MegatronOptimizer, chunks: Sequence[DistributedDataParallel], config: OGPSAConfig
     ) -> None:
-        check_supported(optimizer, chunks)
+        check_supported(optimizer, chunks, config)
         self.config = config
-        self.enabled = True
-        self.metrics: dict[str, float] = {}
-        self.skipped_steps = 0
         self.rejected_refreshes = 0
         self.reference_names: list[str] = []
         self._optimizer = optimizer
         self._shard = GradientShard(optimizer, chunks, by_tensor=config.granularity == "tensor")
-        self._basis_KN: Tensor | None = None
-        self._reference_BKK: Tensor | None = None
-        self._cone: Cone | None = None
-        self._added_weight = 0.0
-        self._rank = 0
-        self._rank_total = 0
+        self._space = SPACES[config.space](optimizer, self._shard, check_leak=config.check_leak)
         self._captured_names: list[str] | None = None
         self._captured_KN: Tensor | None = None
-        self._norm_after: float | None = None
-        self._megatrons = {name: getattr(optimizer, name) for name in _HOOKED if hasattr(optimizer, name)}
-        # On the instance, so that type checks and checkpoint code still see the optimizer that they know.
-        optimizer.prepare_grads = self._prepare_grads
-        optimizer.get_grad_norm = self._get_grad_norm
-        optimizer.clip_grad_norm = self._clip_grad_norm
+
+    @property
+    def enabled(self) -> bool:
+        """``False`` makes ``optimizer.step()`` what it is without the plugin."""
+        return self._space.enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._space.enabled = value
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the last projected step; empty until a step was projected.
+
+        ``rank``: dimension of the largest protected subspace of any block; ``rank_total``: summed over blocks;
+        ``grad_norm_before`` and ``grad_norm_after`` the projection. With ``space="gradient"`` also ``removed``:
+        1 − ‖g'‖²/‖g‖², and after :meth:`add_references_once` ``added``: ‖w·Σ_j a_j‖²/‖g‖². With ``space="update"``
+        ``removed_length``: ‖QᵀΔ‖ in the parameters' units. With ``check_leak``: ``leak``, the largest |⟨g', q⟩|/‖g'‖,
+        and ``removed`` also of updates.
+        """
+        return self._space.metrics
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped because the gradient was not finite."""
+        return self._space.skipped_steps
 
     # ------------------------------------------------------------------------------------------------- refresh
 
@@ -142,16 +144,19 @@ class OGPSA:
         gram_BKK = sum_over_ranks(gram_and_dots(layout, rows_KN), self._shard.reduction.group).cpu()
         if bad := _not_finite(gram_BKK, names):
             self.rejected_refreshes += 1
-            kept = "no basis yet: steps are not projected" if self._basis_KN is None else "the last good basis is kept"
+            kept = "the last good basis is kept" if self.has_basis else "no basis yet: steps are not projected"
             logger.warning("the gradient of reference %s is not finite; %s", ", ".join(bad), kept)
             return False
         self.rejected_refreshes = 0
         transform = orthonormalise(gram_BKK, self.config.rank_tolerance)
-        self._basis_KN = self._stored(rows_KN, transform.weights_BKK.to(layout.device))
-        self._reference_BKK = transform.reference_BKK.to(layout.device)
-        if self.config.mode == "conflict":
-            self._cone = Cone(self._reference_BKK)
-        self._rank, self._rank_total = int(transform.rank_B.max()), int(transform.rank_B.sum())
+        reference_BKK = transform.reference_BKK.to(layout.device)
+        self._space.basis = Basis(
+            rows_KN=self._stored(rows_KN, transform.weights_BKK.to(layout.device)),
+            reference_BKK=reference_BKK,
+            cone=Cone(reference_BKK) if self.config.mode == "conflict" else None,
+            rank=int(transform.rank_B.max()),
+            rank_total=int(transform.rank_B.sum()),
+        )
         self.reference_names = names
         return True
 
@@ -176,110 +181,26 @@ class OGPSA:
             weight: w, of reference gradients as they were captured, for every reference alike.
 
         Raises:
-            RuntimeError: there is no basis yet.
+            RuntimeError: there is no basis yet, or updates are projected.
         """
-        if self._basis_KN is None:
+        if not isinstance(self._space, GradientSpace):
+            raise RuntimeError('add_references_once() adds to the gradient: attach with space="gradient"')
+        if self._space.basis is None:
             raise RuntimeError("add_references_once() before the first refresh: there are no references yet")
-        self._added_weight = weight
-
-    # ---------------------------------------------------------------------------------------------------- step
-
-    @torch.no_grad()
-    def _prepare_grads(self) -> bool:
-        """Megatron's ``prepare_grads``, then the projection of what it prepared; true if the step must be skipped."""
-        self._norm_after = None
-        added_weight, self._added_weight = self._added_weight, 0.0
-        found_inf: bool = self._megatrons["prepare_grads"]()
-        if not self.enabled or self._basis_KN is None:
-            return found_inf
-        if found_inf or not self._project(added_weight):
-            self.skipped_steps += 1
-            return True
-        return False
-
-    def _project(self, added_weight: float) -> bool:
-        """g ← g − Q·r; returns whether the gradient was finite, which every rank reads off the same sums."""
-        assert self._basis_KN is not None
-        assert self._reference_BKK is not None
-        layout = self._shard.layout
-        self._shard.load()
-        sums = sum_over_ranks(gram_and_dots(layout, self._basis_KN, self._shard.spans), self._shard.reduction.group)
-        coefficients_BK, squared_norm_B = sums[:, :-1], sums[:, -1]
-        if self.config.mode == "orthogonal":
-            removed_BK = removal.orthogonal(coefficients_BK)
-        else:
-            assert self._cone is not None
-            removed_BK = self._cone.removed(torch.nan_to_num(coefficients_BK))
-        projected_B = removal.squared_norm_after(squared_norm_B, coefficients_BK, removed_BK)
-        added_BK = added_weight * self._reference_BKK.sum(dim=-1)
-        if added_weight:
-            removed_BK = removed_BK - added_BK
-        after_B = removal.squared_norm_after(squared_norm_B, coefficients_BK, removed_BK)
-        before, projected, added, after = torch.stack(
-            (sums.sum() * 0 + squared_norm_B.sum(), projected_B.sum(), added_BK.square().sum(), after_B.sum())
-        ).tolist()
-        if not math.isfinite(before):
-            return False
-        subtract_combination(layout, self._shard.spans, self._basis_KN, removed_BK)
-        self._shard.store()
-        self._norm_after = math.sqrt(after)
-        self.metrics = {
-            "rank": float(self._rank),
-            "rank_total": float(self._rank_total),
-            "removed": 1.0 - projected / before if before > 0 else 0.0,
-            "grad_norm_before": math.sqrt(before),
-            "grad_norm_after": self._norm_after,
-        }
-        if added_weight:
-            self.metrics["added"] = added / before if before > 0 else math.inf
-        if self.config.check_leak:
-            self.metrics["leak"] = self._leak()
-        return True
-
-    def _leak(self) -> float:
-        assert self._basis_KN is not None
-        sums = sum_over_ranks(
-            gram_and_dots(self._shard.layout, self._basis_KN, self._shard.spans), self._shard.reduction.group
-        )
-        left, squared_norm = sums[:, :-1].abs().max().item(), sums[:, -1].sum().item()
-        return left / math.sqrt(squared_norm) if squared_norm > 0 else 0.0
-
-    @torch.no_grad()
-    def _get_grad_norm(self) -> Any:
-        """‖g'‖ from the projection's own all-reduce, in the form that Megatron's clipping expects."""
-        if self._norm_after is None:
-            return self._megatrons["get_grad_norm"]()
-        if clip_grads.multi_tensor_scale_tensor_impl is not None:  # Transformer Engine clips by a device scalar
-            return torch.tensor([self._norm_after], dtype=torch.float32, device=self._shard.layout.device)
-        return self._norm_after
-
-    @torch.no_grad()
-    def _clip_grad_norm(self, clip_grad: float) -> Any:
-        """``MegatronOptimizer.clip_grad_norm`` of an optimizer outside a chain, with the norm that is known already."""
-        if self._norm_after is None:
-            return self._megatrons["clip_grad_norm"](clip_grad)
-        norm = self._get_grad_norm()
-        params = self._optimizer.get_parameters()
-        if clip_grad > 0.0 and params:
-            clip_grads.clip_grad_by_total_norm_fp32(
-                params,
-                clip_grad,
-                norm,
-                use_decoupled_grad=self._optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
-            )
-        return norm
+        self._space.added_weight = weight
 
     # -------------------------------------------------------------------------------------------------- others
 
     @property
     def has_basis(self) -> bool:
         """Whether a refresh has succeeded, so that steps are projected."""
-        return self._basis_KN is not None
+        return self._space.basis is not None
 
     @property
     def basis_bytes(self) -> int:
         """Bytes of the basis on this rank."""
-        return 0 if self._basis_KN is None else self._basis_KN.numel() * self._basis_KN.element_size()
+        basis = self._space.basis
+        return 0 if basis is None else basis.rows_KN.numel() * basis.rows_KN.element_size()
 
     @property
     def block_names(self) -> list[str]:
@@ -288,10 +209,8 @@ class OGPSA:
 
     def detach(self) -> None:
         """Give the optimizer its own methods back and free the basis."""
-        for name in _HOOKED:
-            self._optimizer.__dict__.pop(name, None)
-        self._basis_KN = self._reference_BKK = self._cone = self._captured_KN = self._captured_names = None
-        self.enabled = False
+        self._space.remove()
+        self._captured_KN = self._captured_names = None
 
 
 def _not_finite(gram_BKK: Tensor, names: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ from megatron.core.optimizer.optimizer import (
     MegatronOptimizer,
 )
 
+from megatron_ogpsa.config import OGPSAConfig
 from megatron_ogpsa.errors import UnsupportedError, UserError
 from megatron_ogpsa.sharding.gradients import leaf_optimizers
 
@@ -39,7 +40,9 @@ def check_megatron_version() -> None:
         )
 
 
-def check_supported(optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Module]) -> None:
+def check_supported(
+    optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Module], config: OGPSAConfig | None = None
+) -> None:
     """Refuse what projection does not handle yet, before anything is hooked.
 
     Raises:
@@ -73,8 +76,23 @@ def check_supported(optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Modu
                 "--optimizer-cuda-graph: the projection decides on the host whether the gradient is finite, which "
                 "a graph cannot hold; leave the flag out"
             )
+        if config is not None and config.space == "update":
+            _check_update_space(leaf)
     if isinstance(optimizer, ChainedOptimizer) and not optimizer.chained_optimizers:
         raise UserError("attach() got an optimizer without parameters: unfreeze some, or leave the plugin out")
+
+
+def _check_update_space(leaf: MegatronOptimizer) -> None:
+    # Both keep the parameters that they update where the projection does not reach them.
+    for name, flag in (
+        ("optimizer_cpu_offload", "--optimizer-cpu-offload"),
+        ("use_precision_aware_optimizer", "--use-precision-aware-optimizer"),
+    ):
+        if getattr(leaf.config, name, False):
+            raise UnsupportedError(
+                f"{flag} with --ogpsa-space update: the fp32 parameters lie within the inner optimizer; leave the flag "
+                "out, or use --ogpsa-space gradient"
+            )
 
 
 def _check_parameters(chunk: DistributedDataParallel) -> None:

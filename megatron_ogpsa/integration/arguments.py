@@ -167,6 +167,13 @@ def _add_projection_arguments(group: argparse._ArgumentGroup) -> None:
         help="Remove the whole component along the references, or only what conflicts with them (default: orthogonal).",
     )
     group.add_argument(
+        "--ogpsa-space",
+        choices=("gradient", "update"),
+        default="gradient",
+        help="Project the gradient, which is the paper's rule, or the change of weights that the optimizer makes of it, "
+        "momentum and weight decay included (default: gradient).",
+    )
+    group.add_argument(
         "--ogpsa-basis-dtype",
         choices=("fp32", "bf16"),
         default="fp32",

@@ -40,6 +40,7 @@ def check_authors_arguments(args: argparse.Namespace) -> None:
         for is_other, flag, theirs in (
             (args.ogpsa_granularity != "tensor", f"--ogpsa-granularity {args.ogpsa_granularity}", "tensor"),
             (args.ogpsa_mode != "orthogonal", f"--ogpsa-mode {args.ogpsa_mode}", "orthogonal"),
+            (args.ogpsa_space != "gradient", f"--ogpsa-space {args.ogpsa_space}", "gradient"),
             (losses, f"--ogpsa-reference-loss {losses and losses[0]}", REFERENCE_LOSS[args.ogpsa_stage]),
             (
                 len(args.ogpsa_reference) > MAX_REFERENCES,
@@ -51,6 +52,8 @@ def check_authors_arguments(args: argparse.Namespace) -> None:
                 raise UserError(
                     f"{flag} with --ogpsa-authors-rule: the authors' is {theirs}; drop one of the two flags"
                 )
+    if args.ogpsa_authors_leak and args.ogpsa_space != "gradient":
+        raise UserError("--ogpsa-authors-leak with --ogpsa-space update: it leaks into the gradient; drop one of them")
     if args.ogpsa_authors_leak and not args.calculate_per_token_loss:
         raise UserError(
             "--ogpsa-authors-leak without --calculate-per-token-loss: references and training would be scaled differently; "

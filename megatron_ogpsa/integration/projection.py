@@ -39,6 +39,7 @@ def config_from_arguments(args: argparse.Namespace) -> OGPSAConfig:
     return OGPSAConfig(
         granularity=args.ogpsa_granularity,
         mode=args.ogpsa_mode,
+        space=args.ogpsa_space,
         refresh_interval=args.ogpsa_refresh_interval,
         basis_dtype=args.ogpsa_basis_dtype,
     )
@@ -111,7 +112,8 @@ class ProjectionRun:
         )
         print_rank_0(
             f"OGPSA: references {described}; {len(self._ogpsa.block_names)} blocks by {self._args.ogpsa_granularity}, "
-            f"mode {self._args.ogpsa_mode}, refreshed every {self._args.ogpsa_refresh_interval} steps"
+            f"mode {self._args.ogpsa_mode}, space {self._args.ogpsa_space}, "
+            f"refreshed every {self._args.ogpsa_refresh_interval} steps"
         )
         if self._args.ogpsa_authors_leak:
             print_rank_0(LEAK_NOTICE)
@@ -143,12 +145,12 @@ class ProjectionRun:
             self._ogpsa.add_references_once(weight)
 
     def figures(self) -> dict[str, torch.Tensor]:
-        """The share of the gradient that was removed, the rank, and how long the last refresh took."""
+        """What was removed (a share of the gradient, or a length of the update), the rank, and a refresh's time."""
         metrics = self._ogpsa.metrics if self._ogpsa is not None else {}
         if not metrics:
             return {}
-        values = {
-            "ogpsa removed": max(metrics["removed"], 0.0),
+        removed = {"removed": "ogpsa removed", "removed_length": "ogpsa removed length"}
+        values = {title: max(metrics[name], 0.0) for name, title in removed.items() if name in metrics} | {
             "ogpsa rank": metrics["rank"],
             "ogpsa refresh (ms)": self._refresh_seconds * 1000,
         }

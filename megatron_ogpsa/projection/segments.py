@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -92,6 +93,7 @@ class SegmentLayout:
         num_blocks: blocks of the whole model, on all ranks.
         device: where the spans live.
         limits: how to cut; by default what suits the device.
+        columns: of the basis, where each span begins; by default spans follow each other.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class SegmentLayout:
         num_blocks: int,
         device: torch.device,
         limits: TileLimits | None = None,
+        columns: Sequence[int] | None = None,
     ) -> None:
         self.num_blocks = num_blocks
         self.device = device
@@ -108,10 +111,10 @@ class SegmentLayout:
         self.num_elements = sum(self.span_lengths)
         self.num_counted = sum(s.length for span in spans for s in span if s.counted)
         self.tiles: list[Tile] = []
-        column = 0
-        for index, span in enumerate(spans):
+        if columns is None:
+            columns = [0, *accumulate(self.span_lengths)][: len(spans)]
+        for index, (span, column) in enumerate(zip(spans, columns, strict=True)):
             self.tiles.extend(self._cut(index, _merged(span), column))
-            column += self.span_lengths[index]
 
     def _cut(self, span: int, segments: Sequence[Segment], column: int) -> Iterator[Tile]:
         """Long segments become tiles of their own, runs of short ones are packed together."""

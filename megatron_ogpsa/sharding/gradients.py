@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -100,20 +100,50 @@ class GradientShard:
         named_spans = [list(_named_segments(run)) for run in [*self._runs, *([self._packed] if self._packed else [])]]
         local_names = sorted({name for span in named_spans for name, *_ in span}) if by_tensor else ["model"]
         self.block_names = union_of_names(local_names, self.reduction.group)
-        index = {name: block for block, name in enumerate(self.block_names)}
-        self.layout = SegmentLayout(
-            [
-                [Segment(length, index[name if by_tensor else "model"], counted) for name, length, counted in span]
-                for span in named_spans
-            ],
-            num_blocks=len(self.block_names),
-            device=device,
-        )
+        self._by_tensor = by_tensor
+        self._block_of = {name: block for block, name in enumerate(self.block_names)}
+        self.layout = SegmentLayout([*map(self._segments, named_spans)], len(self.block_names), device)
+
+    def _segments(self, named_span: Sequence[tuple[str, int, bool]]) -> list[Segment]:
+        return [
+            Segment(length, self._block_of[name if self._by_tensor else "model"], counted)
+            for name, length, counted in named_span
+        ]
 
     @property
     def spans(self) -> list[Tensor]:
         """The gradient, 1-D tensors in memory order; :meth:`load` before reading, :meth:`store` after writing."""
         return self._spans
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What the inner optimizers update, 1-D and fp32: the spans of :meth:`parameter_layout`."""
+        return [piece.holder.detach().view(-1) for piece in self._pieces]
+
+    def parameter_layout(self) -> SegmentLayout:
+        """The blocks of :attr:`parameters`, with the basis' columns that belong to them.
+
+        Main parameters of 16-bit models are tensors of their own, so that each piece is a span and has tiles of its own.
+        """
+        return SegmentLayout(
+            [self._segments(list(_named_segments([piece]))) for piece in self._pieces],
+            len(self.block_names),
+            self.layout.device,
+            columns=list(self._columns()),
+        )
+
+    @property
+    def _pieces(self) -> list[Piece]:
+        return [*chain.from_iterable(self._runs), *self._packed]
+
+    def _columns(self) -> Iterator[int]:
+        """Where each piece begins in the basis."""
+        starts = [0, *accumulate(self.layout.span_lengths)]
+        for run, start in zip(self._runs, starts, strict=False):
+            first = run[0].main_grad.storage_offset()
+            yield from (start + int(piece.main_grad.storage_offset()) - int(first) for piece in run)
+        if self._packed:
+            yield from accumulate((p.stop - p.start for p in self._packed[:-1]), initial=starts[len(self._runs)])
 
     def load(self) -> None:
         """Bring the gradient that Megatron has prepared into the spans; free where it lies there already."""

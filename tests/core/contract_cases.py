@@ -39,7 +39,9 @@ def counted_collectives() -> Iterator[Counter[str]]:
         yield counts
 
 
-def collectives(layout: str, granularity: str, num_references: int) -> dict[str, dict[str, int]]:
+def collectives(
+    layout: str, granularity: str, num_references: int, space: str = "gradient"
+) -> dict[str, dict[str, int]]:
     """Collectives of a plain step, of a projected one, and of the orthonormalisation."""
     shape = oracle.ModelShape(**LAYOUTS[layout].model)
     training = build(LAYOUTS[layout], oracle.random_weights(shape, seed=1))
@@ -53,7 +55,8 @@ def collectives(layout: str, granularity: str, num_references: int) -> dict[str,
 
     step()  # Megatron caches answers about parameter groups in its first step
     plain = step()
-    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(granularity=granularity))  # type: ignore[arg-type]
+    config = OGPSAConfig(granularity=granularity, space=space)  # type: ignore[arg-type]
+    ogpsa = attach(training.optimizer, training.chunks, config)
     ogpsa.begin_refresh()
     with counted_collectives() as refresh_counts:
         for index, gradient in enumerate(gradients[:-1]):
@@ -122,11 +125,11 @@ def leaf_optimizer(layout: str) -> dict[str, float]:
     }
 
 
-def not_finite(layout: str, bad_rank: int) -> dict[str, Any]:
+def not_finite(layout: str, bad_rank: int, space: str = "gradient") -> dict[str, Any]:
     """NaN on one rank only: in a reference of a later refresh, then in the training gradient."""
     shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
     training = build(ALL_LAYOUTS[layout], oracle.random_weights(shape, seed=1))
-    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(granularity="tensor"))
+    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(granularity="tensor", space=space))  # type: ignore[arg-type]
     good, bad, gradient = planted(shape, 3, integers=False)
 
     def poison() -> None:
@@ -147,7 +150,7 @@ def not_finite(layout: str, bad_rank: int) -> dict[str, Any]:
         return ogpsa.finish_refresh()
 
     first = refreshed(gradient, poisoned=False)
-    basis = ogpsa._basis_KN.clone()
+    basis = ogpsa._space.basis.rows_KN.clone()
     with mock.patch.object(logging.getLogger("megatron_ogpsa.plugin"), "warning") as warning:
         second = refreshed(bad, poisoned=True)
     plant(training, gradient)
@@ -159,7 +162,7 @@ def not_finite(layout: str, bad_rank: int) -> dict[str, Any]:
     success, norm, _ = training.optimizer.step()
     return {
         "refreshes": (first, second),
-        "kept": torch.equal(basis, ogpsa._basis_KN),
+        "kept": torch.equal(basis, ogpsa._space.basis.rows_KN),
         "warning": warning.call_args.args[0] % warning.call_args.args[1:],
         "skipped": skipped[0] is False,
         "unchanged": unchanged,

@@ -74,7 +74,9 @@ def _forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Te
     return model(tokens, positions, None, labels=labels), loss
 
 
-def build(layout: Layout, weights: Tensors, *, optimizer: str = "adam", clip_grad: float = 1.0) -> Training:
+def build(
+    layout: Layout, weights: Tensors, *, optimizer: str = "adam", clip_grad: float = 1.0, lr: float = 1e-3
+) -> Training:
     """Initialise model parallelism, build the chunks, load this rank's slices of ``weights``."""
     shape = ModelShape(**layout.model)
     parallel_state.initialize_model_parallel(
@@ -109,7 +111,7 @@ def build(layout: Layout, weights: Tensors, *, optimizer: str = "adam", clip_gra
         config.no_sync_func = [chunk.no_sync for chunk in chunks] if layout.vpp else chunks[0].no_sync
     optimizer_config = OptimizerConfig(
         optimizer=optimizer,
-        lr=1e-3,
+        lr=lr,
         bf16=layout.precision.startswith("bf16"),
         fp16=layout.precision == "fp16",
         initial_loss_scale=2.0**10,

@@ -21,7 +21,7 @@ from tests.harness import WorkerGroup
         ("mode", "threshold"),
         ("basis_dtype", "fp8"),
         ("basis_device", "disk"),
-        ("space", "update"),
+        ("space", "weights"),
         ("refresh_interval", 0),
         ("rank_tolerance", 1.0),
     ],
@@ -38,6 +38,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
         "ogpsa_reference": [("math", "math.jsonl")],
         "ogpsa_granularity": "tensor",
         "ogpsa_mode": "orthogonal",
+        "ogpsa_space": "gradient",
         "ogpsa_refresh_interval": None,
         "ogpsa_reference_loss": [],
         "ogpsa_stage": "sft",
@@ -138,6 +139,7 @@ def test_misuse_of_a_refresh_is_told(distributed: Callable[[int], WorkerGroup]) 
     ("change", "words"),
     [
         ({"ogpsa_granularity": "model"}, "--ogpsa-granularity model with --ogpsa-authors-rule: the authors' is tensor"),
+        ({"ogpsa_space": "update"}, "--ogpsa-space update with --ogpsa-authors-rule: the authors' is gradient"),
         ({"ogpsa_mode": "conflict"}, "--ogpsa-mode conflict with --ogpsa-authors-rule: the authors' is orthogonal"),
         (
             {"ogpsa_stage": "dpo", "ogpsa_reference_loss": [("math", "nll_chosen")]},

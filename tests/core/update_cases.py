@@ -1,0 +1,124 @@
+"""What the ranks run to show the projection of updates: the weights after some steps, against one fp64 process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_ogpsa import OGPSAConfig, attach
+from megatron_ogpsa.errors import UnsupportedError
+from megatron_ogpsa.sharding.gradients import _model_and_main_params, leaf_optimizers
+from tests.core import oracle
+from tests.core.cases import ALL_LAYOUTS
+from tests.core.gradients import canonical_gradient, plant
+from tests.core.megatron_model import Training, build
+from tests.core.rule_cases import opposed
+
+LEARNING_RATE = 0.03  # a step of some 10 % of the weights: what fp32 weights round is small beside it
+STEPS = 3
+
+
+def main_weights(training: Training) -> oracle.Tensors:
+    """The fp32 main parameters of all ranks as full tensors; copies on several ranks must be equal."""
+    return canonical_gradient(training, lambda param, main, held: main.detach())
+
+
+def copies_agree(training: Training) -> bool:
+    """Whether this rank's parts of the model's own parameters are its main parameters, rounded."""
+    for leaf in leaf_optimizers(training.optimizer):
+        for param, main in () if getattr(leaf, "is_stub_optimizer", False) else _model_and_main_params(leaf):
+            held = slice(0, param.numel())
+            if isinstance(leaf, DistributedOptimizer):
+                shard = leaf._get_model_param_range_map(param)["param"]
+                held = slice(shard.start, shard.end)
+            if not torch.equal(param.detach().view(-1)[held], main.detach().view(-1).to(param.dtype)):
+                return False
+    return True
+
+
+def reference_optimizer(weights: oracle.Tensors, kind: str) -> torch.optim.Optimizer:
+    """In fp64, with the defaults of Megatron's configuration."""
+    if kind == "adam":
+        return torch.optim.AdamW(weights.values(), lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    return torch.optim.SGD(weights.values(), lr=LEARNING_RATE, momentum=0.9, weight_decay=0.01)
+
+
+def update_parity(layout: str, settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each setting (``optimizer`` and fields of the config): steps with new references and a new gradient each time."""
+    from megatron.core import parallel_state
+
+    results = []
+    for number, setting in enumerate(settings):
+        config = {key: value for key, value in setting.items() if key != "optimizer"}
+        if number:
+            parallel_state.destroy_model_parallel()
+        results.append(_update_parity(layout, setting["optimizer"], config))
+    return results
+
+
+def _update_parity(layout: str, kind: str, config: dict[str, Any]) -> dict[str, Any]:
+    sharding = ALL_LAYOUTS[layout]
+    shape = oracle.ModelShape(**sharding.model)
+    training = build(sharding, oracle.random_weights(shape, seed=1), optimizer=kind, clip_grad=0.0, lr=LEARNING_RATE)
+    names = [name for name in oracle.shapes_of(shape) if not sharding.is_frozen(name)]
+    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(space="update", check_leak=True, **config))
+    start = main_weights(training)
+    weights = {name: tensor.clone() for name, tensor in start.items()}
+    optimizer = reference_optimizer(weights, kind)
+    scale = training.optimizer.get_loss_scale().item()
+    remove = oracle.conflict if config.get("mode") == "conflict" else None
+    leaks, lengths = [], []
+    for step in range(STEPS):
+        tensors = [{name: tensor.bfloat16().double() for name, tensor in t.items()} for t in _draw(shape, names, step)]
+        *references, gradient = tensors
+        ogpsa.begin_refresh()
+        for index, reference in enumerate(references):
+            plant(training, reference, scale)
+            ogpsa.capture(f"reference {index}")
+        ogpsa.finish_refresh()
+        plant(training, gradient, scale)
+        success, norm, _ = training.optimizer.step()
+        assert success
+        assert abs(float(norm) / oracle.norm(gradient) - 1) < 1e-5  # Megatron's own, before any projection
+        before = {name: tensor.clone() for name, tensor in weights.items()}
+        for name, tensor in weights.items():
+            tensor.grad = gradient[name].clone()
+        optimizer.step()
+        # An update goes against the gradient; which way the cone lies is told of gradients.
+        descent = {name: before[name] - weights[name] for name in names}
+        projected = oracle.project(descent, references, config["granularity"], remove)
+        for name, tensor in weights.items():
+            tensor.copy_(before[name] - projected[name])
+        leaks.append(ogpsa.metrics["leak"])
+        removed = {name: descent[name] - projected[name] for name in names}
+        lengths.append(abs(ogpsa.metrics["removed_length"] / oracle.norm(removed) - 1))
+    actual = main_weights(training)
+    moved = {name: weights[name] - start[name] for name in names}
+    return {
+        "error": oracle.relative_error({name: actual[name] - start[name] for name in names}, moved),
+        "leak": max(leaks),
+        "length_error": max(lengths),
+        "removed": ogpsa.metrics["removed"],
+        "copies_agree": sharding.overlap_param_gather or copies_agree(training),
+    }
+
+
+def _draw(shape: oracle.ModelShape, names: list[str], step: int) -> list[oracle.Tensors]:
+    tensors = opposed(shape, names, 3, None)
+    turn = torch.Generator().manual_seed(77 + step)
+    return [
+        {name: tensor + 0.5 * torch.randn(tensor.shape, generator=turn).double() for name, tensor in t.items()}
+        for t in tensors
+    ]
+
+
+def refused(layout: str) -> str:
+    """Why updates are not projected here."""
+    training = build(ALL_LAYOUTS[layout], oracle.random_weights(oracle.ModelShape(), seed=1))
+    try:
+        attach(training.optimizer, training.chunks, OGPSAConfig(space="update"))
+    except UnsupportedError as error:
+        return str(error)
+    return ""
