@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from megatron_ogpsa.demo.results import Curve, Results
@@ -12,7 +13,9 @@ from megatron_ogpsa.demo.scoring import Scores
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers, by what is trained; black is the starting model.
 _COLOURS = {None: "#000000", "sft": "#E69F00", "dpo": "#0072B2", "sft-dpo": "#009E73"}
-_LIGHTER: dict[str | None, str] = {"sft": "#F5CE7A", "dpo": "#7FB8DB", "sft-dpo": "#7FCFB9"}
+_SHADES = {None: 1.0, "tensor": 0.7, "model": 0.45, "update": 1.0}
+"""By projection: how much of the colour is left."""
+
 _MARKERS = {None: "o", "sft": "s", "dpo": "^", "sft-dpo": "D"}
 _DPI = 130
 PANELS = (
@@ -133,12 +136,12 @@ def training_figure(results: Results) -> Figure:
 
 
 def _look(results: Results, variant: str) -> dict[str, Any]:
-    """A colour and a mark for what is trained; plain variants are hollow, projected ones solid, per model lighter."""
+    """A colour and a mark for what is trained, a shade for how; plain variants are hollow, projected ones solid."""
     description = results.variants[variant]
     kind = None if description is None else description.against or variant
-    per_model = description is not None and description.granularity == "model"
+    shade = _SHADES[None if description is None else description.projection]
     return {
-        "color": _LIGHTER[kind] if per_model else _COLOURS[kind],
+        "color": tuple(1 - shade * (1 - part) for part in to_rgb(_COLOURS[kind])),
         "marker": _MARKERS[kind],
         "solid": description is None or description.against is not None,
     }

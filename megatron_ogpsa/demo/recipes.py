@@ -37,10 +37,12 @@ MODEL: Settings = {
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSizes:
-    """Steps, batch sizes (conversations or pairs) and learning rates, chosen on seed 1.
+    """Steps, batch sizes (conversations or pairs) and learning rates, chosen on plain runs of seed 1.
 
     Safety learning rates are small, because the projection keeps general ability to first order only: at 2e-3 one run of
-    80 steps of SFT moved the weights so far that the projected runs came out worse than the plain one.
+    80 steps of SFT moved the weights so far that the projected runs came out worse than the plain one. DPO has RPO's
+    likelihood term: a model that has never refused otherwise learns within these steps that help is wrong, and not what is
+    right. On its own it needs a larger rate than after SFT to get there.
     """
 
     base_steps: int = 900
@@ -51,7 +53,9 @@ class DemoSizes:
     sft_lr: float = 2e-4
     dpo_steps: int = 100
     dpo_batch: int = 16
-    dpo_lr: float = 1e-4
+    dpo_lr: float = 7e-4
+    dpo_after_sft_lr: float = 1e-4
+    dpo_nll_weight: float = 1.0
     refresh_interval: int = 10
 
     def reduced(self) -> DemoSizes:
@@ -68,14 +72,14 @@ class Variant:
         config: the file that trains it, without ``.yaml``; also its folder, if there is no stage.
         stage: the stage of that file, or None for a file without stages.
         against: the plain variant that says what its tax would be without projection; None for plain ones.
-        granularity: of the projection, or None for plain ones.
+        projection: one of :data:`PROJECTIONS`, or None for plain ones.
     """
 
     title: str
     config: str
     stage: str | None
     against: str | None = None
-    granularity: str | None = None
+    projection: str | None = None
 
     def checkpoint(self, out: Path) -> Path:
         return out / self.config / (self.stage or "")
@@ -84,17 +88,22 @@ class Variant:
 START = "start"
 VARIANTS = {
     "sft": Variant("SFT", "plain", "sft"),
-    "sft-tensor": Variant("SFT tensor", "tensor", "sft", against="sft", granularity="tensor"),
-    "sft-model": Variant("SFT model", "model", "sft", against="sft", granularity="model"),
+    "sft-tensor": Variant("SFT tensor", "tensor", "sft", against="sft", projection="tensor"),
+    "sft-model": Variant("SFT model", "model", "sft", against="sft", projection="model"),
+    "sft-update": Variant("SFT update", "update", "sft", against="sft", projection="update"),
     "dpo": Variant("DPO", "dpo-plain", None),
-    "dpo-tensor": Variant("DPO tensor", "dpo-tensor", None, against="dpo", granularity="tensor"),
+    "dpo-update": Variant("DPO update", "dpo-update", None, against="dpo", projection="update"),
     "sft-dpo": Variant("SFT→DPO", "plain", "dpo"),
-    "sft-dpo-tensor": Variant("SFT→DPO tensor", "tensor", "dpo", against="sft-dpo", granularity="tensor"),
+    "sft-dpo-update": Variant("SFT→DPO update", "update", "dpo", against="sft-dpo", projection="update"),
 }
-"""In the order of the table. Those with a granularity protect one reference for each general task."""
+"""In the order of the table. Those with a projection protect one reference for each general task."""
 
-GRANULARITIES: dict[str, str | None] = {"plain": None, "tensor": "tensor", "model": "model"}
-"""Name of a pipeline's file → granularity of its projection."""
+PROJECTIONS: dict[str, Settings] = {
+    "tensor": {"ogpsa-granularity": "tensor"},
+    "model": {"ogpsa-granularity": "model"},
+    "update": {"ogpsa-granularity": "tensor", "ogpsa-space": "update"},
+}
+"""The gradient of each logical tensor, the whole gradient, and each logical tensor's update."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +124,11 @@ class Recipe:
     def configs(self) -> dict[str, Settings]:
         """Every file of fine-tuning by its name: SFT→DPO as pipelines, and DPO of the starting model."""
         files: dict[str, Settings] = {}
-        for name, granularity in GRANULARITIES.items():
-            stages = {"sft": self._sft(), "dpo": self._dpo(granularity)}
-            files[name] = {**self._start(name, granularity), "stages": stages}
-            files[f"dpo-{name}"] = {**self._start(f"dpo-{name}", granularity), **self._dpo(granularity)}
+        for name, projection in {"plain": None, **PROJECTIONS}.items():
+            stages = {"sft": self._sft(), "dpo": self._dpo(projection, self.sizes.dpo_after_sft_lr)}
+            files[name] = {**self._start(name, projection), "stages": stages}
+            alone = self._dpo(projection, self.sizes.dpo_lr)
+            files[f"dpo-{name}"] = {**self._start(f"dpo-{name}", projection), **alone}
         return files
 
     def base_config(self) -> Settings:
@@ -145,15 +155,15 @@ class Recipe:
             "micro-batch-size": 1,  # of no use here, but Megatron checks that batches come out even
         }
 
-    def _start(self, name: str, granularity: str | None) -> Settings:
+    def _start(self, name: str, projection: Settings | None) -> Settings:
         """Fine-tuning from the starting model: on safety data alone, which is where the alignment tax comes from."""
         settings = {**self._common(), "pretrained-checkpoint": str(self.base), "save": str(self.out / name)}
-        if granularity is not None:
+        if projection is not None:
             settings |= {
                 "ogpsa-reference": {task.name: str(self.benchmark.reference(task.name)) for task in GENERAL_TASKS},
                 "ogpsa-reference-samples": 128,
                 "ogpsa-refresh-interval": self.sizes.refresh_interval,
-                "ogpsa-granularity": granularity,
+                **projection,
             }
         return settings
 
@@ -165,14 +175,15 @@ class Recipe:
             **self._schedule(sizes.sft_steps, sizes.sft_batch, sizes.sft_lr),
         }
 
-    def _dpo(self, granularity: str | None) -> Settings:
+    def _dpo(self, projection: Settings | None, lr: float) -> Settings:
         sizes = self.sizes
         return {
             "ogpsa-stage": "dpo",
             "seq-length": 2 * SEQUENCE_LENGTH,
             "ogpsa-train-data": str(self.benchmark.safety_pairs),
-            **({"ogpsa-reference-loss": ["nll"]} if granularity is not None else {}),
-            **self._schedule(sizes.dpo_steps, sizes.dpo_batch, sizes.dpo_lr),
+            "ogpsa-dpo-nll-weight": sizes.dpo_nll_weight,
+            **({"ogpsa-reference-loss": ["nll"]} if projection is not None else {}),
+            **self._schedule(sizes.dpo_steps, sizes.dpo_batch, lr),
         }
 
     def _common(self) -> Settings:

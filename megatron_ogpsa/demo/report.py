@@ -15,13 +15,13 @@ NOT_APPLICABLE = "n/a"
 _BLANK = "–"
 
 _LEGEND = (
-    "Columns with tensor or model are projected: each logical tensor on its own, or the whole model at once. Unsafe and "
-    "benign requests are held-out wordings of requests for advice; the benign ones differ from the unsafe ones only in "
-    "their object. Accuracy is exact match of the greedy answer on held-out questions. General loss is the mean negative "
-    "log-likelihood, in nats, of the right answers' tokens over all general tasks, language included. Tax recovered is "
-    "(variant − plain) / (start − plain), plain being the nearest column to the left without projection: 100 % means that "
-    "no general ability was lost, 0 % that as much was lost as by plain fine-tuning, less than 0 % that more was lost; with "
-    "several seeds it is taken of the means."
+    "Projected are, in columns with tensor, the gradient of each logical tensor; with model, the whole gradient at once; "
+    "with update, the change that Adam makes of each logical tensor. Unsafe and benign requests are held-out wordings of "
+    "requests for advice; the benign ones differ from the unsafe ones only in their object. Accuracy is exact match of the "
+    "greedy answer on held-out questions. General loss is the mean negative log-likelihood, in nats, of the right answers' "
+    "tokens over all general tasks, language included. Tax recovered is (variant − plain) / (start − plain), plain being "
+    "the nearest column to the left without projection: 100 % means that no general ability was lost, 0 % that as much was "
+    "lost as by plain fine-tuning, less than 0 % that more was lost; with several seeds it is taken of the means."
 )
 
 

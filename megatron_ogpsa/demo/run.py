@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, fine-tune seven times for each seed, evaluate, report.
+    """Train, fine-tune eight times for each seed, evaluate, report.
 
     Raises:
         DemoFailed: a step failed, after the end of its log was printed.
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     paths = write_report(results, out / "report")
     print(terminal_table(results))
     print(f"\nreport: {paths[0]}\ntable:  {paths[1]}\nplots:  {', '.join(str(path) for path in paths[2:])}")
-    again = recipes[0].out / "tensor.yaml"
+    again = recipes[0].out / "update.yaml"
     print(
         f"took {time.monotonic() - started:.0f} s; SFT→DPO with OGPSA by hand: megatron-ogpsa train {again} --save DIR"
     )
@@ -127,8 +127,7 @@ def notes(args: argparse.Namespace, sizes: DemoSizes, seconds: float) -> tuple[s
         f"{seeds.capitalize()} in {seconds:.0f} s, {args.nproc} ranks ({layout}), {os.cpu_count()} cores; {worth}.",
         f"Starting model: {sizes.base_steps} steps on seven general tasks and on helping with any request.",
         f"SFT: {sizes.sft_steps} steps of Adam at {sizes.sft_lr:g} on safety data alone. DPO: {sizes.dpo_steps} steps at "
-        f"{sizes.dpo_lr:g} on pairs. With OGPSA per tensor or per model, references are refreshed every "
-        f"{sizes.refresh_interval} steps.",
+        f"{sizes.dpo_lr:g} on pairs, or at {sizes.dpo_after_sft_lr:g} after SFT. References are refreshed every {sizes.refresh_interval} steps.",
     )
 
 

@@ -91,7 +91,7 @@ def test_the_demo_prints_the_table_of_the_readme(tmp_path: Path) -> None:
     for expected, line in zip(printed, table, strict=True):
         assert expected[:24] == line[:24]
     start, *tuned = [float(value) for value in re.findall(r"([\d.]+) %", table[2])]
-    assert len(tuned) == 7
+    assert len(tuned) == 8
     assert start == 0.0
     assert max(tuned) > 0  # a third of the steps teaches some refusals
     for name in ("report.md", "results.csv", "tasks.png", "tradeoff.png", "training.png"):

@@ -110,11 +110,11 @@ def test_report_files(tmp_path: Path) -> None:
     rows = list(csv.DictReader(paths[1].open(encoding="utf-8")))
     recovered = {row["variant"]: row["value"] for row in rows if row["measure"] == "recovered_accuracy"}
     assert {name: float(value) for name, value in recovered.items()} == pytest.approx(
-        {"sft-tensor": 0.5, "sft-model": 0.0, "dpo-tensor": 0.0, "sft-dpo-tensor": 0.0}
+        {"sft-tensor": 0.5, "sft-model": 0.0, "sft-update": 0.0, "dpo-update": 0.0, "sft-dpo-update": 0.0}
     )
     assert "a note" in paths[0].read_text(encoding="utf-8")
     last = terminal_table(results(1)).splitlines()[-1]
-    assert re.split(r"  +", last) == ["tax recovered: loss", "–", "–", "50 %", "0 %", "–", "0 %", "–", "0 %"]
+    assert re.split(r"  +", last) == ["tax recovered: loss", "–", "–", "50 %", "0 %", "0 %", "–", "0 %", "–", "0 %"]
 
 
 def test_several_seeds_give_mean_and_spread(tmp_path: Path) -> None:
@@ -180,4 +180,5 @@ def test_every_config_of_the_demo_is_one_that_megatron_takes(tmp_path: Path) -> 
             assert dpo.pretrained_checkpoint == str(tmp_path / "base")
         assert dpo.ogpsa_stage == "dpo"
         assert len(dpo.ogpsa_reference) == (0 if "plain" in name else len(GENERAL_TASKS))
-        assert "plain" in name or dpo.ogpsa_granularity == name.removeprefix("dpo-")
+        assert dpo.ogpsa_granularity == ("model" if "model" in name else "tensor")
+        assert dpo.ogpsa_space == ("update" if "update" in name else "gradient")
