@@ -35,34 +35,6 @@ MODEL: Settings = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class DemoSizes:
-    """Steps, batch sizes (conversations or pairs) and learning rates, chosen on plain runs of seed 1.
-
-    Safety learning rates are small, because the projection keeps general ability to first order only: at 2e-3 one run of
-    80 steps of SFT moved the weights so far that the projected runs came out worse than the plain one. DPO has RPO's
-    likelihood term: a model that has never refused otherwise learns within these steps that help is wrong, and not what is
-    right. On its own it needs a larger rate than after SFT to get there.
-    """
-
-    base_steps: int = 900
-    base_batch: int = 64
-    base_lr: float = 4e-3
-    sft_steps: int = 150
-    sft_batch: int = 32
-    sft_lr: float = 2e-4
-    dpo_steps: int = 100
-    dpo_batch: int = 16
-    dpo_lr: float = 7e-4
-    dpo_after_sft_lr: float = 1e-4
-    dpo_nll_weight: float = 1.0
-    refresh_interval: int = 10
-
-    def reduced(self) -> DemoSizes:
-        """A third of the steps: every stage and figure, in less time than it takes to learn much."""
-        return replace(self, base_steps=self.base_steps // 3, sft_steps=self.sft_steps // 3, dpo_steps=30)
-
-
 @dataclass(frozen=True)
 class Variant:
     """A model that is compared.
@@ -107,6 +79,53 @@ PROJECTIONS: dict[str, Settings] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class DemoSizes:
+    """Steps, batch sizes (conversations or pairs) and learning rates, chosen on plain runs of seed 1.
+
+    Safety learning rates are small, because the projection keeps general ability to first order only: at 2e-3 one run of
+    80 steps of SFT moved the weights so far that the projected runs came out worse than the plain one. DPO has RPO's
+    likelihood term: a model that has never refused otherwise learns within these steps that help is wrong, and not what is
+    right. On its own it needs a larger rate than after SFT to get there.
+    """
+
+    base_steps: int = 900
+    base_batch: int = 64
+    base_lr: float = 4e-3
+    sft_steps: int = 150
+    sft_batch: int = 32
+    sft_lr: float = 2e-4
+    dpo_steps: int = 100
+    dpo_batch: int = 16
+    dpo_lr: float = 7e-4
+    dpo_after_sft_lr: float = 1e-4
+    dpo_nll_weight: float = 1.0
+    refresh_interval: int = 10
+    reference_samples: int = 128
+    base_conversations: int = 24_000
+    eval_per_task: int = 64
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    whole_pipelines: bool = False
+    """Run both stages with one command, which saves time and gives them one log."""
+
+    def reduced(self) -> DemoSizes:
+        """SFT and SFT→DPO, plain and with updates projected, in fewer steps than it takes to learn much.
+
+        Starting a job takes 12 s on two cores: most of the time goes into it.
+        """
+        return replace(
+            self,
+            base_steps=100,
+            base_conversations=4000,
+            eval_per_task=24,
+            sft_steps=30,
+            dpo_steps=20,
+            reference_samples=32,
+            variants=("sft", "sft-update", "sft-dpo", "sft-dpo-update"),
+            whole_pipelines=True,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What one run of the demo trains with."""
 
@@ -120,6 +139,11 @@ class Recipe:
     def base(self) -> Path:
         """Checkpoints of the starting model."""
         return self.out / "base"
+
+    @property
+    def variants(self) -> dict[str, Variant]:
+        """What is trained and compared, in the order of the table."""
+        return {name: VARIANTS[name] for name in self.sizes.variants}
 
     def configs(self) -> dict[str, Settings]:
         """Every file of fine-tuning by its name: SFT→DPO as pipelines, and DPO of the starting model."""
@@ -161,7 +185,7 @@ class Recipe:
         if projection is not None:
             settings |= {
                 "ogpsa-reference": {task.name: str(self.benchmark.reference(task.name)) for task in GENERAL_TASKS},
-                "ogpsa-reference-samples": 128,
+                "ogpsa-reference-samples": self.sizes.reference_samples,
                 "ogpsa-refresh-interval": self.sizes.refresh_interval,
                 **projection,
             }

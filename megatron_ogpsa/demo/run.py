@@ -9,12 +9,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ogpsa.demo.benchmark import BenchmarkSpec, write_benchmark
-from megatron_ogpsa.demo.recipes import START, VARIANTS, DemoSizes, Recipe, write_config
+from megatron_ogpsa.demo.recipes import START, DemoSizes, Recipe, Variant, write_config
 from megatron_ogpsa.demo.report import terminal_table, write_report
 from megatron_ogpsa.demo.results import Results, Run, read_curves
 from megatron_ogpsa.demo.scoring import Scores
@@ -23,7 +23,7 @@ from megatron_ogpsa.errors import UserError
 LOG_TAIL = 15
 """Lines of a failed step's log that are shown."""
 
-START_UP = 9.0
+START_UP = 12.0
 """Seconds that a job of two ranks takes to start on two cores."""
 
 STEP_SECONDS = {"base": 0.085, "sft": 0.1, "dpo": 0.15, "protected": 0.1}
@@ -57,7 +57,9 @@ class DemoFailed(UserError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where to write, how much to train, how many ranks, and whether to start afresh."""
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="output folder (default: runs/demo)")
-    parser.add_argument("--fast", action="store_true", help="a third of the steps, in 2 minutes: too few to judge by")
+    parser.add_argument(
+        "--fast", action="store_true", help="SFT and SFT→DPO alone, in 2 minutes: too few steps to judge by"
+    )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with N seeds; mean and spread")
     parser.add_argument("--seed", type=int, default=1, help="the first: of data, initialisation, order (default: 1)")
     parser.add_argument("--nproc", type=int, choices=(2, 4), default=2, help="ranks: 2 (DP2) or 4 (TP2×DP2)")
@@ -65,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, fine-tune eight times for each seed, evaluate, report.
+    """Train, fine-tune for each seed, evaluate, report.
 
     Raises:
         DemoFailed: a step failed, after the end of its log was printed.
@@ -81,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out}: cannot be written ({error}): choose another folder") from None
     run_steps([step for recipe in recipes for step in plan_steps(recipe, fresh=args.fresh, seeds=args.seeds)])
     results = Results(
-        variants={START: None, **VARIANTS},
+        variants={START: None, **recipes[0].variants},
         runs=[read_run(recipe) for recipe in recipes],
         notes=notes(args, recipes[0].sizes, time.monotonic() - started),
     )
@@ -99,9 +101,11 @@ def make_recipe(args: argparse.Namespace, out: Path, seed: int) -> Recipe:
     """Write the data of one seed; several seeds get a folder each."""
     folder = out if args.seeds == 1 else out / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
+    sizes = DemoSizes().reduced() if args.fast else DemoSizes()
+    spec = BenchmarkSpec(seed=seed, base_train=sizes.base_conversations, eval_per_task=sizes.eval_per_task)
     return Recipe(
-        benchmark=write_benchmark(folder / "data", BenchmarkSpec(seed=seed)),
-        sizes=DemoSizes().reduced() if args.fast else DemoSizes(),
+        benchmark=write_benchmark(folder / "data", spec),
+        sizes=sizes,
         out=folder,
         num_ranks=args.nproc,
         seed=seed,
@@ -114,7 +118,7 @@ def read_run(recipe: Recipe) -> Run:
     return Run(
         seed=recipe.seed,
         scores={name: Scores.from_json(fields) for name, fields in scores.items()},
-        curves={name: read_curves(recipe.out / f"{name}.log") for name in VARIANTS},
+        curves={name: read_curves(recipe.out / f"{name}.log") for name, *_ in _fine_tuning(recipe)},
     )
 
 
@@ -127,7 +131,8 @@ def notes(args: argparse.Namespace, sizes: DemoSizes, seconds: float) -> tuple[s
         f"{seeds.capitalize()} in {seconds:.0f} s, {args.nproc} ranks ({layout}), {os.cpu_count()} cores; {worth}.",
         f"Starting model: {sizes.base_steps} steps on seven general tasks and on helping with any request.",
         f"SFT: {sizes.sft_steps} steps of Adam at {sizes.sft_lr:g} on safety data alone. DPO: {sizes.dpo_steps} steps at "
-        f"{sizes.dpo_lr:g} on pairs, or at {sizes.dpo_after_sft_lr:g} after SFT. References are refreshed every {sizes.refresh_interval} steps.",
+        f"{sizes.dpo_lr:g} on pairs, or at {sizes.dpo_after_sft_lr:g} after SFT. References are refreshed every "
+        f"{sizes.refresh_interval} steps.",
     )
 
 
@@ -157,15 +162,15 @@ def plan_steps(recipe: Recipe, *, fresh: bool, seeds: int = 1) -> list[Step]:
     for name, settings in recipe.configs().items():
         shutil.rmtree(out / name, ignore_errors=True)
         write_config(out / f"{name}.yaml", settings)
-    for name, variant in VARIANTS.items():
-        kind = variant.stage or "dpo"
-        num_steps = sizes.sft_steps if kind == "sft" else sizes.dpo_steps
-        seconds = START_UP + num_steps * (STEP_SECONDS[kind] + (STEP_SECONDS["protected"] if variant.against else 0.0))
-        stage = ["--stage", variant.stage] if variant.stage else []
-        command = [*train, str(out / f"{variant.config}.yaml"), *stage]
-        steps.append(Step(f"{prefix}{variant.title}", command, out / f"{name}.log", seconds * slower))
+    steps += [
+        Step(f"{prefix}{variant.title}", [*train, *arguments], out / f"{name}.log", seconds * slower)
+        for name, variant, arguments, seconds in _fine_tuning(recipe)
+    ]
     evaluation = write_config(out / "evaluate.yaml", recipe.evaluation_config())
-    named = [f"{START}={recipe.base}", *(f"{name}={variant.checkpoint(out)}" for name, variant in VARIANTS.items())]
+    named = [
+        f"{START}={recipe.base}",
+        *(f"{name}={variant.checkpoint(out)}" for name, variant in recipe.variants.items()),
+    ]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(recipe.num_ranks)]
     job = [
         *("-m", "megatron_ogpsa.demo.evaluate"),
@@ -173,6 +178,24 @@ def plan_steps(recipe: Recipe, *, fresh: bool, seeds: int = 1) -> list[Step]:
     ]
     steps.append(Step(f"{prefix}evaluation", [*launch, *job, *named], out / "evaluate.log", 16 * slower))
     return steps
+
+
+def _fine_tuning(recipe: Recipe) -> Iterator[tuple[str, Variant, list[str], float]]:
+    """Each command: the variant that it ends with, its arguments, and its seconds on two cores."""
+    sizes = recipe.sizes
+
+    def seconds(kind: str, num_steps: int, variant: Variant) -> float:
+        return START_UP + num_steps * (STEP_SECONDS[kind] + (STEP_SECONDS["protected"] if variant.against else 0.0))
+
+    for name, variant in recipe.variants.items():
+        config = str(recipe.out / f"{variant.config}.yaml")
+        of_sft, of_dpo = seconds("sft", sizes.sft_steps, variant), seconds("dpo", sizes.dpo_steps, variant)
+        if variant.stage is None:
+            yield name, variant, [config], of_dpo
+        elif not sizes.whole_pipelines:
+            yield name, variant, [config, "--stage", variant.stage], of_sft if variant.stage == "sft" else of_dpo
+        elif variant.stage == "dpo":
+            yield name, variant, [config], of_sft + of_dpo
 
 
 def run_steps(steps: Sequence[Step], clock: Callable[[], float] = time.monotonic) -> None:
