@@ -199,7 +199,7 @@ class UpdateSpace(Space):
     need one for each, and a block of the whole model lies in several of them.
     """
 
-    hooked = ("prepare_grads", "get_grad_norm", "step_with_ready_grads")
+    hooked = ("prepare_grads", "get_grad_norm", "clip_grad_norm", "step_with_ready_grads")
 
     def __init__(self, optimizer: MegatronOptimizer, shard: GradientShard, *, check_leak: bool) -> None:
         super().__init__(optimizer, shard, check_leak=check_leak)
@@ -217,6 +217,12 @@ class UpdateSpace(Space):
     def get_grad_norm(self) -> Any:
         """Megatron's own, which every rank knows alike: it decides whether the gradient is finite."""
         norm = self._megatrons["get_grad_norm"]()
+        self._norm = float(norm)
+        return norm
+
+    def clip_grad_norm(self, clip_grad: float) -> Any:
+        """Megatron's own, of an optimizer outside a chain; gives the norm before it clips."""
+        norm = self._megatrons["clip_grad_norm"](clip_grad)
         self._norm = float(norm)
         return norm
 

@@ -49,6 +49,15 @@ def refresh(training: Training, ogpsa: Any, batches: dict[str, Batch]) -> bool:
     return bool(ogpsa.finish_refresh())
 
 
+def refresh_planted(training: Training, ogpsa: Any, references: list[oracle.Tensors], scale: float = 1.0) -> None:
+    """A refresh whose gradients do not come from passes; ``scale``: the loss scale."""
+    ogpsa.begin_refresh()
+    for index, reference in enumerate(references):
+        plant(training, reference, scale)
+        ogpsa.capture(f"reference {index}")
+    ogpsa.finish_refresh()
+
+
 @functools.cache
 def expectation(model: tuple[tuple[str, Any], ...], frozen: str | None) -> tuple[oracle.Tensors, list[oracle.Tensors]]:
     """The unsharded gradient of the safety batch and those of the references; many layouts have the same model."""
@@ -119,11 +128,7 @@ def planted_parity(layout: str, granularity: str) -> dict[str, float]:
     ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(granularity=granularity))  # type: ignore[arg-type]
     *references, gradient = planted(shape, 4, integers=False)
     scale = training.optimizer.get_loss_scale().item()
-    ogpsa.begin_refresh()
-    for index, reference in enumerate(references):
-        plant(training, reference, scale)
-        ogpsa.capture(f"reference {index}")
-    ogpsa.finish_refresh()
+    refresh_planted(training, ogpsa, references, scale)
     plant(training, gradient, scale)
     actual, (_, grad_norm, _) = projected_gradient(training)
     expected = oracle.project(gradient, references, granularity)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_ogpsa import OGPSAConfig, attach
 from tests.core import oracle
-from tests.core.cases import ALL_LAYOUTS, batch_of, planted, refresh
+from tests.core.cases import ALL_LAYOUTS, batch_of, planted, refresh, refresh_planted
 from tests.core.gradients import plant, projected_gradient
 from tests.core.layouts import LAYOUTS
 from tests.core.megatron_model import Training, build
@@ -110,11 +110,7 @@ def leaf_optimizer(layout: str) -> dict[str, float]:
     (training.optimizer,) = training.optimizer.chained_optimizers
     ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(granularity="model"))
     *references, gradient = planted(shape, 3, integers=False)
-    ogpsa.begin_refresh()
-    for index, reference in enumerate(references):
-        plant(training, reference)
-        ogpsa.capture(f"reference {index}")
-    ogpsa.finish_refresh()
+    refresh_planted(training, ogpsa, references)
     plant(training, gradient)
     actual, (_, grad_norm, _) = projected_gradient(training)
     expected = oracle.project(gradient, references, "model")

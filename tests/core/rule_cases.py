@@ -9,7 +9,7 @@ import torch
 
 from megatron_ogpsa import OGPSAConfig, attach
 from tests.core import oracle
-from tests.core.cases import ALL_LAYOUTS
+from tests.core.cases import ALL_LAYOUTS, refresh_planted
 from tests.core.gradients import plant, projected_gradient
 from tests.core.megatron_model import build
 
@@ -52,11 +52,7 @@ def rules(layout: str, settings: list[dict[str, Any]]) -> list[dict[str, float]]
         config = {key: value for key, value in setting.items() if key not in ("count", "separation")}
         ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(**config))
         *references, gradient = opposed(shape, names, setting["count"], setting.get("separation"))
-        ogpsa.begin_refresh()
-        for index, reference in enumerate(references):
-            plant(training, reference)
-            ogpsa.capture(f"reference {index}")
-        ogpsa.finish_refresh()
+        refresh_planted(training, ogpsa, references)
         plant(training, gradient)
         actual, (_, grad_norm, _) = projected_gradient(training)
         granularity, remove = config["granularity"], oracle.conflict if config.get("mode") == "conflict" else None
@@ -83,11 +79,7 @@ def added_once(layout: str, granularity: str, weight: float) -> list[dict[str, f
     names = [name for name in oracle.shapes_of(shape) if not ALL_LAYOUTS[layout].is_frozen(name)]
     ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(granularity=granularity))  # type: ignore[arg-type]
     *references, gradient = opposed(shape, names, 2, None)
-    ogpsa.begin_refresh()
-    for index, reference in enumerate(references):
-        plant(training, reference)
-        ogpsa.capture(f"reference {index}")
-    ogpsa.finish_refresh()
+    refresh_planted(training, ogpsa, references)
     ogpsa.add_references_once(weight)
     expected = oracle.project(gradient, references, granularity)
     added = {name: weight * sum(reference[name] for reference in references) for name in names}

@@ -11,7 +11,7 @@ from megatron_ogpsa import OGPSAConfig, attach
 from megatron_ogpsa.errors import UnsupportedError
 from megatron_ogpsa.sharding.gradients import _model_and_main_params, leaf_optimizers
 from tests.core import oracle
-from tests.core.cases import ALL_LAYOUTS
+from tests.core.cases import ALL_LAYOUTS, refresh_planted
 from tests.core.gradients import canonical_gradient, plant
 from tests.core.megatron_model import Training, build
 from tests.core.rule_cases import opposed
@@ -46,22 +46,31 @@ def reference_optimizer(weights: oracle.Tensors, kind: str) -> torch.optim.Optim
 
 
 def update_parity(layout: str, settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each setting (``optimizer`` and fields of the config): steps with new references and a new gradient each time."""
+    """Each setting: steps with new references and a new gradient each time.
+
+    Args:
+        settings: fields of the config, ``optimizer``, and ``outside_chain`` with what to clip to: the plugin holds the
+            only optimizer of a chain.
+    """
     from megatron.core import parallel_state
 
     results = []
     for number, setting in enumerate(settings):
-        config = {key: value for key, value in setting.items() if key != "optimizer"}
+        config = {key: value for key, value in setting.items() if key not in ("optimizer", "outside_chain")}
         if number:
             parallel_state.destroy_model_parallel()
-        results.append(_update_parity(layout, setting["optimizer"], config))
+        results.append(_update_parity(layout, setting["optimizer"], config, setting.get("outside_chain")))
     return results
 
 
-def _update_parity(layout: str, kind: str, config: dict[str, Any]) -> dict[str, Any]:
+def _update_parity(layout: str, kind: str, config: dict[str, Any], outside_chain: float | None) -> dict[str, Any]:
     sharding = ALL_LAYOUTS[layout]
     shape = oracle.ModelShape(**sharding.model)
-    training = build(sharding, oracle.random_weights(shape, seed=1), optimizer=kind, clip_grad=0.0, lr=LEARNING_RATE)
+    weights_at_start = oracle.random_weights(shape, seed=1)
+    clip_grad = outside_chain or 0.0
+    training = build(sharding, weights_at_start, optimizer=kind, clip_grad=clip_grad, lr=LEARNING_RATE)
+    if outside_chain is not None:
+        (training.optimizer,) = training.optimizer.chained_optimizers
     names = [name for name in oracle.shapes_of(shape) if not sharding.is_frozen(name)]
     ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(space="update", check_leak=True, **config))
     start = main_weights(training)
@@ -73,15 +82,12 @@ def _update_parity(layout: str, kind: str, config: dict[str, Any]) -> dict[str, 
     for step in range(STEPS):
         tensors = [{name: tensor.bfloat16().double() for name, tensor in t.items()} for t in _draw(shape, names, step)]
         *references, gradient = tensors
-        ogpsa.begin_refresh()
-        for index, reference in enumerate(references):
-            plant(training, reference, scale)
-            ogpsa.capture(f"reference {index}")
-        ogpsa.finish_refresh()
+        refresh_planted(training, ogpsa, references, scale)
         plant(training, gradient, scale)
-        success, norm, _ = training.optimizer.step()
+        success, _, _ = training.optimizer.step()
         assert success
-        assert abs(float(norm) / oracle.norm(gradient) - 1) < 1e-5  # Megatron's own, before any projection
+        norm = ogpsa.metrics["grad_norm_before"]  # Megatron's own, before any projection
+        assert abs(norm / oracle.norm(gradient) - 1) < 1e-5, norm
         before = {name: tensor.clone() for name, tensor in weights.items()}
         for name, tensor in weights.items():
             tensor.grad = gradient[name].clone()

@@ -172,7 +172,11 @@ def _launch_by_forking(arguments: list[str], *, num_ranks: int, environment: Map
     shutil.rmtree(errors)
     if UserError.exit_code in codes.values():
         return UserError.exit_code
-    return next((code if code > 0 else 1 for code in codes.values() if code), 0)
+    for rank, code in codes.items():
+        if code:
+            print(f"megatron-ogpsa: rank {rank} ended with {launching._described(code)}", file=sys.stderr)
+            return code if code > 0 else 1
+    return 0
 
 
 def _wait(ranks: dict[int, int]) -> dict[int, int]:

@@ -60,7 +60,10 @@ def torchrun(pipeline: Path, *flags: str, num_ranks: int, timeout: float = 400) 
 def test_killed_in_each_phase_it_ends_as_if_undisturbed(
     train: Train, pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TP2×PP2. The undisturbed run is one torchrun job, the others are launches of their own for each stage."""
+    """TP2×PP2. The undisturbed run is one torchrun job, the others are launches of their own for each stage.
+
+    (That torchrun ends a job of which a rank was killed is shown below.)
+    """
     output = torchrun(pipeline, "--save", "whole", num_ranks=4)
     assert output.index("stage sft (whole/sft) begins") < output.index("stage dpo (whole/dpo) begins")
 
@@ -70,16 +73,14 @@ def test_killed_in_each_phase_it_ends_as_if_undisturbed(
         ("dpo step 4", ["sft (killed/sft) is finished: skipped", "dpo (killed/dpo) begins"]),
     ):
         monkeypatch.setenv("DIE", die)
-        outcome = train(
-            "--save", "killed", config=pipeline, module="tests.integration.dying", plain=True, fresh=True, timeout=400
-        )
+        outcome = train("--save", "killed", config=pipeline, module="tests.integration.dying", plain=True, timeout=400)
         assert outcome.exit_code != 0, outcome.output[-3000:]
         assert "rank 1 ended with signal 9" in outcome.output, outcome.output[-3000:]
         for line in expected:
             assert line in outcome.output
     assert "DPO: 64 of 100 reference log-probabilities are there" in outcome.output
     monkeypatch.delenv("DIE")
-    outcome = train("--save", "killed", config=pipeline, plain=True, fresh=True, timeout=400)
+    outcome = train("--save", "killed", config=pipeline, plain=True, timeout=400)
     assert outcome.exit_code == 0, outcome.output[-3000:]
     assert "dpo (killed/dpo) goes on" in outcome.output
 
