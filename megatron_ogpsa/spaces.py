@@ -211,7 +211,8 @@ class UpdateSpace(Space):
         """Megatron's own; also forgets the last step's norm, and counts steps that are skipped."""
         self._norm = None
         found_inf: bool = self._megatrons["prepare_grads"]()
-        self.skipped_steps += int(found_inf)
+        if self.enabled and self.basis is not None:
+            self.skipped_steps += int(found_inf)
         return found_inf
 
     def get_grad_norm(self) -> Any:

@@ -70,6 +70,8 @@ def check_projection_arguments(args: argparse.Namespace) -> None:
     config_from_arguments(args)
     scaling = "reference passes would leave their mark on the scaling factors"
     dtensors = "its gradients lie outside Megatron's gradient buffers"
+    within = "--ogpsa-space update does not reach parameters within the inner optimizer"
+    of_update = args.ogpsa_space == "update"
     for is_given, flag, reason, remedy in (
         (args.fp8, "--fp8-format", scaling, "train in --bf16"),
         (args.fp4, "--fp4-format", scaling, "train in --bf16"),
@@ -80,6 +82,13 @@ def check_projection_arguments(args: argparse.Namespace) -> None:
         (args.mtp_num_layers, "--mtp-num-layers", "its layers are clipped by a norm of their own", "leave it out"),
         (args.cuda_graph_impl != "none", "--cuda-graph-impl", "graphs replay training passes only", "leave it out"),
         (args.optimizer_cuda_graph, "--optimizer-cuda-graph", "the projection decides on the host", "leave it out"),
+        (of_update and args.optimizer_cpu_offload, "--optimizer-cpu-offload", within, "use --ogpsa-space gradient"),
+        (
+            of_update and args.use_precision_aware_optimizer,
+            "--use-precision-aware-optimizer",
+            within,
+            "use --ogpsa-space gradient",
+        ),
         (args.perform_rl_step, "--perform-rl-step", "references have no rollouts", "leave it out"),
     ):
         if is_given:

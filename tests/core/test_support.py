@@ -49,7 +49,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
         "calculate_per_token_loss": True,
     }
     switches = "ogpsa_authors_rule ogpsa_authors_leak fp8 fp4 use_megatron_fsdp use_torch_fsdp2 mtp_num_layers".split()
-    switches += ["optimizer_cuda_graph", "perform_rl_step"]
+    switches += "optimizer_cuda_graph perform_rl_step optimizer_cpu_offload use_precision_aware_optimizer".split()
     return lambda **changes: argparse.Namespace(**(plain | dict.fromkeys(switches) | changes))
 
 
@@ -66,6 +66,8 @@ def arguments() -> Callable[..., argparse.Namespace]:
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
         ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph"),
         ({"perform_rl_step": True}, "--perform-rl-step"),
+        ({"ogpsa_space": "update", "optimizer_cpu_offload": True}, "--optimizer-cpu-offload"),
+        ({"ogpsa_space": "update", "use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
     ],
 )
 def test_unsupported_flags_are_refused_by_name_with_references_only(
