@@ -150,6 +150,7 @@ class OGPSA:
         self.rejected_refreshes = 0
         transform = orthonormalise(gram_BKK, self.config.rank_tolerance)
         reference_BKK = transform.reference_BKK.to(layout.device)
+        self._space.basis = None  # its memory serves the new one
         self._space.basis = Basis(
             rows_KN=self._stored(rows_KN, transform.weights_BKK.to(layout.device)),
             reference_BKK=reference_BKK,

@@ -15,6 +15,7 @@ from megatron_ogpsa.errors import UserError
 
 VERBS = {
     "train": ("megatron_ogpsa.cli.train", "fine-tune from a configuration file"),
+    "plan": ("megatron_ogpsa.cli.plan", "what the projection adds to a run on a cluster, without the cluster"),
     "demo": ("megatron_ogpsa.cli.demo", "see the alignment tax, and what projection recovers of it, on a small model"),
 }
 """Verb → module with ``add_arguments(parser)`` and ``run(args) -> int``, and what ``--help`` says of it."""

@@ -179,6 +179,13 @@ def _add_projection_arguments(group: argparse._ArgumentGroup) -> None:
         default="fp32",
         help="Storage of the basis on each rank (default: fp32).",
     )
+    group.add_argument(
+        "--ogpsa-basis-device",
+        choices=("accelerator", "cpu"),
+        default="accelerator",
+        help="Keep the basis beside the gradient, or in host memory, from where each step streams it tile by tile "
+        "(default: accelerator).",
+    )
     _add_authors_arguments(group)
 
 

@@ -22,6 +22,7 @@ import torch
 from megatron_ogpsa.integration.patching import Patch, apply_patches, require_supported_megatron
 
 CPU = torch.device("cpu")
+META = torch.device("meta")
 
 _CUDA_TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
@@ -78,6 +79,9 @@ class CpuEvent:
     def synchronize(self) -> None: ...
 
 
+_is_on_meta = False
+
+
 def install_if_no_gpu() -> bool:
     """Let Megatron run on the CPU if no GPU is found; call it before ``megatron.core`` is used.
 
@@ -86,18 +90,42 @@ def install_if_no_gpu() -> bool:
     Raises:
         UserError: megatron-core is missing, or is of a series that was not checked.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or _is_on_meta:
         return False
     require_supported_megatron()
     first_time = not _is_installed()
     _silence_expected_warnings()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # validate_args insists on it for tensor parallelism
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # jit_fuser would start a C++ compiler for each fused function
-    apply_patches(TORCH_PATCHES)
+    apply_patches(torch_patches(CPU))
     apply_patches(CORE_PATCHES)
     if first_time and os.environ.get("RANK", "0") == "0":
         print("CPU runtime: no GPU found, Megatron runs on the CPU with gloo (for trials and tests)", file=sys.stderr)
     return True
+
+
+def install_on_meta() -> None:
+    """Let Megatron build models of any size in a process that only plans: its GPU becomes torch's meta device.
+
+    Flags keep the defaults of a GPU, whether there is one or not: the plan is for another machine. Such a process cannot
+    train. Idempotent.
+
+    Raises:
+        UserError: megatron-core is missing, or is of a series that was not checked.
+        RuntimeError: the CPU runtime is in place already.
+    """
+    global _is_on_meta
+    require_supported_megatron()
+    if not _is_on_meta and _is_installed():
+        raise RuntimeError("install_on_meta() after install_if_no_gpu(): plan in a process of its own")
+    _is_on_meta = True
+    _silence_expected_warnings()
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    with META:  # torch notes the factories that its device context acts on at the first use: before they are replaced
+        torch.empty(0)
+    apply_patches(torch_patches(META))
+    apply_patches(CORE_PATCHES)
 
 
 def _silence_expected_warnings() -> None:
@@ -137,16 +165,19 @@ def _names_cuda(device: object) -> bool:
     return isinstance(device, int) or (device is not None and str(device).startswith("cuda"))
 
 
-def _factory_on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A tensor factory whose ``device="cuda"`` means the CPU."""
+def _factory_on(device: torch.device) -> Callable[[Any], Any]:
+    """Tensor factories whose ``device="cuda"`` means ``device``."""
 
-    @functools.wraps(original)
-    def factory(*args: Any, **kwargs: Any) -> Any:
-        if _names_cuda(kwargs.get("device")):
-            kwargs["device"] = CPU
-        return original(*args, **kwargs)
+    def replace(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def factory(*args: Any, **kwargs: Any) -> Any:
+            if _names_cuda(kwargs.get("device")):
+                kwargs["device"] = device
+            return original(*args, **kwargs)
 
-    return factory
+        return factory
+
+    return replace
 
 
 def _type_with_cuda_names(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -212,42 +243,45 @@ _ORDERING = "streams and events order CUDA work; on the CPU program order does"
 _MEMORY = "the training log and the memory report read the CUDA allocator"
 _RNG = "dropout under tensor parallelism draws from tracked CUDA generators; here the CPU generator is the device's"
 
-TORCH_PATCHES: tuple[Patch, ...] = (
-    _torch("current_device", _PLACEMENT, _constant(CPU)),
-    _torch("device_count", "initialize.py builds the process groups only where it counts a device", _constant(1)),
-    _torch("get_device_properties", _GENERATION, _constant(SimpleNamespace(major=9, minor=0, name="cpu"))),
-    _torch("get_device_capability", _GENERATION, _constant((9, 0))),
-    _torch("set_device", _PLACEMENT, _constant(None)),
-    _torch("torch/Tensor.cuda", _PLACEMENT, _instead(lambda self, *args, **kwargs: self)),
-    *(_torch(f"torch/{name}", _PLACEMENT, _factory_on_cpu) for name in _FACTORIES),
-    _torch(
-        "torch/Tensor.type",
-        "DDP and the optimizers sort parameters by the name of their CUDA type",
-        _type_with_cuda_names,
-    ),
-    _torch("Stream", _ORDERING, _instead(CpuStream)),
-    _torch("Event", _ORDERING, _instead(CpuEvent)),
-    _torch("stream", _ORDERING, _instead(lambda stream: stream or CpuStream())),
-    _torch("set_stream", _ORDERING, _constant(None)),
-    _torch("current_stream", _ORDERING, _instead(lambda device=None: CpuStream())),
-    _torch("default_stream", _ORDERING, _instead(lambda device=None: CpuStream())),
-    _torch("synchronize", _ORDERING, _constant(None)),
-    _torch("is_current_stream_capturing", "there are no CUDA graphs here", _constant(False)),
-    _torch("torch.cuda.nvtx/range_push", "profiler ranges need the CUDA tools library", _constant(None)),
-    _torch("torch.cuda.nvtx/range_pop", "profiler ranges need the CUDA tools library", _constant(None)),
-    _torch("empty_cache", _MEMORY, _constant(None)),
-    _torch("memory_allocated", _MEMORY, _constant(0)),
-    _torch("max_memory_allocated", _MEMORY, _constant(0)),
-    _torch("memory_reserved", _MEMORY, _constant(0)),
-    _torch("max_memory_reserved", _MEMORY, _constant(0)),
-    _torch("reset_peak_memory_stats", _MEMORY, _constant(None)),
-    _torch("memory_stats", _MEMORY, _instead(lambda device=None: {})),
-    _torch("get_rng_state", _RNG, _instead(lambda device="cuda": torch.get_rng_state())),
-    _torch("set_rng_state", _RNG, _instead(lambda new_state, device="cuda": torch.set_rng_state(new_state))),
-    _torch("torch.cuda.random/get_rng_state", _RNG, _instead(lambda device="cuda": torch.get_rng_state())),
-    _torch("manual_seed", _RNG, _instead(lambda seed: torch.manual_seed(seed))),
-)
-"""Names of torch that Megatron reads. ``torch.cuda.is_available`` keeps telling the truth."""
+
+def torch_patches(device: torch.device) -> tuple[Patch, ...]:
+    """Names of torch that Megatron reads, standing for ``device``. ``torch.cuda.is_available`` keeps telling the truth."""
+    return (
+        _torch("current_device", _PLACEMENT, _constant(device)),
+        _torch("device_count", "initialize.py builds the process groups only where it counts a device", _constant(1)),
+        _torch("get_device_properties", _GENERATION, _constant(SimpleNamespace(major=9, minor=0, name="cpu"))),
+        _torch("get_device_capability", _GENERATION, _constant((9, 0))),
+        _torch("set_device", _PLACEMENT, _constant(None)),
+        _torch("torch/Tensor.cuda", _PLACEMENT, _instead(lambda self, *args, **kwargs: self)),
+        *(_torch(f"torch/{name}", _PLACEMENT, _factory_on(device)) for name in _FACTORIES),
+        _torch(
+            "torch/Tensor.type",
+            "DDP and the optimizers sort parameters by the name of their CUDA type",
+            _type_with_cuda_names,
+        ),
+        _torch("Stream", _ORDERING, _instead(CpuStream)),
+        _torch("Event", _ORDERING, _instead(CpuEvent)),
+        _torch("stream", _ORDERING, _instead(lambda stream: stream or CpuStream())),
+        _torch("set_stream", _ORDERING, _constant(None)),
+        _torch("current_stream", _ORDERING, _instead(lambda device=None: CpuStream())),
+        _torch("default_stream", _ORDERING, _instead(lambda device=None: CpuStream())),
+        _torch("synchronize", _ORDERING, _constant(None)),
+        _torch("is_current_stream_capturing", "there are no CUDA graphs here", _constant(False)),
+        _torch("torch.cuda.nvtx/range_push", "profiler ranges need the CUDA tools library", _constant(None)),
+        _torch("torch.cuda.nvtx/range_pop", "profiler ranges need the CUDA tools library", _constant(None)),
+        _torch("empty_cache", _MEMORY, _constant(None)),
+        _torch("memory_allocated", _MEMORY, _constant(0)),
+        _torch("max_memory_allocated", _MEMORY, _constant(0)),
+        _torch("memory_reserved", _MEMORY, _constant(0)),
+        _torch("max_memory_reserved", _MEMORY, _constant(0)),
+        _torch("reset_peak_memory_stats", _MEMORY, _constant(None)),
+        _torch("memory_stats", _MEMORY, _instead(lambda device=None: {})),
+        _torch("get_rng_state", _RNG, _instead(lambda device="cuda": torch.get_rng_state())),
+        _torch("set_rng_state", _RNG, _instead(lambda new_state, device="cuda": torch.set_rng_state(new_state))),
+        _torch("torch.cuda.random/get_rng_state", _RNG, _instead(lambda device="cuda": torch.get_rng_state())),
+        _torch("manual_seed", _RNG, _instead(lambda seed: torch.manual_seed(seed))),
+    )
+
 
 CORE_PATCHES: tuple[Patch, ...] = (
     Patch(target="megatron.core.tensor_parallel.random:_get_cuda_rng_state", reason=_RNG, replace=_get_core_rng_state),

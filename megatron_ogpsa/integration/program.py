@@ -64,13 +64,13 @@ def validated_arguments(flags: list[str]) -> argparse.Namespace:
     try:
         args = parse_and_validate_args(extra_args_provider=add_training_arguments)
     except (AssertionError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"Megatron refuses these flags: {_one_line(error)}") from error
+        raise UserError(f"Megatron refuses these flags: {one_line(error)}") from error
     if args.ogpsa_valid_data is None:
         args.eval_iters = 0  # there is nothing to evaluate on, and Megatron would evaluate by default
     return args
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """The message of ``error``, or the condition that failed where Megatron asserts without a message."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno}"

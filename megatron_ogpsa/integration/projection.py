@@ -42,6 +42,7 @@ def config_from_arguments(args: argparse.Namespace) -> OGPSAConfig:
         space=args.ogpsa_space,
         refresh_interval=args.ogpsa_refresh_interval,
         basis_dtype=args.ogpsa_basis_dtype,
+        basis_device=args.ogpsa_basis_device,
     )
 
 

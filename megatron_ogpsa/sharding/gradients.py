@@ -87,7 +87,7 @@ class GradientShard:
     ) -> None:
         optimizers = leaf_optimizers(optimizer)
         self.reduction = reduction_of(optimizers, chunks)
-        pieces = list(_pieces(optimizers, chunks, self.reduction))
+        pieces = list(pieces_of(optimizers, chunks, self.reduction))
         self._runs = _adjacent_runs([piece for piece in pieces if piece.in_place])
         self._packed = [piece for piece in pieces if not piece.in_place]
         self._spans = [_span(run) for run in self._runs]
@@ -183,9 +183,10 @@ def leaf_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return list(members)
 
 
-def _pieces(
+def pieces_of(
     optimizers: Sequence[MegatronOptimizer], chunks: Sequence[DistributedDataParallel], reduction: Reduction
 ) -> Iterator[Piece]:
+    """The pieces of all ``optimizers``, in their own order. Local, no communication."""
     by_param = {parameter.param: parameter for parameter in named_parameters(chunks)}
     for optimizer in optimizers:
         if getattr(optimizer, "is_stub_optimizer", False):

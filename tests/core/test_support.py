@@ -43,6 +43,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
         "ogpsa_reference_loss": [],
         "ogpsa_stage": "sft",
         "ogpsa_basis_dtype": "fp32",
+        "ogpsa_basis_device": "accelerator",
         "optimizer": "adam",
         "cuda_graph_impl": "none",
         "context_parallel_size": 1,

@@ -1,0 +1,144 @@
+"""Flags of a run, checked for a cluster that is not there: our explanation first, then Megatron's own validation."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from contextlib import redirect_stdout
+from dataclasses import replace
+
+from megatron_ogpsa.errors import UnsupportedError, UserError
+from megatron_ogpsa.integration.arguments import parse_flags
+from megatron_ogpsa.integration.program import add_training_arguments, one_line
+from megatron_ogpsa.planning.layout import Dimensions, Mesh, nearest, problem
+
+
+def cluster_arguments(flags: list[str], world_size: int) -> argparse.Namespace:
+    """Megatron's validated arguments for ``world_size`` ranks; no globals are set, no data and no tokenizer are needed.
+
+    Raises:
+        UserError: a wrong flag, or a layout that does not come out even, with the nearest that does.
+        UnsupportedError: a model that is no GPT, or a flag with which projection is refused.
+    """
+    from megatron.training.arguments import parse_args, validate_args
+
+    from megatron_ogpsa.integration.projection import check_projection_arguments
+    from megatron_ogpsa.integration.stages import check_arguments
+
+    early = parse_flags(flags)
+    if not early.ogpsa_reference:
+        raise UserError("--ogpsa-reference is missing: without references there is nothing to plan")
+    if early.hybrid_layer_pattern or early.spec:
+        raise UnsupportedError(
+            "--hybrid-layer-pattern and --spec: only Megatron's GPT models are planned; train unplanned"
+        )
+    require_even_layout(early, world_size)
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
+    sys.argv = [sys.argv[0], *flags]  # Megatron's parser reads the command line
+    try:
+        with redirect_stdout(io.StringIO()):  # it prints all arguments
+            args = parse_args(extra_args_provider=add_training_arguments)
+            validate_args(args, {})
+    except (AssertionError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"Megatron refuses these flags on {world_size} ranks: {one_line(error)}") from error
+    args.vocab_size = _vocabulary(args)
+    check_arguments(args)
+    check_projection_arguments(args)
+    return args
+
+
+def require_even_layout(args: argparse.Namespace, world_size: int) -> None:
+    """Refuse a layout that does not come out even.
+
+    Args:
+        args: parsed, not validated.
+
+    Raises:
+        UserError: the reason, and the flags of the nearest layout on the same number of ranks.
+    """
+    model, mesh = _dimensions(args), _mesh(args, world_size)
+    reason = problem(model, mesh)
+    if reason is None:
+        return
+    near = nearest(model, mesh)
+    if near is None:
+        raise UserError(f"{reason}; no layout on {world_size} GPUs comes out even: change the model or the cluster")
+    other_model, other = near
+    changes = [
+        f"--{flag} {getattr(other, name)}"
+        for name, flag in (
+            ("tensor", "tensor-model-parallel-size"),
+            ("pipeline", "pipeline-model-parallel-size"),
+            ("context", "context-parallel-size"),
+            ("expert", "expert-model-parallel-size"),
+            ("expert_tensor", "expert-tensor-parallel-size"),
+        )
+        if getattr(other, name) != getattr(mesh, name)
+    ]
+    if other.virtual != mesh.virtual:
+        changes.append("no virtual stages")
+    if other_model.global_batch != model.global_batch:
+        changes.append(f"--global-batch-size {other_model.global_batch}")
+    raise UserError(f"{reason}; the nearest that works: {', '.join(changes)} (data parallel {other.data})")
+
+
+def _dimensions(args: argparse.Namespace) -> Dimensions:
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"):
+        if getattr(args, name) is None:
+            raise UserError(f"--{name.replace('_', '-')} is missing: the plan needs the model's and the batch's sizes")
+    ffn = args.ffn_hidden_size or _default_ffn(args)
+    uneven = (
+        args.decoder_first_pipeline_num_layers,
+        args.decoder_last_pipeline_num_layers,
+        args.account_for_embedding_in_pipeline_split,
+        args.account_for_loss_in_pipeline_split,
+        args.pipeline_model_parallel_layout,
+    )
+    return Dimensions(
+        layers=args.num_layers,
+        heads=args.num_attention_heads,
+        query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        ffn=ffn,
+        experts=args.num_experts or 0,
+        expert_ffn=args.moe_ffn_hidden_size or ffn,
+        seq_length=args.seq_length,
+        micro_batch=args.micro_batch_size,
+        global_batch=args.global_batch_size,
+        even_stages=not any(uneven),
+    )
+
+
+def _default_ffn(args: argparse.Namespace) -> int:
+    # Megatron's own default (training/arguments.py).
+    return int(4 * args.hidden_size * 2 / 3) // 64 * 64 if args.swiglu else 4 * args.hidden_size
+
+
+def _mesh(args: argparse.Namespace, world_size: int) -> Mesh:
+    mesh = Mesh(
+        world=world_size,
+        tensor=args.tensor_model_parallel_size,
+        pipeline=args.pipeline_model_parallel_size,
+        context=args.context_parallel_size,
+        expert=args.expert_model_parallel_size,
+        expert_tensor=args.expert_tensor_parallel_size or args.tensor_model_parallel_size,
+    )
+    if args.num_virtual_stages_per_pipeline_rank:
+        return replace(mesh, virtual=args.num_virtual_stages_per_pipeline_rank)
+    per_chunk = args.num_layers_per_virtual_pipeline_stage
+    if per_chunk and args.num_layers % (mesh.pipeline * per_chunk) == 0:
+        return replace(mesh, virtual=args.num_layers // (mesh.pipeline * per_chunk))
+    return mesh
+
+
+def _vocabulary(args: argparse.Namespace) -> int:
+    """Tokens, from ``--vocab-size`` or from the tokenizer where it is at hand."""
+    if args.vocab_size or args.padded_vocab_size:
+        return int(args.vocab_size or args.padded_vocab_size)
+    from megatron_ogpsa.data import load_chat_tokenizer
+
+    try:
+        return load_chat_tokenizer(args.tokenizer_type, args.tokenizer_model, args.chat_template).vocab_size
+    except UserError as error:
+        raise UserError(f"--vocab-size is missing, and the tokenizer does not tell it: {error}") from None

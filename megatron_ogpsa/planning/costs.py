@@ -1,0 +1,111 @@
+"""What the projection adds to a run: bytes of memory, bytes on the wire, and time. Pure arithmetic.
+
+Symbols: k references, N elements of a rank's gradient shard, B blocks of the whole model, b bytes of a stored basis
+element, m micro-batches, p pipeline stages, v model chunks of a stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+FP32, FP64 = 4, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSize:
+    """What one rank holds.
+
+    Attributes:
+        elements: N, of the gradient that its optimizer updates.
+        packed: of these, how many are projected in an fp32 copy, because Megatron's own gradient is bf16.
+        weight_bytes, gradient_bytes: Megatron's buffers of the local model, before any sharding over data parallelism.
+        state_bytes: the optimizer's, fp32 main parameters included.
+    """
+
+    elements: int
+    packed: int
+    weight_bytes: int
+    gradient_bytes: int
+    state_bytes: int
+
+    @property
+    def megatron_bytes(self) -> int:
+        """Megatron's, without activations."""
+        return self.weight_bytes + self.gradient_bytes + self.state_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """The settings that costs depend on: k, b, where the basis lies, what is projected, and B."""
+
+    references: int
+    basis_bytes: int
+    on_host: bool
+    of_update: bool
+    blocks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one rank beside Megatron's own: between refreshes, and what a refresh adds to that while it lasts."""
+
+    accelerator: int
+    host: int
+    refresh: int
+
+
+def memory(projection: Projection, shard: ShardSize) -> Memory:
+    """k·N·b for the basis; in a refresh k·N fp32 gradients beside it, which become the new basis or are freed.
+
+    bf16 training gradients are projected in one fp32 copy of the shard.
+    """
+    basis = projection.references * shard.elements * projection.basis_bytes
+    copy = shard.packed * FP32
+    on_accelerator = 0 if projection.on_host else basis
+    return Memory(
+        accelerator=on_accelerator + copy,
+        host=basis if projection.on_host else 0,
+        refresh=projection.references * shard.elements * FP32,
+    )
+
+
+def step_traffic(projection: Projection, shard: ShardSize) -> int:
+    """Bytes that a projected step reads and writes in a rank's memory: Q twice, the gradient twice, and once written.
+
+    A projected update reads Q and the parameters a third time (before the step, after it, and to correct it).
+    """
+    reads = 3 if projection.of_update else 2
+    row = projection.references * projection.basis_bytes
+    return shard.elements * (reads * (row + FP32) + FP32) + shard.packed * 2 * FP32
+
+
+def step_message(projection: Projection) -> int:
+    """Bytes of the all-reduce of a step: k coefficients for each block, and ‖g‖² where it replaces Megatron's norm."""
+    numbers = projection.references + (0 if projection.of_update else 1)
+    return projection.blocks * numbers * FP64
+
+
+def refresh_message(projection: Projection) -> int:
+    """Bytes of the one all-reduce of a refresh: a k×k Gram matrix for each block."""
+    return projection.blocks * projection.references**2 * FP64
+
+
+def reference_micro_batches(samples: int, micro_batch: int, data_parallel: int, multiple: int = 1) -> int:
+    """Micro-batches of a data-parallel rank for one reference; rows are filled up, see ``data/micro_batches.py``."""
+    rows = micro_batch * data_parallel * multiple
+    return -(-samples // rows) * multiple
+
+
+def refresh_share(
+    micro_batches: int, reference_micro_batches: Sequence[int], interval: int, pipeline: int, virtual: int
+) -> float:
+    """Share of the time of forward and backward passes that refreshes take.
+
+    A pass over m micro-batches lasts m + (p−1)/v micro-batches, the second term being the pipeline's bubble (Narayanan et
+    al., arXiv:2104.04473, section 2.2). Gradient reduction happens in each pass alike; the optimizer's step, which only
+    training has, is left out, so that this is an upper bound.
+    """
+    bubble = (pipeline - 1) / virtual
+    references = sum(m + bubble for m in reference_micro_batches)
+    return references / (references + interval * (micro_batches + bubble))

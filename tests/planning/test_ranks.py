@@ -1,0 +1,77 @@
+"""Clusters that are not there: each element counts once, and a step sends what it sent before."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ogpsa.planning import costs
+from tests.planning.collectives import REFERENCES
+from tests.planning.every_rank import all_ranks, faults, processes
+from tests.planning.worlds import WORLDS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def clusters() -> dict[str, list[Any]]:
+    """All ranks of all small clusters."""
+    with processes(2) as pool:
+        return {name: all_ranks(world, pool, parts=2) for name, world in WORLDS.items()}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_each_element_counts_once_in_each_group_that_sums(clusters: dict[str, list[Any]], world: str) -> None:
+    assert len(clusters[world]) == WORLDS[world].size
+    assert list(faults(clusters[world], WORLDS[world].shape)) == []
+
+
+@pytest.mark.parametrize("mistake", ["counted twice", "not counted", "shifted", "of another block"])
+def test_a_single_wrong_piece_of_a_single_rank_is_found(clusters: dict[str, list[Any]], mistake: str) -> None:
+    ranks = list(clusters["tp4-pp2-dp4"])
+    index = 5  # tensor-parallel rank 1: holds copies that do not count
+    piece = next(
+        number
+        for number, piece in enumerate(ranks[index].pieces)
+        if piece.counted == (mistake != "counted twice") and piece.stop > piece.start
+    )
+    pieces = list(ranks[index].pieces)
+    pieces[piece] = {
+        "counted twice": lambda p: replace(p, counted=True),
+        "not counted": lambda p: replace(p, counted=False),
+        "shifted": lambda p: replace(p, start=p.start + 1, stop=p.stop + 1),
+        "of another block": lambda p: replace(p, runs=(("decoder.final_layernorm.weight", p.stop - p.start),)),
+    }[mistake](pieces[piece])
+    ranks[index] = replace(ranks[index], pieces=tuple(pieces))
+    assert list(faults(ranks, WORLDS["tp4-pp2-dp4"].shape))
+
+
+@pytest.mark.parametrize("world", ["tp8-pp8-dp16", "ep16-etp1-tp4-pp8"])
+def test_what_a_rank_of_1024_sends(world: str) -> None:
+    """Bytes as ``plan`` tells them; of the blocks of that rank, since no other is there to name more."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.planning.collectives", world, "0", "517", "1023"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for space, ranks in json.loads(done.stdout).items():
+        for result in ranks.values():
+            projection = costs.Projection(
+                references=REFERENCES,
+                basis_bytes=4,
+                on_host=False,
+                of_update=space == "update",
+                blocks=result["blocks"],
+            )
+            own = ["all_reduce", costs.step_message(projection), 1]
+            megatrons = result["plain"]
+            if space == "gradient":  # ours stands in the place of all that Megatron needs for the norm
+                assert {name for name, *_ in megatrons} == {"all_reduce"}
+                assert result["projected"] == [own]
+            else:
+                assert result["projected"] == sorted([*megatrons, own])
+            assert result["refresh"] == [["all_reduce", costs.refresh_message(projection), 1]]
