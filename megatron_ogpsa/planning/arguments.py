@@ -122,7 +122,7 @@ def _mesh(args: argparse.Namespace, world_size: int) -> Mesh:
         pipeline=args.pipeline_model_parallel_size,
         context=args.context_parallel_size,
         expert=args.expert_model_parallel_size,
-        expert_tensor=args.expert_tensor_parallel_size or args.tensor_model_parallel_size,
+        expert_tensor=(args.expert_tensor_parallel_size or args.tensor_model_parallel_size) if args.num_experts else 1,
     )
     if args.num_virtual_stages_per_pipeline_rank:
         return replace(mesh, virtual=args.num_virtual_stages_per_pipeline_rank)
@@ -141,4 +141,4 @@ def _vocabulary(args: argparse.Namespace) -> int:
     try:
         return load_chat_tokenizer(args.tokenizer_type, args.tokenizer_model, args.chat_template).vocab_size
     except UserError as error:
-        raise UserError(f"--vocab-size is missing, and the tokenizer does not tell it: {error}") from None
+        raise UserError(f"--vocab-size is missing: give it, or a tokenizer that tells it ({error})") from None

@@ -33,13 +33,19 @@ def _run(plan: Plan, title: str) -> list[str]:
     }
     shown = ", ".join(f"{name} {size}" for name, size in axes.items() if size > 1) or "none"
     names = ", ".join(name for name, _ in args.ogpsa_reference)
+    blocks = plan.projection.blocks
     return [
         title,
         f"  parallel: {shown}",
         f"  model: {plan.elements:,} trained elements",
-        f"  projection: space {args.ogpsa_space}, mode {args.ogpsa_mode}, {plan.projection.references} references "
-        f"({names}), {plan.projection.blocks:,} blocks by {args.ogpsa_granularity}",
+        f"  projection: space {args.ogpsa_space}, mode {args.ogpsa_mode}, {_references(plan)} ({names}), "
+        f"{blocks:,} block{'s' * (blocks > 1)} by {args.ogpsa_granularity}",
     ]
+
+
+def _references(plan: Plan) -> str:
+    number = plan.projection.references
+    return f"{number} reference{'s' * (number > 1)}"
 
 
 def _memory(plan: Plan) -> list[str]:
@@ -47,8 +53,8 @@ def _memory(plan: Plan) -> list[str]:
     lines = [
         "memory of the largest rank, without activations",
         f"  Megatron       weights {_gb(size.weight_bytes)}, gradients {_gb(size.gradient_bytes)}, "
-        f"optimizer state {_gb(size.state_bytes)}",
-        f"  OGPSA          {plan.projection.references} references of {size.elements:,} elements",
+        f"optimizer state {_gb(size.state_bytes)}: {_gb(size.megatron_bytes)}",
+        f"  OGPSA          {_references(plan)} of {size.elements:,} elements",
     ]
     table = [("basis", "where", "GPU", "host", "a refresh adds")]
     for dtype, bytes_, on_host in STORAGES:
@@ -81,7 +87,7 @@ def _refresh(plan: Plan) -> list[str]:
     return [
         f"each refresh, every {args.ogpsa_refresh_interval} steps and after each checkpoint",
         f"  collectives    1 all-reduce of {_kb(costs.refresh_message(plan.projection))}, beside those of the passes",
-        f"  passes         {total} micro-batches for {plan.projection.references} references of "
+        f"  passes         {total} micro-batches for {_references(plan)} of "
         f"{args.ogpsa_reference_samples} samples, against {plan.micro_batches} in a step",
         f"  time           {plan.refresh_share:.1%} of all forward and backward passes at most",
     ]

@@ -7,6 +7,7 @@ it for small ones. Ranks are independent of each other, so that processes share 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 from tqdm import tqdm
@@ -158,7 +160,13 @@ def main() -> int:
             wrong = list(faults(ranks, world.shape))
             is_wrong = is_wrong or bool(wrong)
             found[name] = summary(ranks) | {"faults": wrong[:10], "seconds": round(time.monotonic() - started, 1)}
-    print(json.dumps(found, indent=2))
+    about = {
+        "command": f"python -m tests.planning.every_rank {' '.join(args.worlds)}",
+        "date": datetime.date.today().isoformat(),
+        "versions": {name: version(name) for name in ("megatron-core", "torch")},
+        "processes": args.processes,
+    }
+    print(json.dumps(about | {"worlds": found}, indent=2))
     return int(is_wrong)
 
 

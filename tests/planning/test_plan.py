@@ -1,0 +1,82 @@
+"""``megatron-ogpsa plan`` as its page shows it, and its answers to mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/planning.md"
+DOCUMENTED = dict(re.findall(r"```console\n\$ megatron-ogpsa (.*)\n((?s:.*?))\n```", PAGE.read_text(encoding="utf-8")))
+
+EIGHT_B = "plan configs/llama3.1-8b/sft.yaml"
+PIPELINE = "plan configs/example/sft-dpo.yaml --gpus-per-node 4 --vocab-size 1000"
+AS_JSON = (f"{EIGHT_B} --json", f"{EIGHT_B} --json --ogpsa-basis-dtype bf16 --ogpsa-basis-device cpu")
+UPDATE = f"{EIGHT_B} --json --ogpsa-space update --ogpsa-granularity model"
+
+MISTAKES = {
+    f"{EIGHT_B} --fp8-format hybrid": "--fp8-format with --ogpsa-reference is not supported: ",
+    f"{EIGHT_B} --micro-batch-sise 1": "unknown flag --micro-batch-sise, did you mean --micro-batch-size?",
+    f"{EIGHT_B} --stage dpo": "--stage dpo: configs/llama3.1-8b/sft.yaml has no 'stages': leave the flag out",
+    "plan configs/example/sft.yaml --gpus-per-node 4": "--vocab-size is missing: give it, or a tokenizer that tells it ",
+    "plan configs/nowhere.yaml": "configs/nowhere.yaml: no such file",
+    f"{PIPELINE} --stage rlhf": "--stage rlhf: the file has the stages sft, dpo",
+    f"{EIGHT_B} --num-layers-per-virtual-pipeline-stage 4": "Megatron refuses these flags on 8 ranks: ",
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, tuple[int, str, str]]:
+    """Of all commands below, run in one process."""
+    commands = [*DOCUMENTED, PIPELINE, *AS_JSON, UPDATE, *MISTAKES]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.planning.several"],
+        input=json.dumps([command.split() for command in commands]),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(zip(commands, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_the_page_shows_what_the_command_prints(outcomes: dict[str, tuple[int, str, str]], command: str) -> None:
+    code, out, err = outcomes[command]
+    assert (out or err) == DOCUMENTED[command] + "\n"  # a progress bar may have been on stderr
+    assert code == (2 if "megatron-ogpsa: error:" in DOCUMENTED[command] else 0)
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_told_in_one_line(outcomes: dict[str, tuple[int, str, str]], command: str) -> None:
+    code, out, err = outcomes[command]
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith(f"megatron-ogpsa: error: {MISTAKES[command]}")
+
+
+def test_each_stage_of_a_pipeline_is_planned(outcomes: dict[str, tuple[int, str, str]]) -> None:
+    code, out, _ = outcomes[PIPELINE]
+    assert code == 0
+    assert re.findall(r"stage (\w+), on 1 node with 4 GPUs", out) == ["sft", "dpo"]
+
+
+def test_json_has_the_same_figures(outcomes: dict[str, tuple[int, str, str]]) -> None:
+    """Published: Llama 3.1 8B has 8,030,261,248 parameters, and 291 tensors in its Hugging Face files."""
+    plain, on_host, of_update = (json.loads(outcomes[command][1]) for command in (*AS_JSON, UPDATE))
+    assert plain["elements"] == 8_030_261_248
+    assert plain["blocks"] == 291
+    assert sum(kind["elements"] for kind in plain["kinds"]) == plain["elements"]
+    (elements,) = plain["shard_elements_per_rank"]
+    assert elements == pytest.approx(plain["elements"] / 8, rel=1e-4)  # norms are copied, shards padded
+    assert plain["accelerator_bytes_per_rank"] == 2 * 4 * elements
+    assert (on_host["accelerator_bytes_per_rank"], on_host["host_bytes_per_rank"]) == (0, 2 * 2 * elements)
+    assert (plain["step"]["collectives"], of_update["step"]["collectives"]) == (0, 1)
+    assert of_update["blocks"] == 1
