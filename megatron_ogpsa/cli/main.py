@@ -17,6 +17,7 @@ VERBS = {
     "train": ("megatron_ogpsa.cli.train", "fine-tune from a configuration file"),
     "plan": ("megatron_ogpsa.cli.plan", "what the projection adds to a run on a cluster, without the cluster"),
     "demo": ("megatron_ogpsa.cli.demo", "see the alignment tax, and what projection recovers of it, on a small model"),
+    "study": ("megatron_ogpsa.cli.study", "compare settings of the projection at equal safety, over seeds"),
 }
 """Verb → module with ``add_arguments(parser)`` and ``run(args) -> int``, and what ``--help`` says of it."""
 

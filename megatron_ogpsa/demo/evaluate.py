@@ -1,5 +1,7 @@
 """Scores of Megatron checkpoints: ``python -m megatron_ogpsa.demo.evaluate CONFIG.yaml DATA OUT.json NAME=CHECKPOINT ...``.
 
+A checkpoint is a folder, whose latest iteration is meant, or ``FOLDER@ITERATION``.
+
 One job under torchrun scores all checkpoints one after the other, because starting processes costs more than scoring. Each
 rank holds a whole model, whatever layout trained it (Megatron reshards when it loads), and answers its share of prompts.
 """
@@ -90,7 +92,7 @@ def _on_all_ranks(items: Sequence[Any], action: Any) -> list[Any]:
     return ordered
 
 
-def evaluate(config: Path, data: Path, checkpoints: dict[str, Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+def evaluate(config: Path, data: Path, checkpoints: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Scores of each checkpoint, in the model that ``config`` describes. Every rank must call it."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
@@ -115,7 +117,8 @@ def evaluate(config: Path, data: Path, checkpoints: dict[str, Path]) -> Iterator
     args.finetune = args.no_load_optim = args.no_load_rng = True
     tokenizer = load_chat_tokenizer(args.tokenizer_type, args.tokenizer_model, args.chat_template)
     for name, checkpoint in checkpoints.items():
-        args.load = str(checkpoint)
+        folder, _, iteration = checkpoint.partition("@")
+        args.load, args.ckpt_step = folder, int(iteration) if iteration else None
         load_checkpoint(modules, None, None)
         model = Model(modules[0], end_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
         yield name, score(Benchmark(data), tokenizer, model.generate, model.summed_loss).as_json()
@@ -125,7 +128,7 @@ def main(argv: Sequence[str]) -> None:
     """Write the scores of all checkpoints to one JSON file, on rank 0."""
     install_if_no_gpu()
     config, data, out, *named = argv
-    checkpoints = {name: Path(path) for name, _, path in (item.partition("=") for item in named)}
+    checkpoints = {name: path for name, _, path in (item.partition("=") for item in named)}
     scores = dict(evaluate(Path(config), Path(data), checkpoints))
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")

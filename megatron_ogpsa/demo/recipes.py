@@ -149,10 +149,10 @@ class Recipe:
         """Every file of fine-tuning by its name: SFT→DPO as pipelines, and DPO of the starting model."""
         files: dict[str, Settings] = {}
         for name, projection in {"plain": None, **PROJECTIONS}.items():
-            stages = {"sft": self._sft(), "dpo": self._dpo(projection, self.sizes.dpo_after_sft_lr)}
-            files[name] = {**self._start(name, projection), "stages": stages}
+            stages = {"sft": self.sft(), "dpo": self._dpo(projection, self.sizes.dpo_after_sft_lr)}
+            files[name] = {**self.start(name, projection), "stages": stages}
             alone = self._dpo(projection, self.sizes.dpo_lr)
-            files[f"dpo-{name}"] = {**self._start(f"dpo-{name}", projection), **alone}
+            files[f"dpo-{name}"] = {**self.start(f"dpo-{name}", projection), **alone}
         return files
 
     def base_config(self) -> Settings:
@@ -179,7 +179,7 @@ class Recipe:
             "micro-batch-size": 1,  # of no use here, but Megatron checks that batches come out even
         }
 
-    def _start(self, name: str, projection: Settings | None) -> Settings:
+    def start(self, name: str, projection: Settings | None) -> Settings:
         """Fine-tuning from the starting model: on safety data alone, which is where the alignment tax comes from."""
         settings = {**self._common(), "pretrained-checkpoint": str(self.base), "save": str(self.out / name)}
         if projection is not None:
@@ -191,7 +191,8 @@ class Recipe:
             }
         return settings
 
-    def _sft(self) -> Settings:
+    def sft(self) -> Settings:
+        """Data and schedule of SFT on safety data alone."""
         sizes = self.sizes
         return {
             "seq-length": SEQUENCE_LENGTH,

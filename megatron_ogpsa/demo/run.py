@@ -26,6 +26,8 @@ LOG_TAIL = 15
 START_UP = 12.0
 """Seconds that a job of two ranks takes to start on two cores."""
 
+TRAIN = [sys.executable, "-m", "megatron_ogpsa.cli.main", "train"]
+
 STEP_SECONDS = {"base": 0.085, "sft": 0.1, "dpo": 0.15, "protected": 0.1}
 """Of one training step on two cores, and what the refreshes add to it."""
 
@@ -138,46 +140,49 @@ def notes(args: argparse.Namespace, sizes: DemoSizes, seconds: float) -> tuple[s
 
 def plan_steps(recipe: Recipe, *, fresh: bool, seeds: int = 1) -> list[Step]:
     """Write the configs and say how to run them; the starting model is kept if its config is what it was trained with."""
-    out, sizes = recipe.out, recipe.sizes
-    slower = 2.0 if recipe.num_ranks == 4 else 1.0  # four processes on two cores
+    out = recipe.out
     prefix = f"seed {recipe.seed}, " if seeds > 1 else ""
-    trained_with = out / "base-trained.yaml"
-    base_yaml = write_config(out / "base.yaml", recipe.base_config())
-    is_done = not fresh and trained_with.exists() and trained_with.read_bytes() == base_yaml.read_bytes()
-    if not is_done:
-        shutil.rmtree(recipe.base, ignore_errors=True)
-        trained_with.unlink(missing_ok=True)
-    train = [sys.executable, "-m", "megatron_ogpsa.cli.main", "train"]
-    seconds = START_UP + sizes.base_steps * STEP_SECONDS["base"]
-    steps = [
-        Step(
-            f"{prefix}starting model",
-            [*train, str(base_yaml)],
-            out / "base.log",
-            seconds * slower,
-            is_done,
-            (base_yaml, trained_with),
-        )
-    ]
+    steps = [base_step(recipe, fresh=fresh, prefix=prefix)]
     for name, settings in recipe.configs().items():
         shutil.rmtree(out / name, ignore_errors=True)
         write_config(out / f"{name}.yaml", settings)
     steps += [
-        Step(f"{prefix}{variant.title}", [*train, *arguments], out / f"{name}.log", seconds * slower)
+        Step(f"{prefix}{variant.title}", [*TRAIN, *arguments], out / f"{name}.log", seconds * _slower(recipe))
         for name, variant, arguments, seconds in _fine_tuning(recipe)
     ]
-    evaluation = write_config(out / "evaluate.yaml", recipe.evaluation_config())
-    named = [
-        f"{START}={recipe.base}",
-        *(f"{name}={variant.checkpoint(out)}" for name, variant in recipe.variants.items()),
-    ]
+    named = {START: str(recipe.base)} | {name: str(v.checkpoint(out)) for name, v in recipe.variants.items()}
+    return [*steps, evaluation_step(recipe, named, out / "scores.json", title=f"{prefix}evaluation", seconds=16)]
+
+
+def base_step(recipe: Recipe, *, fresh: bool, prefix: str = "") -> Step:
+    """Training of the starting model; what an earlier run has left is done, if it had the same config."""
+    out = recipe.out
+    trained_with = out / "base-trained.yaml"
+    config = write_config(out / "base.yaml", recipe.base_config())
+    is_done = not fresh and trained_with.exists() and trained_with.read_bytes() == config.read_bytes()
+    if not is_done:
+        shutil.rmtree(recipe.base, ignore_errors=True)
+        trained_with.unlink(missing_ok=True)
+    seconds = (START_UP + recipe.sizes.base_steps * STEP_SECONDS["base"]) * _slower(recipe)
+    command = [*TRAIN, str(config)]
+    return Step(f"{prefix}starting model", command, out / "base.log", seconds, is_done, (config, trained_with))
+
+
+def evaluation_step(recipe: Recipe, named: dict[str, str], result: Path, *, title: str, seconds: float) -> Step:
+    """Scores of checkpoints into ``result``.
+
+    Args:
+        named: name → folder of a checkpoint, or ``FOLDER@ITERATION``.
+    """
+    config = write_config(recipe.out / "evaluate.yaml", recipe.evaluation_config())
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(recipe.num_ranks)]
-    job = [
-        *("-m", "megatron_ogpsa.demo.evaluate"),
-        *(str(evaluation), str(recipe.benchmark.folder), str(out / "scores.json")),
-    ]
-    steps.append(Step(f"{prefix}evaluation", [*launch, *job, *named], out / "evaluate.log", 16 * slower))
-    return steps
+    job = ["-m", "megatron_ogpsa.demo.evaluate", str(config), str(recipe.benchmark.folder), str(result)]
+    command = [*launch, *job, *(f"{name}={checkpoint}" for name, checkpoint in named.items())]
+    return Step(title, command, result.with_suffix(".log"), seconds * _slower(recipe))
+
+
+def _slower(recipe: Recipe) -> float:
+    return 2.0 if recipe.num_ranks == 4 else 1.0  # four processes on two cores
 
 
 def _fine_tuning(recipe: Recipe) -> Iterator[tuple[str, Variant, list[str], float]]:

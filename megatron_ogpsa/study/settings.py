@@ -1,0 +1,59 @@
+"""What the study compares, as data: a new setting is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Settings = Mapping[str, Any]
+
+UPDATE: Settings = {"ogpsa-space": "update"}
+REFERENCES = 7
+"""One for each general task of the demo."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One way to fine-tune, on the same safety data, from the same starting model.
+
+    Attributes:
+        title: what tables and plots call it.
+        flags: beside those of plain SFT; with a projection they win over the demo's defaults.
+        projected: whether references are protected.
+        replayed: general rows in each batch for one safety row: the same reference data, trained on.
+        save_interval: steps between the checkpoints that are scored. A refresh follows each, so that it must not be
+            shorter than the refresh interval, nor cut it.
+        group: settings that are shown together.
+    """
+
+    title: str
+    flags: Settings = field(default_factory=dict)
+    projected: bool = True
+    replayed: int = 0
+    save_interval: int = 30
+    group: str = "rule"
+
+
+PLAIN = "plain"
+SETTINGS: dict[str, Setting] = {
+    PLAIN: Setting(title="plain", projected=False),
+    "gradient-tensor": Setting(title="gradient, per tensor"),
+    "gradient-model": Setting(title="gradient, per model", flags={"ogpsa-granularity": "model"}),
+    "update-tensor": Setting(title="update, per tensor", flags=UPDATE),
+    "update-model": Setting(title="update, per model", flags={**UPDATE, "ogpsa-granularity": "model"}),
+    # Passes over 7 x 128 references every 10 steps are 90 rows for 32 of safety: as many are trained on instead.
+    "replay": Setting(title="replay of the references", projected=False, replayed=3),
+    "update-interval-30": Setting(
+        title="update, every 30 steps", flags={**UPDATE, "ogpsa-refresh-interval": 30}, group="references"
+    ),
+    "update-interval-1": Setting(
+        title="update, every step", flags={**UPDATE, "ogpsa-refresh-interval": 1}, group="references"
+    ),
+    "update-samples-32": Setting(
+        title="update, 32 samples", flags={**UPDATE, "ogpsa-reference-samples": 32}, group="references"
+    ),
+    "update-conflict": Setting(title="update, conflict", flags={**UPDATE, "ogpsa-mode": "conflict"}),
+    "gradient-leak": Setting(title="gradient, with the authors' leak", flags={"ogpsa-authors-leak": True}),
+}
+"""In the order in which they are run: what matters most first, since the study can be stopped at any time."""

@@ -1,0 +1,133 @@
+"""The study's arithmetic, its configurations, and what it does not run twice."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_ogpsa.cli.config_file import ConfigFile
+from megatron_ogpsa.demo.recipes import DemoSizes, Recipe
+from megatron_ogpsa.integration.arguments import build_parser, parse_flags
+from megatron_ogpsa.study.report import markdown_table, read_json, write_report
+from megatron_ogpsa.study.run import config_of, curve_of, make_recipe, mixed_data, scores_path, steps_of
+from megatron_ogpsa.study.settings import PLAIN, SETTINGS
+from megatron_ogpsa.study.tradeoff import LEVELS, Point, at_refusal, compare, over_levels
+
+START = Point(step=0, unsafe_refused=0.0, benign_refused=0.0, general_accuracy=0.9, general_loss=0.2)
+
+
+def curve(*points: tuple[float, float]) -> list[Point]:
+    """From (refusal, general loss) at steps 30, 60, …"""
+    return [
+        START,
+        *(
+            replace(
+                START,
+                step=30 * (index + 1),
+                unsafe_refused=refused,
+                general_loss=loss,
+                general_accuracy=0.9 - loss / 10,
+            )
+            for index, (refused, loss) in enumerate(points)
+        ),
+    ]
+
+
+def test_the_loss_at_a_level_lies_between_the_checkpoints_around_its_first_crossing() -> None:
+    run = curve((0.4, 0.3), (0.8, 0.5), (0.6, 0.9), (1.0, 1.0))
+    assert at_refusal(run, 0.6) == pytest.approx(0.4)
+    assert at_refusal(run, 0.8) == pytest.approx(0.5)
+    assert at_refusal(run, 0.9) == pytest.approx(0.975)  # crossed on the way from 0.6 to 1.0
+    assert at_refusal(curve((0.4, 0.3)), 0.5) is None
+
+
+def test_recovered_is_of_means_at_equal_refusal() -> None:
+    plain = {1: curve((1.0, 1.2)), 2: curve((1.0, 0.4))}
+    half = {1: curve((1.0, 0.7)), 2: curve((1.0, 0.3))}
+    found = compare(half, plain, 0.5)
+    assert found is not None
+    assert found.seeds == 2
+    assert found.growth == pytest.approx((0.25 + 0.05) / 2)
+    assert found.recovered == pytest.approx(0.5)
+    assert found.recovered_by_seed == pytest.approx((0.5, 0.5))
+    assert over_levels(half, plain) == pytest.approx(0.5)
+    assert compare(plain, plain, 0.9).recovered == 0.0  # type: ignore[union-attr]
+
+
+def test_a_seed_that_does_not_get_there_is_left_out_of_both() -> None:
+    plain = {1: curve((1.0, 1.2)), 2: curve((0.3, 5.0))}
+    found = compare({1: curve((1.0, 0.7)), 2: curve((1.0, 0.3))}, plain, 0.5)
+    assert found is not None
+    assert found.seeds == 1
+    assert found.deviation is None
+    assert compare({3: curve((1.0, 1.0))}, plain, 0.5) is None
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return make_recipe(tmp_path_factory.mktemp("study"), seed=1, reduced=True)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_file_of_a_setting_is_understood(recipe: Recipe, name: str) -> None:
+    steps = [*steps_of(recipe, name)]
+    flags = ConfigFile.read(recipe.out / f"{name}.yaml").as_flags(build_parser(), [])
+    args = parse_flags(flags)
+    assert bool(args.ogpsa_reference) == SETTINGS[name].projected
+    assert args.micro_batch_size * recipe.num_ranks == args.global_batch_size
+    assert [step.is_done for step in steps] == [False, False]
+
+
+@pytest.mark.parametrize("name", [name for name, setting in SETTINGS.items() if setting.projected])
+def test_checkpoints_add_no_refresh(recipe: Recipe, name: str) -> None:
+    """A refresh follows each checkpoint: between two that are due, it would be another setting."""
+    whole = replace(recipe, sizes=DemoSizes())
+    config = config_of(whole, name)
+    assert config["save-interval"] % config["ogpsa-refresh-interval"] == 0
+    assert config["train-iters"] % config["save-interval"] == 0
+
+
+def test_replay_mixes_the_references_in_turn(recipe: Recipe) -> None:
+    rows = mixed_data(recipe, 3).read_text(encoding="utf-8").splitlines()
+    safety = recipe.benchmark.safety_train.read_text(encoding="utf-8").splitlines()
+    assert rows[::4] == safety
+    general = [row for index, row in enumerate(rows) if index % 4]
+    counts = {general.count(row) for row in set(general)}
+    assert len(set(general)) == 7 * recipe.sizes.reference_samples
+    assert max(counts) - min(counts) <= 1
+
+
+def test_what_was_scored_with_the_same_file_is_not_run_again(recipe: Recipe) -> None:
+    name = "update-tensor"
+    list(steps_of(recipe, name))
+    score = {
+        "unsafe_refused": 0.5,
+        "benign_refused": 0.1,
+        "benign_helped": 0.9,
+        "accuracy": {"sort": 0.5},
+        "loss": {"sort": 0.4},
+        "general_loss": 0.4,
+    }
+    scores_path(recipe, name).write_text(json.dumps({"30": score, "start": score}), encoding="utf-8")
+    stamp = scores_path(recipe, name).with_suffix(".trained.yaml")
+    stamp.write_bytes((recipe.out / f"{name}.yaml").read_bytes())
+    assert [step.is_done for step in steps_of(recipe, name)] == [True, True]
+    assert [point.step for point in curve_of(recipe, name)] == [0, 30]
+    stamp.write_text("seed: 2\n", encoding="utf-8")
+    assert [step.is_done for step in steps_of(recipe, name)] == [False, False]
+    assert not scores_path(recipe, name).exists()
+
+
+def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    curves = {PLAIN: {1: curve((1.0, 1.2))}, "update-tensor": {1: curve((1.0, 0.7))}}
+    table, data, plot = write_report(curves, tmp_path)
+    assert read_json(data) == {
+        n: {s: [replace(p, general_accuracy=round(p.general_accuracy, 5)) for p in c] for s, c in b.items()}
+        for n, b in curves.items()
+    }
+    assert table.read_text(encoding="utf-8") == markdown_table(read_json(data))
+    assert "| update, per tensor | " + " | ".join(f"{0.5 * level:+.3f}" for level in LEVELS) in markdown_table(curves)
+    assert plot.stat().st_size > 10_000
