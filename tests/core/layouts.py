@@ -22,7 +22,8 @@ class Layout:
         first_stage_layers: layers of the first pipeline stage; the others share the rest evenly.
         micro_batch: rows of a micro-batch.
         recompute: compute activations again in the backward pass.
-        dropout: probability, after attention and MLP and on the attention's weights.
+        dropout: probability, after embedding, attention and MLP and on the attention's weights.
+        balancing: auxiliary losses balance the experts, and with ``routing_bias`` each pass moves the bias.
         frozen: a pattern found in the Hugging Face names of tensors that are not trained.
         precision: of parameters and gradients: fp32; bf16 with fp32 gradients; bf16 with bf16 gradients; fp16.
         precision_aware: keep gradients in the dtype of Megatron's buffer up to the inner optimizer.
@@ -45,6 +46,7 @@ class Layout:
     micro_batch: int = 1
     recompute: bool = False
     dropout: float = 0.0
+    balancing: bool = False
     frozen: str | None = None
     precision: str = "fp32"
     precision_aware: bool = False
@@ -130,4 +132,14 @@ PRECISIONS: dict[str, Layout] = {
     "dp2-bf16-aware": Layout(dp=2, precision="bf16", cpu_offload=True, precision_aware=True),
     "ep2-dp2-bf16-aware": Layout(dp=4, ep=2, precision="bf16", cpu_offload=True, precision_aware=True, model=MOE),
     "tp2-bf16-grads-aware": Layout(tp=2, precision="bf16-grads", cpu_offload=True, precision_aware=True),
+}
+
+# Random masks differ from layout to layout, and auxiliary losses with the micro-batches: no unsharded model to compare with.
+RANDOM: dict[str, Layout] = {
+    "tp2-dropout": Layout(tp=2, dropout=0.1),
+    "tp2-sp-dropout": Layout(tp=2, sequence_parallel=True, dropout=0.1),
+    "dp2-dropout": Layout(dp=2, dropout=0.1),
+    "dp2-plain-dropout": Layout(dp=2, distributed_optimizer=False, dropout=0.1),
+    "pp2-dropout": Layout(pp=2, dropout=0.1),
+    "ep2-dropout": Layout(dp=2, ep=2, dropout=0.1, balancing=True, model=MOE | {"routing_bias": True}),
 }
