@@ -138,12 +138,14 @@ def _names_cuda(device: object) -> bool:
 
 
 def _factory_on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A tensor factory whose ``device="cuda"`` means the CPU."""
+    """A tensor factory whose ``device="cuda"`` means the CPU, where no memory is locked for copies to a GPU."""
 
     @functools.wraps(original)
     def factory(*args: Any, **kwargs: Any) -> Any:
         if _names_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
         return original(*args, **kwargs)
 
     return factory

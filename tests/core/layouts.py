@@ -12,8 +12,8 @@ class Layout:
     """How a model is sharded and trained, and what of the model matters for it.
 
     Attributes:
-        tp, pp, vpp, dp: sizes of the mesh axes; vpp is the number of model chunks per rank.
-        ep, etp: sizes of the experts' axes, which divide tp·dp; etp is tp unless it is given.
+        tp, pp, vpp, cp, dp: sizes of the mesh axes; vpp is the number of model chunks per rank.
+        ep, etp: sizes of the experts' axes, which divide tp·cp·dp; etp is tp unless it is given.
         sequence_parallel: split the activations outside attention and MLP over the tensor-parallel ranks.
         distributed_optimizer: shard optimizer state over data parallelism.
         instances: of the distributed optimizer, each with a whole copy of the optimizer state.
@@ -34,6 +34,7 @@ class Layout:
     tp: int = 1
     pp: int = 1
     vpp: int | None = None
+    cp: int = 1
     dp: int = 1
     ep: int = 1
     etp: int | None = None
@@ -55,7 +56,7 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
 
     def is_frozen(self, name: str) -> bool:
         """Whether the Hugging Face tensor ``name`` is not trained."""
@@ -117,6 +118,13 @@ LAYOUTS: dict[str, Layout] = {
     "tp2-sp": Layout(tp=2, sequence_parallel=True),
     "tp2-sp-bias": Layout(tp=2, sequence_parallel=True, model={"linear_bias": True, "qk_norm": True}),
     "tp2-sp-dp2-plain": Layout(tp=2, dp=2, sequence_parallel=True, distributed_optimizer=False),
+    # context parallelism
+    "cp2": Layout(cp=2),
+    "cp2-plain": Layout(cp=2, distributed_optimizer=False),
+    "tp2-cp2": Layout(tp=2, cp=2, sequence_parallel=True),
+    "pp2-cp2-tied": Layout(pp=2, cp=2, model={"tied": True}),
+    "cp2-dp2": Layout(cp=2, dp=2),
+    "ep2-cp2-dp2-plain": Layout(cp=2, dp=2, ep=2, distributed_optimizer=False, model=MOE),
 }
 
 PRECISIONS: dict[str, Layout] = {
@@ -139,7 +147,6 @@ RANDOM: dict[str, Layout] = {
     "tp2-dropout": Layout(tp=2, dropout=0.1),
     "tp2-sp-dropout": Layout(tp=2, sequence_parallel=True, dropout=0.1),
     "dp2-dropout": Layout(dp=2, dropout=0.1),
-    "dp2-plain-dropout": Layout(dp=2, distributed_optimizer=False, dropout=0.1),
     "pp2-dropout": Layout(pp=2, dropout=0.1),
     "ep2-dropout": Layout(dp=2, ep=2, dropout=0.1, balancing=True, model=MOE | {"routing_bias": True}),
 }

@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from tests.core.canonical import canonical_parts, gather_parts
+from tests.core.context_parallel import GatheringAttention, own_part
 from tests.core.layouts import Layout
 from tests.core.oracle import ModelShape, Tensors, routing_bias
 
@@ -62,14 +63,16 @@ class Training:
 
 
 def local_micro_batches(layout: Layout, batch: Batch) -> list[Batch]:
-    """This rank's share of the rows, in micro-batches."""
+    """This rank's share of the rows, and with context parallelism of the positions, in micro-batches."""
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    return list(zip(*(tensor[rank::size].split(layout.micro_batch) for tensor in batch), strict=True))
+    rows = own_part({str(index): tensor[rank::size] for index, tensor in enumerate(batch)})
+    return list(zip(*(tensor.split(layout.micro_batch) for tensor in rows.values()), strict=True))
 
 
 def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], object]]:
     tokens, labels, mask = next(iterator)
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    whole_length = tokens.shape[1] * parallel_state.get_context_parallel_world_size()
+    positions = own_part({"positions": torch.arange(whole_length).repeat(tokens.shape[0], 1)})["positions"]
 
     def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         total = (output.float() * mask).sum()
@@ -96,6 +99,7 @@ def build(
         layout.tp,
         layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
+        context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         num_distributed_optimizer_instances=layout.instances,
@@ -179,8 +183,10 @@ def _module(layout: Layout, shape: ModelShape, config: TransformerConfig, stage:
 def _layer_spec(layout: Layout, shape: ModelShape, *, is_dense: bool) -> ModuleSpec:
     num_experts = None if is_dense else shape.experts or None
     spec = get_gpt_layer_local_spec(num_experts=num_experts, normalization="RMSNorm", qk_layernorm=shape.qk_norm)
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    if layout.cp > 1:
+        attention.core_attention = GatheringAttention
     if layout.sequence_parallel:
-        layer, attention = spec.submodules, spec.submodules.self_attention.submodules
         layer.input_layernorm = layer.pre_mlp_layernorm = SequenceParallelNorm
         if shape.qk_norm:
             attention.q_layernorm = attention.k_layernorm = SequenceParallelNorm
@@ -213,6 +219,7 @@ def _transformer_config(layout: Layout, shape: ModelShape) -> TransformerConfig:
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
         num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel,
         recompute_granularity="full" if layout.recompute else None,
         recompute_method="uniform" if layout.recompute else None,
