@@ -20,6 +20,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.router import Router
 from megatron.core.utils import get_model_config
 from torch import Tensor
 from tqdm import tqdm
@@ -110,6 +111,9 @@ def refresh(
 ) -> bool:
     """Compute the reference gradients as training gradients are computed, and give the plugin its new basis.
 
+    Each reference finds the same random states, expert biases and counts, so that its gradient does not depend on which
+    references come before it.
+
     Args:
         forward_backward: Megatron's schedule for this layout (``get_forward_backward_func``).
 
@@ -117,23 +121,24 @@ def refresh(
         Whether the basis is new; false if a reference gradient was not finite, on all ranks alike.
     """
     ogpsa.begin_refresh()
-    with no_trace(chunks), _progress_bar(references) as bar:
+    with _progress_bar(references) as bar:
         for reference in references:
             _zero_gradients(chunks, optimizer)
             # Rank 0 is on the first stage, whose first chunk draws every micro-batch.
             iterators = [_watched(reference.micro_batches, bar if chunk is chunks[0] else None) for chunk in chunks]
-            forward_backward(
-                forward_step_func=reference.forward_step,
-                data_iterator=iterators if len(chunks) > 1 else iterators[0],
-                model=list(chunks),
-                num_microbatches=len(reference.micro_batches),
-                seq_length=seq_length,
-                micro_batch_size=micro_batch_size,
-                decoder_seq_length=decoder_seq_length,
-                forward_only=False,
-            )
+            with no_trace(chunks):  # of each on its own: otherwise one would route the next one's tokens
+                forward_backward(
+                    forward_step_func=reference.forward_step,
+                    data_iterator=iterators if len(chunks) > 1 else iterators[0],
+                    model=list(chunks),
+                    num_microbatches=len(reference.micro_batches),
+                    seq_length=seq_length,
+                    micro_batch_size=micro_batch_size,
+                    decoder_seq_length=decoder_seq_length,
+                    forward_only=False,
+                )
             ogpsa.capture(reference.name)
-        _zero_gradients(chunks, optimizer)
+    _zero_gradients(chunks, optimizer)
     return ogpsa.finish_refresh()
 
 
@@ -229,6 +234,10 @@ def _pass_settings(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
     for chunk in chunks:
         config = get_model_config(chunk)
         settings += [(config, "timers", None), (config, "calculate_per_token_loss", True)]
+        # Routers keep a copy, by which they weigh the losses that balance experts.
+        settings += [
+            (router, "calculate_per_token_loss", True) for router in chunk.modules() if isinstance(router, Router)
+        ]
         settings += [
             (chunk.ddp_config, "check_for_nan_in_grad", False),
             (chunk.ddp_config, "check_for_large_grads", False),

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from megatron_ogpsa.integration.context_parallel import own_positions
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What the model and the loss take; tensors on this rank's device."""
+    """What the model and the loss take; tensors on this rank's device, s its share under context parallelism."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -39,14 +41,14 @@ def next_batch(data_iterator: Iterator[dict[str, torch.Tensor]], *, packed: bool
     Args:
         data_iterator: yields items of :class:`~megatron_ogpsa.data.TokenizedChatDataset` or of
             :class:`~megatron_ogpsa.data.TokenizedPreferenceDataset`, collated: each [b, s].
-        packed: rows hold several documents.
+        packed: rows hold several documents; not with context parallelism, over which other rows are split.
         transformer_engine: attention is Transformer Engine's, which takes document boundaries, not a mask.
     """
     item = next(data_iterator)
     fields = {name: item[name].cuda(non_blocking=True) for name in _FIELDS}
     pair_ids = item["pair_ids"].cuda(non_blocking=True) if "pair_ids" in item else None
     if not packed:
-        return Batch(**fields, pair_ids=pair_ids)
+        return Batch(**own_positions(fields), pair_ids=pair_ids)
     if transformer_engine:  # one row at a time (checked at start), so that [b, s] is the end-to-end layout already
         return Batch(**fields, pair_ids=pair_ids, packed_seq_params=packed_parameters(fields["document_ids"]))
     from megatron_ogpsa.data import attention_mask_from_documents

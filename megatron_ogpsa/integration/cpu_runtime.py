@@ -166,13 +166,15 @@ def _names_cuda(device: object) -> bool:
 
 
 def _factory_on(device: torch.device) -> Callable[[Any], Any]:
-    """Tensor factories whose ``device="cuda"`` means ``device``."""
+    """Tensor factories whose ``device="cuda"`` means ``device``, where no memory is locked for copies to a GPU."""
 
     def replace(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def factory(*args: Any, **kwargs: Any) -> Any:
             if _names_cuda(kwargs.get("device")):
                 kwargs["device"] = device
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False
             return original(*args, **kwargs)
 
         return factory

@@ -19,6 +19,7 @@ from megatron_ogpsa.config import OGPSAConfig
 from megatron_ogpsa.errors import UnsupportedError, UserError
 from megatron_ogpsa.integration.authors import LEAK_NOTICE, check_authors_arguments, leak_weight
 from megatron_ogpsa.integration.loop import read_state
+from megatron_ogpsa.integration.reference_data import loss_of_reference
 
 if TYPE_CHECKING:
     from megatron_ogpsa.plugin import OGPSA
@@ -73,10 +74,16 @@ def check_projection_arguments(args: argparse.Namespace) -> None:
     dtensors = "its gradients lie outside Megatron's gradient buffers"
     within = "--ogpsa-space update does not reach parameters within the inner optimizer"
     of_update = args.ogpsa_space == "update"
+    splits_pairs = args.context_parallel_size > 1 and any(loss_of_reference(args, name) != "nll" for name in names)
     for is_given, flag, reason, remedy in (
         (args.fp8, "--fp8-format", scaling, "train in --bf16"),
         (args.fp4, "--fp4-format", scaling, "train in --bf16"),
-        (args.context_parallel_size > 1, "--context-parallel-size", "references are not split over its ranks", "use 1"),
+        (
+            splits_pairs,
+            "--context-parallel-size",
+            "it would cut a reference's answers",
+            "protect the loss nll, or use 1",
+        ),
         (args.use_megatron_fsdp, "--use-megatron-fsdp", dtensors, "use --use-distributed-optimizer"),
         (args.use_torch_fsdp2, "--use-torch-fsdp2", dtensors, "use --use-distributed-optimizer"),
         (args.optimizer not in ("adam", "sgd"), f"--optimizer {args.optimizer}", "its shards differ", "use adam"),

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from megatron_ogpsa.errors import UnsupportedError, UserError
+from megatron_ogpsa.integration.context_parallel import check_context_parallel
 from megatron_ogpsa.integration.datasets import load_conversations, load_pairs, make_datasets_provider
 from megatron_ogpsa.integration.forward import ForwardStep, make_forward_step
 from megatron_ogpsa.integration.loop import LoopHook
@@ -80,11 +81,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(
             "--calculate-per-token-loss is off, so short answers would weigh more than long ones: switch it on"
         )
-    if args.context_parallel_size > 1:
-        raise UnsupportedError(
-            "--context-parallel-size above 1 is not supported for fine-tuning: sequences are not split over its ranks yet; "
-            "use --tensor-model-parallel-size with --sequence-parallel for long sequences"
-        )
+    check_context_parallel(args)
     if args.ogpsa_stage == "dpo":
         _check_dpo(args)
     if args.ogpsa_packing or args.ogpsa_stage == "dpo":

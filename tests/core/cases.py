@@ -13,8 +13,8 @@ from megatron_ogpsa import OGPSAConfig, attach
 from megatron_ogpsa.collectives import sum_over_ranks
 from megatron_ogpsa.projection.segments import gram_and_dots
 from tests.core import oracle
-from tests.core.gradients import plant, projected_gradient
-from tests.core.layouts import LAYOUTS, PRECISIONS, Layout
+from tests.core.gradients import plant, projected_gradient, reduced_gradient
+from tests.core.layouts import LAYOUTS, PRECISIONS, RANDOM, Layout
 from tests.core.megatron_model import Batch, Training, build
 
 REFERENCES = ("math", "chat", "code")
@@ -94,6 +94,42 @@ def parity(layout: str) -> dict[str, dict[str, float]]:
             "leak": ogpsa.metrics["leak"],
             "num_blocks": len(ogpsa.block_names),
             "expected_num_blocks": len(plain) if granularity == "tensor" else 1,
+        }
+        ogpsa.detach()
+    return results
+
+
+def random_parity(layout: str) -> dict[str, dict[str, float]]:
+    """The projected gradient against the fp64 projection of the gradients that Megatron itself made, by random passes.
+
+    Each pass is taken as it came, from Megatron's buffers, when the plugin captures it or is about to project it.
+    """
+    sharding = RANDOM[layout]
+    shape = oracle.ModelShape(**sharding.model)
+    training = build(sharding, oracle.random_weights(shape, seed=1), clip_grad=0.0)
+    results = {}
+    for granularity in ("tensor", "model"):
+        config = OGPSAConfig(granularity=granularity)  # type: ignore[arg-type]
+        ogpsa = attach(training.optimizer, training.chunks, config)
+        references = []
+        ogpsa.begin_refresh()
+        for seed, name in enumerate(REFERENCES):
+            training.gradient(batch_of(shape, seed))
+            references.append(reduced_gradient(training))
+            ogpsa.capture(name)
+        ogpsa.finish_refresh()
+        training.gradient(batch_of(shape, seed=100))
+        first = reduced_gradient(training)
+        training.gradient(batch_of(shape, seed=100))
+        second = reduced_gradient(training)
+        actual, (_, grad_norm, _) = projected_gradient(training)
+        expected = oracle.project(second, references, granularity)
+        results[granularity] = {
+            "error": oracle.relative_error(actual, expected),
+            "norm_error": abs(float(grad_norm) / oracle.norm(expected) - 1),
+            "removed": ogpsa.metrics["removed"],
+            "expected_removed": 1 - (oracle.norm(expected) / oracle.norm(second)) ** 2,
+            "randomness": oracle.relative_error(first, second),
         }
         ogpsa.detach()
     return results

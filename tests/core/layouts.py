@@ -12,8 +12,8 @@ class Layout:
     """How a model is sharded and trained, and what of the model matters for it.
 
     Attributes:
-        tp, pp, vpp, dp: sizes of the mesh axes; vpp is the number of model chunks per rank.
-        ep, etp: sizes of the experts' axes, which divide tp·dp; etp is tp unless it is given.
+        tp, pp, vpp, cp, dp: sizes of the mesh axes; vpp is the number of model chunks per rank.
+        ep, etp: sizes of the experts' axes, which divide tp·cp·dp; etp is tp unless it is given.
         sequence_parallel: split the activations outside attention and MLP over the tensor-parallel ranks.
         distributed_optimizer: shard optimizer state over data parallelism.
         instances: of the distributed optimizer, each with a whole copy of the optimizer state.
@@ -22,7 +22,8 @@ class Layout:
         first_stage_layers: layers of the first pipeline stage; the others share the rest evenly.
         micro_batch: rows of a micro-batch.
         recompute: compute activations again in the backward pass.
-        dropout: probability, after attention and MLP and on the attention's weights.
+        dropout: probability, after embedding, attention and MLP and on the attention's weights.
+        balancing: auxiliary losses balance the experts, and with ``routing_bias`` each pass moves the bias.
         frozen: a pattern found in the Hugging Face names of tensors that are not trained.
         precision: of parameters and gradients: fp32; bf16 with fp32 gradients; bf16 with bf16 gradients; fp16.
         precision_aware: keep gradients in the dtype of Megatron's buffer up to the inner optimizer.
@@ -33,6 +34,7 @@ class Layout:
     tp: int = 1
     pp: int = 1
     vpp: int | None = None
+    cp: int = 1
     dp: int = 1
     ep: int = 1
     etp: int | None = None
@@ -45,6 +47,7 @@ class Layout:
     micro_batch: int = 1
     recompute: bool = False
     dropout: float = 0.0
+    balancing: bool = False
     frozen: str | None = None
     precision: str = "fp32"
     precision_aware: bool = False
@@ -53,7 +56,7 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
 
     def is_frozen(self, name: str) -> bool:
         """Whether the Hugging Face tensor ``name`` is not trained."""
@@ -115,6 +118,13 @@ LAYOUTS: dict[str, Layout] = {
     "tp2-sp": Layout(tp=2, sequence_parallel=True),
     "tp2-sp-bias": Layout(tp=2, sequence_parallel=True, model={"linear_bias": True, "qk_norm": True}),
     "tp2-sp-dp2-plain": Layout(tp=2, dp=2, sequence_parallel=True, distributed_optimizer=False),
+    # context parallelism
+    "cp2": Layout(cp=2),
+    "cp2-plain": Layout(cp=2, distributed_optimizer=False),
+    "tp2-cp2": Layout(tp=2, cp=2, sequence_parallel=True),
+    "pp2-cp2-tied": Layout(pp=2, cp=2, model={"tied": True}),
+    "cp2-dp2": Layout(cp=2, dp=2),
+    "ep2-cp2-dp2-plain": Layout(cp=2, dp=2, ep=2, distributed_optimizer=False, model=MOE),
 }
 
 PRECISIONS: dict[str, Layout] = {
@@ -130,4 +140,13 @@ PRECISIONS: dict[str, Layout] = {
     "dp2-bf16-aware": Layout(dp=2, precision="bf16", cpu_offload=True, precision_aware=True),
     "ep2-dp2-bf16-aware": Layout(dp=4, ep=2, precision="bf16", cpu_offload=True, precision_aware=True, model=MOE),
     "tp2-bf16-grads-aware": Layout(tp=2, precision="bf16-grads", cpu_offload=True, precision_aware=True),
+}
+
+# Random masks differ from layout to layout, and auxiliary losses with the micro-batches: no unsharded model to compare with.
+RANDOM: dict[str, Layout] = {
+    "tp2-dropout": Layout(tp=2, dropout=0.1),
+    "tp2-sp-dropout": Layout(tp=2, sequence_parallel=True, dropout=0.1),
+    "dp2-dropout": Layout(dp=2, dropout=0.1),
+    "pp2-dropout": Layout(pp=2, dropout=0.1),
+    "ep2-dropout": Layout(dp=2, ep=2, dropout=0.1, balancing=True, model=MOE | {"routing_bias": True}),
 }

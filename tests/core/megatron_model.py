@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from tests.core.canonical import canonical_parts, gather_parts
+from tests.core.context_parallel import GatheringAttention, own_part
 from tests.core.layouts import Layout
 from tests.core.oracle import ModelShape, Tensors, routing_bias
 
@@ -48,24 +49,30 @@ class Training:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        micro = self.layout.micro_batch
-        micro_batches = list(zip(*(tensor[rank::size].split(micro) for tensor in batch), strict=True))
+        micro_batches = local_micro_batches(self.layout, batch)
         iterators = [iter(micro_batches) for _ in self.chunks]
         get_forward_backward_func()(
-            forward_step_func=_forward_step,
+            forward_step_func=forward_step,
             data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
             model=self.chunks,
             num_microbatches=len(micro_batches),
             seq_length=self.shape.positions,
-            micro_batch_size=micro,
+            micro_batch_size=self.layout.micro_batch,
             forward_only=False,
         )
 
 
-def _forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], object]]:
+def local_micro_batches(layout: Layout, batch: Batch) -> list[Batch]:
+    """This rank's share of the rows, and with context parallelism of the positions, in micro-batches."""
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    rows = own_part({str(index): tensor[rank::size] for index, tensor in enumerate(batch)})
+    return list(zip(*(tensor.split(layout.micro_batch) for tensor in rows.values()), strict=True))
+
+
+def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], object]]:
     tokens, labels, mask = next(iterator)
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    whole_length = tokens.shape[1] * parallel_state.get_context_parallel_world_size()
+    positions = own_part({"positions": torch.arange(whole_length).repeat(tokens.shape[0], 1)})["positions"]
 
     def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         total = (output.float() * mask).sum()
@@ -75,20 +82,31 @@ def _forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[Te
 
 
 def build(
-    layout: Layout, weights: Tensors, *, optimizer: str = "adam", clip_grad: float = 1.0, lr: float = 1e-3
+    layout: Layout,
+    weights: Tensors,
+    *,
+    optimizer: str = "adam",
+    clip_grad: float = 1.0,
+    lr: float = 1e-3,
+    per_token: bool = True,
 ) -> Training:
-    """Initialise model parallelism, build the chunks, load this rank's slices of ``weights``."""
+    """Initialise model parallelism, build the chunks, load this rank's slices of ``weights``.
+
+    ``per_token``: Megatron's ``calculate_per_token_loss``; without it training takes a mean of micro-batches' means.
+    """
     shape = ModelShape(**layout.model)
     parallel_state.initialize_model_parallel(
         layout.tp,
         layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
+        context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         num_distributed_optimizer_instances=layout.instances,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     config = _transformer_config(layout, shape)
+    config.calculate_per_token_loss = per_token
     modules = [_module(layout, shape, config, stage) for stage in range(layout.vpp or 1)]
     for module in modules:
         module.to(DTYPES[layout.precision])
@@ -165,8 +183,10 @@ def _module(layout: Layout, shape: ModelShape, config: TransformerConfig, stage:
 def _layer_spec(layout: Layout, shape: ModelShape, *, is_dense: bool) -> ModuleSpec:
     num_experts = None if is_dense else shape.experts or None
     spec = get_gpt_layer_local_spec(num_experts=num_experts, normalization="RMSNorm", qk_layernorm=shape.qk_norm)
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    if layout.cp > 1:
+        attention.core_attention = GatheringAttention
     if layout.sequence_parallel:
-        layer, attention = spec.submodules, spec.submodules.self_attention.submodules
         layer.input_layernorm = layer.pre_mlp_layernorm = SequenceParallelNorm
         if shape.qk_norm:
             attention.q_layernorm = attention.k_layernorm = SequenceParallelNorm
@@ -199,6 +219,7 @@ def _transformer_config(layout: Layout, shape: ModelShape) -> TransformerConfig:
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
         num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel,
         recompute_granularity="full" if layout.recompute else None,
         recompute_method="uniform" if layout.recompute else None,
@@ -210,7 +231,6 @@ def _transformer_config(layout: Layout, shape: ModelShape) -> TransformerConfig:
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,
     )
 
@@ -227,9 +247,9 @@ def _expert_settings(layout: Layout, shape: ModelShape) -> dict[str, Any]:
         "moe_router_topk": shape.top_k,
         "moe_router_score_function": "sigmoid" if shape.routing_bias else "softmax",
         "moe_router_enable_expert_bias": shape.routing_bias,
-        "moe_router_bias_update_rate": 0.0,  # the oracle's bias stays where it is
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
+        "moe_router_bias_update_rate": 0.1 if layout.balancing else 0.0,  # the oracle's bias stays where it is
+        "moe_router_load_balancing_type": "aux_loss" if layout.balancing else "none",
+        "moe_aux_loss_coeff": 0.1 if layout.balancing else 0.0,
         "moe_token_dispatcher_type": "allgather",  # gloo has no all-to-all
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.tp if layout.etp is None else layout.etp,

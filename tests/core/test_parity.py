@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.core.layouts import LAYOUTS, PRECISIONS
+from tests.core.layouts import LAYOUTS, PRECISIONS, RANDOM
 from tests.harness import WorkerGroup
 
 # fp32 activations and gradients against fp64: rounding errors of some 1e-7 per element, independent of each other, in a
@@ -33,6 +33,18 @@ def test_projected_gradient_equals_the_unsharded_one(
             assert result["removed"] == pytest.approx(result["expected_removed"], abs=FP32_TOLERANCE), granularity
             assert result["leak"] < FP32_TOLERANCE, granularity
             assert result["rank"] == 3, granularity
+
+
+@pytest.mark.parametrize("layout", RANDOM)
+def test_passes_with_dropout_are_projected_as_they_came(distributed: Callable[[int], WorkerGroup], layout: str) -> None:
+    """Against the fp64 projection of Megatron's own reduced gradients: only the projection itself rounds, fp32, 1e-7."""
+    for results in distributed(RANDOM[layout].world_size).run("tests.core.cases:random_parity", layout=layout):
+        for granularity, result in results.items():
+            assert result["error"] < FP32_TOLERANCE, granularity
+            assert result["norm_error"] < FP32_TOLERANCE, granularity
+            assert result["removed"] == pytest.approx(result["expected_removed"], abs=FP32_TOLERANCE), granularity
+            assert result["removed"] > 0.02, granularity
+            assert result["randomness"] > 0.05, granularity  # two passes over the same rows differ
 
 
 @pytest.mark.parametrize("layout", ALL_LAYOUTS)

@@ -50,6 +50,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
         "calculate_per_token_loss": True,
     }
     switches = "ogpsa_authors_rule ogpsa_authors_leak fp8 fp4 use_megatron_fsdp use_torch_fsdp2 mtp_num_layers".split()
+    switches += ["ogpsa_packing", "hybrid_context_parallel"]
     switches += "optimizer_cuda_graph perform_rl_step optimizer_cpu_offload use_precision_aware_optimizer".split()
     return lambda **changes: argparse.Namespace(**(plain | dict.fromkeys(switches) | changes))
 
@@ -59,7 +60,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
     [
         ({"fp8": "hybrid"}, "--fp8-format"),
         ({"fp4": "e2m1"}, "--fp4-format"),
-        ({"context_parallel_size": 2}, "--context-parallel-size"),
+        ({"context_parallel_size": 2, "ogpsa_reference_loss": [(None, "nll_pair")]}, "--context-parallel-size"),
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
         ({"optimizer": "muon"}, "--optimizer muon"),
@@ -80,6 +81,27 @@ def test_unsupported_flags_are_refused_by_name_with_references_only(
     check_projection_arguments(arguments(**change, ogpsa_reference=[]))
     with pytest.raises(UnsupportedError, match=f"^{flag} with --ogpsa-reference is not supported: .+; .+"):
         check_projection_arguments(arguments(**change))
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"ogpsa_stage": "dpo"}, "--ogpsa-stage dpo"),
+        ({"ogpsa_packing": True}, "--ogpsa-packing"),
+        ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
+        ({"transformer_impl": "local"}, "--transformer-impl local"),
+    ],
+)
+def test_what_context_parallelism_cannot_split_is_refused_by_name(
+    arguments: Callable[..., argparse.Namespace], change: dict[str, Any], flag: str
+) -> None:
+    from megatron_ogpsa.integration.context_parallel import check_context_parallel
+
+    plain = {"transformer_impl": "transformer_engine", "context_parallel_size": 2}
+    check_context_parallel(arguments(**plain))
+    check_context_parallel(arguments(**plain | change | {"context_parallel_size": 1}))
+    with pytest.raises(UnsupportedError, match=f"^--context-parallel-size 2 with {flag} is not supported: .+; .+"):
+        check_context_parallel(arguments(**plain | change))
 
 
 def test_the_papers_refresh_interval_is_the_stages(arguments: Callable[..., argparse.Namespace]) -> None:

@@ -110,9 +110,10 @@ def train(inputs: Path, tmp_path: Path, preloaded: PreloadedCommand) -> Train:
 
 
 def scalars(folder: Path, *names: str) -> dict[str, dict[int, float]]:
-    """What TensorBoard has, in full precision: name → step → value."""
+    """What TensorBoard has, in full precision: name → step → value; of everything if no names are given."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    return {name: {event.step: event.value for event in events.Scalars(name)} for name in names}
+    found = names or events.Tags()["scalars"]
+    return {name: {event.step: event.value for event in events.Scalars(name)} for name in found}
