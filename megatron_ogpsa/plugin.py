@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -25,12 +26,29 @@ from megatron_ogpsa.config import MAX_CONFLICT_REFERENCES, OGPSAConfig
 from megatron_ogpsa.errors import UnsupportedError
 from megatron_ogpsa.projection.basis import orthonormalise
 from megatron_ogpsa.projection.conflict import Cone
-from megatron_ogpsa.projection.segments import combine_rows, gram_and_dots
+from megatron_ogpsa.projection.segments import combine_rows, cross_products, gram_and_dots
 from megatron_ogpsa.sharding.gradients import GradientShard
 from megatron_ogpsa.spaces import SPACES, Basis, GradientSpace
 from megatron_ogpsa.support import check_supported
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceInterval:
+    """What a refresh tells of one reference over the steps since the refresh before.
+
+    Attributes:
+        captured: ‖Qᵀa‖²/‖a‖², the share of the fresh gradient's energy in the subspace that was protected; 1 if the basis
+            is not stale at all, NaN for a gradient that is zero.
+        predicted_change: ⟨a, θ_now − θ_then⟩, a being the gradient at the refresh before: what the steps since have done
+            to the reference's loss, to first order. Zero up to rounding if the update is projected, and Adam's doing if
+            the gradient is. None if the reference is new, or if the parameters lie within the inner optimizer
+            (``--optimizer-cpu-offload``, ``--use-precision-aware-optimizer``).
+    """
+
+    captured: float
+    predicted_change: float | None
 
 
 class OGPSA:
@@ -39,6 +57,7 @@ class OGPSA:
     Attributes:
         rejected_refreshes: refreshes in a row whose references were not finite, so that the last good basis was kept.
         reference_names: of the basis in use.
+        interval: what the last refresh tells of the steps since the one before it; empty after the first.
     """
 
     def __init__(
@@ -48,11 +67,13 @@ class OGPSA:
         self.config = config
         self.rejected_refreshes = 0
         self.reference_names: list[str] = []
+        self.interval: dict[str, ReferenceInterval] = {}
         self._optimizer = optimizer
         self._shard = GradientShard(optimizer, chunks, by_tensor=config.granularity == "tensor")
         self._space = SPACES[config.space](optimizer, self._shard, check_leak=config.check_leak)
         self._captured_names: list[str] | None = None
         self._captured_KN: Tensor | None = None
+        self._along_BK: Tensor | None = None  # Qᵀθ as the basis was made, this rank's share
 
     @property
     def enabled(self) -> bool:
@@ -141,13 +162,15 @@ class OGPSA:
                 "join some references into one, or use mode orthogonal"
             )
         layout = self._shard.layout
-        gram_BKK = sum_over_ranks(gram_and_dots(layout, rows_KN), self._shard.reduction.group).cpu()
+        gram_BKK, with_old_BKJ, moved_BJ = self._summed_products(rows_KN)
         if bad := _not_finite(gram_BKK, names):
             self.rejected_refreshes += 1
+            self.interval = {}
             kept = "the last good basis is kept" if self.has_basis else "no basis yet: steps are not projected"
             logger.warning("the gradient of reference %s is not finite; %s", ", ".join(bad), kept)
             return False
         self.rejected_refreshes = 0
+        self.interval = self._told_of_interval(names, gram_BKK, with_old_BKJ, moved_BJ)
         transform = orthonormalise(gram_BKK, self.config.rank_tolerance)
         reference_BKK = transform.reference_BKK.to(layout.device)
         self._space.basis = None  # its memory serves the new one
@@ -159,7 +182,51 @@ class OGPSA:
             rank_total=int(transform.rank_B.sum()),
         )
         self.reference_names = names
+        self._along_BK = self._along(self._space.basis)
         return True
+
+    def _summed_products(self, rows_KN: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """In one all-reduce: A·Aᵀ, A·Qᵀ with the basis in use, and Q·(θ − θ at its refresh), fp64 on the host.
+
+        [B, K, K], [B, K, J], [B, J]; the last two are None where there is no basis, or no way to the parameters.
+        """
+        layout, basis = self._shard.layout, self._space.basis
+        tables = [gram_and_dots(layout, rows_KN)]
+        if basis is not None:
+            tables.append(cross_products(layout, rows_KN, basis.rows_KN))
+            along_BK = self._along(basis)
+            if along_BK is not None and self._along_BK is not None:
+                tables.append(along_BK - self._along_BK)
+        joined = torch.cat([table.flatten(1) for table in tables], dim=1)
+        summed = sum_over_ranks(joined, self._shard.reduction.group).cpu()
+        parts = summed.split([table.flatten(1).shape[1] for table in tables], dim=1)
+        gram, *others = (part.reshape(table.shape) for part, table in zip(parts, tables, strict=True))
+        return gram, others[0] if others else None, others[1] if others[1:] else None
+
+    def _along(self, basis: Basis) -> Tensor | None:
+        """Qᵀθ, this rank's share, fp64 [B, K]."""
+        if not self._shard.reaches_parameters:
+            return None
+        layout = self._shard.parameter_layout
+        return gram_and_dots(layout, basis.rows_KN, self._shard.parameters)[:, :-1]
+
+    def _told_of_interval(
+        self, names: Sequence[str], gram_BKK: Tensor, with_old_BKJ: Tensor | None, moved_BJ: Tensor | None
+    ) -> dict[str, ReferenceInterval]:
+        """What the sums of a refresh tell of the steps since the last one."""
+        basis = self._space.basis
+        if basis is None or with_old_BKJ is None:
+            return {}
+        energy_K = gram_BKK.diagonal(dim1=-2, dim2=-1).sum(dim=0)
+        captured_K = with_old_BKJ.square().sum(dim=(0, 2)) / energy_K
+        predicted: dict[str, float] = {}
+        if moved_BJ is not None:  # a_j = Q·(Qᵀa_j), so that ⟨a_j, Δ⟩ = ⟨Qᵀa_j, QᵀΔ⟩
+            changes_K = torch.einsum("bjk,bj->k", basis.reference_BKK.cpu(), moved_BJ)
+            predicted = dict(zip(self.reference_names, changes_K.tolist(), strict=True))
+        return {
+            name: ReferenceInterval(captured=captured, predicted_change=predicted.get(name))
+            for name, captured in zip(names, captured_K.tolist(), strict=True)
+        }
 
     def _stored(self, rows_KN: Tensor, weights_BKK: Tensor) -> Tensor:
         """Q = A·W in the dtype and on the device that the config asks for; in A's own memory where it can be."""
@@ -211,7 +278,7 @@ class OGPSA:
     def detach(self) -> None:
         """Give the optimizer its own methods back and free the basis."""
         self._space.remove()
-        self._captured_KN = self._captured_names = None
+        self._captured_KN = self._captured_names = self._along_BK = None
 
 
 def _not_finite(gram_BKK: Tensor, names: Sequence[str]) -> list[str]:
@@ -242,4 +309,4 @@ def attach(
     return OGPSA(optimizer, chunks, config or OGPSAConfig())
 
 
-__all__ = ["OGPSA", "attach"]
+__all__ = ["OGPSA", "ReferenceInterval", "attach"]

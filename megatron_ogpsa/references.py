@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -98,6 +99,19 @@ def _pinned(micro_batch: MicroBatch) -> MicroBatch:
     return micro_batch
 
 
+@dataclass(frozen=True, kw_only=True)
+class Refreshed:
+    """What a refresh found.
+
+    Attributes:
+        is_new: whether the basis is new; false if a reference gradient was not finite, on all ranks alike.
+        losses: of each reference, as its gradient was taken; empty on ranks that do not hold the last pipeline stage.
+    """
+
+    is_new: bool
+    losses: dict[str, float]
+
+
 def refresh(
     ogpsa: OGPSA,
     references: Sequence[Reference],
@@ -108,7 +122,7 @@ def refresh(
     seq_length: int,
     micro_batch_size: int,
     decoder_seq_length: int | None = None,
-) -> bool:
+) -> Refreshed:
     """Compute the reference gradients as training gradients are computed, and give the plugin its new basis.
 
     Each reference finds the same random states, expert biases and counts, so that its gradient does not depend on which
@@ -116,19 +130,18 @@ def refresh(
 
     Args:
         forward_backward: Megatron's schedule for this layout (``get_forward_backward_func``).
-
-    Returns:
-        Whether the basis is new; false if a reference gradient was not finite, on all ranks alike.
     """
     ogpsa.begin_refresh()
+    sums: list[LossSum] = []
     with _progress_bar(references) as bar:
         for reference in references:
             _zero_gradients(chunks, optimizer)
             # Rank 0 is on the first stage, whose first chunk draws every micro-batch.
             iterators = [_watched(reference.micro_batches, bar if chunk is chunks[0] else None) for chunk in chunks]
+            sums.append(LossSum())
             with no_trace(chunks):  # of each on its own: otherwise one would route the next one's tokens
                 forward_backward(
-                    forward_step_func=reference.forward_step,
+                    forward_step_func=sums[-1].of(reference.forward_step),
                     data_iterator=iterators if len(chunks) > 1 else iterators[0],
                     model=list(chunks),
                     num_microbatches=len(reference.micro_batches),
@@ -139,7 +152,39 @@ def refresh(
                 )
             ogpsa.capture(reference.name)
     _zero_gradients(chunks, optimizer)
-    return ogpsa.finish_refresh()
+    names = [reference.name for reference in references]
+    return Refreshed(losses=_mean_losses(names, sums), is_new=ogpsa.finish_refresh())
+
+
+class LossSum:
+    """The sum of a loss over micro-batches, and the number that it is a sum of, on one rank of the last stage."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+
+    def of(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
+        """``forward_step`` with a loss function that also adds up here; the loss stays on its device."""
+
+        def adding(*args: Any, **kwargs: Any) -> Any:
+            output, loss = forward_step(*args, **kwargs)
+
+            def added(*loss_args: Any, **loss_kwargs: Any) -> Any:
+                result = loss(*loss_args, **loss_kwargs)
+                self.parts.append(torch.stack((result[0].detach().double(), result[1].double())))
+                return result
+
+            return output, added
+
+        return adding
+
+
+def _mean_losses(names: Sequence[str], sums: Sequence[LossSum]) -> dict[str, float]:
+    """Means over all samples, on ranks of the last stage, whose data-parallel group adds them in one all-reduce."""
+    if not all(loss.parts for loss in sums):
+        return {}
+    table_K2 = torch.stack([torch.stack(loss.parts).sum(dim=0) for loss in sums])
+    dist.all_reduce(table_K2, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return dict(zip(names, (table_K2[:, 0] / table_K2[:, 1]).tolist(), strict=True))
 
 
 def _progress_bar(references: Sequence[Reference]) -> tqdm[NoReturn]:

@@ -203,7 +203,7 @@ class UpdateSpace(Space):
 
     def __init__(self, optimizer: MegatronOptimizer, shard: GradientShard, *, check_leak: bool) -> None:
         super().__init__(optimizer, shard, check_leak=check_leak)
-        self._layout = shard.parameter_layout()
+        self._layout = shard.parameter_layout
         self._norm: float | None = None
 
     @override

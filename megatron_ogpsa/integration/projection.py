@@ -19,6 +19,7 @@ from megatron_ogpsa.config import OGPSAConfig
 from megatron_ogpsa.errors import UnsupportedError, UserError
 from megatron_ogpsa.integration.authors import LEAK_NOTICE, check_authors_arguments, leak_weight
 from megatron_ogpsa.integration.loop import read_state
+from megatron_ogpsa.integration.protection import tell_interval
 from megatron_ogpsa.integration.reference_data import loss_of_reference
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ class ProjectionRun:
         self._references: list[Reference] = []
         self._refresh_is_due = True
         self._refresh_seconds = 0.0
+        self._losses: dict[str, float] = {}
 
     def start(self, model: list[Any], optimizer: Any, forward_backward: Callable[..., Any], iteration: int) -> None:
         """Load the references and attach the plugin."""
@@ -145,7 +147,7 @@ class ProjectionRun:
         from megatron_ogpsa.references import refresh
 
         started = time.monotonic()
-        is_new = refresh(
+        refreshed = refresh(
             self._ogpsa,
             self._references,
             optimizer=optimizer,
@@ -158,8 +160,10 @@ class ProjectionRun:
         self._refresh_seconds = time.monotonic() - started
         self._refresh_is_due = False
         weight = leak_weight(self._args, step, self._ogpsa.config.refresh_interval)
-        if is_new and weight:
+        if refreshed.is_new and weight:
             self._ogpsa.add_references_once(weight)
+        tell_interval(step, refreshed.losses, self._losses, self._ogpsa.interval)
+        self._losses = refreshed.losses
 
     def figures(self) -> dict[str, torch.Tensor]:
         """What was removed (a share of the gradient, or a length of the update), the rank, and a refresh's time."""

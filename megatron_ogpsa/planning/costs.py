@@ -87,8 +87,10 @@ def step_message(projection: Projection) -> int:
 
 
 def refresh_message(projection: Projection) -> int:
-    """Bytes of the one all-reduce of a refresh: a k×k Gram matrix for each block."""
-    return projection.blocks * projection.references**2 * FP64
+    """Bytes of the one all-reduce of a refresh: for each block a k×k Gram matrix, the k×k products with the basis in use,
+    and k numbers of how far the parameters moved along it. The first refresh of a run sends the Gram matrices alone.
+    """
+    return projection.blocks * projection.references * (2 * projection.references + 1) * FP64
 
 
 def reference_micro_batches(samples: int, micro_batch: int, data_parallel: int, multiple: int = 1) -> int:

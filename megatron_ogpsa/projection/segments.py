@@ -186,6 +186,26 @@ def _accumulate(table_B: Tensor, tile: Tile, products_T: Tensor) -> None:
     table_B.index_add_(0, tile.counted_blocks_S, sums_S)
 
 
+def cross_products(layout: SegmentLayout, rows_KN: Tensor, others_JN: Tensor) -> Tensor:
+    """Local inner products, block by block, of K vectors with J others: R·Oᵀ.
+
+    Returns:
+        fp64 [B, K, J]: this rank's share, elements that are not counted left out. Sum over ranks next.
+    """
+    table = layout.table(rows_KN.shape[0], others_JN.shape[0])
+    for tile in layout.tiles:
+        if not tile.counted and tile.lengths_S is None:
+            continue
+        rows_KT, others_JT = (
+            rows[:, tile.columns].to(layout.device, torch.float64, non_blocking=True) for rows in (rows_KN, others_JN)
+        )
+        if tile.lengths_S is None:
+            table[tile.block] += rows_KT @ others_JT.mT
+        else:
+            _accumulate(table, tile, rows_KT[:, None, :] * others_JT[None, :, :])
+    return table[: layout.num_blocks]
+
+
 def gram_and_dots(layout: SegmentLayout, rows_KN: Tensor, spans: Sequence[Tensor] | None = None) -> Tensor:
     """Local inner products, block by block, of K vectors with each other or with one more vector.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, chain
 
 import torch
@@ -87,6 +88,11 @@ class GradientShard:
     ) -> None:
         optimizers = leaf_optimizers(optimizer)
         self.reduction = reduction_of(optimizers, chunks)
+        self._reaches_parameters = not any(
+            getattr(leaf.config, name, False)
+            for leaf in optimizers
+            for name in ("optimizer_cpu_offload", "use_precision_aware_optimizer")
+        )
         pieces = list(pieces_of(optimizers, chunks, self.reduction))
         self._runs = _adjacent_runs([piece for piece in pieces if piece.in_place])
         self._packed = [piece for piece in pieces if not piece.in_place]
@@ -116,10 +122,16 @@ class GradientShard:
         return self._spans
 
     @property
+    def reaches_parameters(self) -> bool:
+        """Whether :attr:`parameters` are what the inner optimizers update; some keep fp32 copies within themselves."""
+        return self._reaches_parameters
+
+    @property
     def parameters(self) -> list[Tensor]:
-        """What the inner optimizers update, 1-D and fp32: the spans of :meth:`parameter_layout`."""
+        """What the inner optimizers update, 1-D and fp32: the spans of :attr:`parameter_layout`."""
         return [piece.holder.detach().view(-1) for piece in self._pieces]
 
+    @cached_property
     def parameter_layout(self) -> SegmentLayout:
         """The blocks of :attr:`parameters`, with the basis' columns that belong to them.
 

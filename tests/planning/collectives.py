@@ -69,21 +69,25 @@ def collectives(world: World, rank: int, space: str) -> dict[str, Any]:
                 optimizer.step()
             return calls
 
+        def refresh(ogpsa: Any) -> Calls:
+            ogpsa.begin_refresh()
+            for number in range(REFERENCES):
+                fill(seed=number + 1)
+                ogpsa.capture(f"reference {number}")
+            with recorded_collectives() as calls:
+                ogpsa.finish_refresh()
+            return calls
+
         step()  # Megatron caches answers about parameter groups in its first step
         plain = step()
         ogpsa = attach(optimizer, chunks, OGPSAConfig(space=space))  # type: ignore[arg-type]
-        ogpsa.begin_refresh()
-        for number in range(REFERENCES):
-            fill(seed=number + 1)
-            ogpsa.capture(f"reference {number}")
-        with recorded_collectives() as refresh:
-            ogpsa.finish_refresh()
+        refreshes = [refresh(ogpsa) for _ in range(2)]
         projected = step()
         return {
             "blocks": len(ogpsa.block_names),
             "plain": _as_list(plain),
             "projected": _as_list(projected),
-            "refresh": _as_list(refresh),
+            "refreshes": [_as_list(calls) for calls in refreshes],
         }
 
 

@@ -101,7 +101,7 @@ def test_bytes() -> None:
     assert costs.step_traffic(replace(PROJECTION, of_update=True), SHARD) == 1000 * (3 * (8 + 4) + 4)
     assert costs.step_message(PROJECTION) == 10 * 3 * 8
     assert costs.step_message(replace(PROJECTION, of_update=True)) == 10 * 2 * 8
-    assert costs.refresh_message(PROJECTION) == 10 * 4 * 8
+    assert costs.refresh_message(PROJECTION) == 10 * (4 + 4 + 2) * 8
 
 
 def test_time_of_refreshes() -> None:

@@ -74,4 +74,6 @@ def test_what_a_rank_of_1024_sends(world: str) -> None:
                 assert result["projected"] == [own]
             else:
                 assert result["projected"] == sorted([*megatrons, own])
-            assert result["refresh"] == [["all_reduce", costs.refresh_message(projection), 1]]
+            first, second = result["refreshes"]
+            assert first == [["all_reduce", 8 * result["blocks"] * REFERENCES**2, 1]]
+            assert second == [["all_reduce", costs.refresh_message(projection), 1]]

@@ -1,0 +1,66 @@
+"""Whether protection works in the run at hand: each reference's loss from one refresh to the next, told and logged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_ogpsa.plugin import ReferenceInterval
+
+
+def interval_figures(
+    losses: Mapping[str, float], before: Mapping[str, float], interval: Mapping[str, ReferenceInterval]
+) -> dict[str, dict[str, float]]:
+    """For each reference what is known of the steps since the last refresh.
+
+    ``loss``: mean over its samples now. ``change``: of that loss. ``predicted``: ⟨a, Δθ⟩ with the gradient a of the last
+    refresh, which is what the steps have done to first order; the rest of ``change`` is curvature, and what sixteen-bit
+    weights and dropout add. ``captured``: share of the fresh gradient's energy in the subspace that was protected.
+    """
+    figures: dict[str, dict[str, float]] = {}
+    for name, loss in losses.items():
+        own = {"loss": loss}
+        if name in before:
+            own["change"] = loss - before[name]
+        if (told := interval.get(name)) is not None:
+            own["captured"] = told.captured
+            if told.predicted_change is not None:
+                own["predicted"] = told.predicted_change
+        figures[name] = own
+    return figures
+
+
+def as_line(step: int, figures: Mapping[str, Mapping[str, float]]) -> str:
+    """One line for the console."""
+    parts = []
+    for name, own in figures.items():
+        told = f"{name} loss {own['loss']:.4f}"
+        if "change" in own:
+            told += f" ({own['change']:+.4f}"
+            told += f", to first order {own['predicted']:+.4f})" if "predicted" in own else ")"
+        if "captured" in own:
+            told += f", {own['captured']:.0%} of its gradient was protected"
+        parts.append(told)
+    return f"OGPSA refresh at step {step}: {'; '.join(parts)}"
+
+
+def tell_interval(
+    step: int, losses: Mapping[str, float], before: Mapping[str, float], interval: Mapping[str, ReferenceInterval]
+) -> None:
+    """Print and log the figures, on the rank that logs; others do nothing.
+
+    TensorBoard and Weights & Biases get ``ogpsa NAME/loss``, ``…/change``, ``…/predicted`` and ``…/captured``.
+    """
+    from megatron.training import get_tensorboard_writer, get_wandb_writer, print_rank_last
+
+    figures = interval_figures(losses, before, interval)
+    if not figures:
+        return
+    print_rank_last(as_line(step, figures))
+    named = {f"ogpsa {name}/{key}": value for name, own in figures.items() for key, value in own.items()}
+    if writer := get_tensorboard_writer():
+        for name, value in named.items():
+            writer.add_scalar(name, value, step)
+    if wandb := get_wandb_writer():
+        wandb.log(named, step)
