@@ -27,7 +27,7 @@ SETTINGS = [
 
 SHARDED = [
     *("tp2", "dp2", "dp2-plain", "tp2-pp2", "pp2-vpp2-dp2", "tp2-dp2-plain", "pp2-tied", "dp4-instances"),
-    *("ep2-dp2", "ep2-dp2-plain", "dp2-bf16", "dp2-bf16-grads-plain", "tp2-fp16", "tp2-sp"),
+    *("ep2-dp2", "ep2-dp2-plain", "dp2-bf16", "dp2-bf16-grads-plain", "tp2-fp16", "tp2-sp", "cp2-dp2"),
 ]
 
 

@@ -25,7 +25,6 @@ EXPERT_BIAS = EP2 + (
 
 LAYOUTS = {
     "tp2-pp2": "",
-    "dp2": DP2,
     "dp2-update-space": DP2 + "--ogpsa-space update",
     "ep2-expert-bias": EXPERT_BIAS,
 }
