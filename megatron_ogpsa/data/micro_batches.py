@@ -14,7 +14,8 @@ def deal_out(rows: Sequence[Row], *, micro_batch_size: int, rank: int, size: int
     """This rank's micro-batches; every rank gets the same number.
 
     Sums over all rows do not depend on how rows are dealt out. Where they do not come out even, rows without a supervised
-    token and without a pair fill the last micro-batches; they add nothing to any sum.
+    token and without a pair fill the last micro-batches. They add nothing to any sum of losses over tokens or pairs; routers
+    do route their tokens, so that losses that balance experts see a few more.
 
     Args:
         rows: at least one; tensors of one shape for each name.
