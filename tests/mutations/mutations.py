@@ -22,7 +22,7 @@ REFUSED_WITH_AUTHORS = "tests/core/test_support.py::test_what_is_not_the_authors
 PREFERENCE = "tests/losses/test_preference.py"
 SHARDED_PREFERENCE = "tests/losses/test_sharded.py"
 RESUMED = "tests/integration/test_train.py::test_a_resumed_run_is_bitwise_the_undisturbed_one"
-NO_TRACE = "tests/integration/test_train.py::test_a_refresh_leaves_no_trace"
+PASSES = "tests/core/test_references.py::test_references_are_unsharded_gradients_and_leave_no_trace"
 AUTHORS_LEAK = "tests/integration/test_dpo.py::test_the_authors_rule_and_their_leak"
 
 
@@ -152,7 +152,7 @@ REDUCTIONS = (
         """        return Reduction(
             parallel_state.get_model_parallel_group() if chunks else groups[0], spans_data_parallel_copies=False
         )""",
-        (f"{GRAM}[dp2]",),
+        (f"{GRAM}[dp2-overlap]",),
         "the distributed optimizer's shards are not summed over data-parallel ranks",
     ),
     Mutation(
@@ -285,14 +285,14 @@ PRECISION = (
         "megatron_ogpsa/projection/segments.py",
         "table[tile.block, :num_rows] += rows_KT @ vector_T",
         "table[tile.block, :num_rows] += rows_KT.float() @ vector_T.float()",
-        (MATHEMATICS,),
+        (f"{MATHEMATICS}::test_a_long_block_is_summed_in_fp64",),
         "the coefficients of a step are summed in fp32",
     ),
     Mutation(
         "copies-rounded-by-a-matrix-product",
         "megatron_ogpsa/projection/segments.py",
         "    total_T = rows_KT[0] * _per_element(tile, weights_BK[:, 0])\n",
-        "    if tile.lengths_S is None:\n        return weights_BK[tile.block] @ rows_KT\n"
+        "    if tile.lengths_S is None:\n        return rows_KT.mT.contiguous() @ weights_BK[tile.block]\n"
         "    total_T = rows_KT[0] * _per_element(tile, weights_BK[:, 0])\n",
         (f"{MATHEMATICS}::test_copies_stay_bitwise_the_same_however_their_tiles_are_cut",),
         "a matrix product is faster, and rounds copies of a weight differently on each rank",
@@ -463,7 +463,7 @@ REFRESH = (
         "megatron_ogpsa/references.py",
         "        for reference in references:\n            _zero_gradients(chunks, optimizer)\n",
         "        _zero_gradients(chunks, optimizer)\n        for reference in references:\n",
-        (f"{NO_TRACE}[dp2-overlap]",),
+        (f"{PASSES}[dp2-overlap]",),
         "each reference's gradient has those before it in it",
     ),
     Mutation(
@@ -471,7 +471,7 @@ REFRESH = (
         "megatron_ogpsa/references.py",
         "            ogpsa.capture(reference.name)\n        _zero_gradients(chunks, optimizer)\n",
         "            ogpsa.capture(reference.name)\n",
-        (f"{NO_TRACE}[dp2-overlap]",),
+        (f"{PASSES}[dp2-overlap]",),
         "the last reference's gradient stays in Megatron's buffers, for whoever accumulates into them next",
     ),
     Mutation(
@@ -480,7 +480,7 @@ REFRESH = (
         '        settings += [(config, "timers", None), (config, "calculate_per_token_loss", True)]\n',
         '        settings += [(config, "timers", None), (config, "calculate_per_token_loss", True)]\n'
         '        settings += [(config, "finalize_model_grads_func", None)]\n',
-        (f"{NO_TRACE}[dp2-overlap]",),
+        (f"{PASSES}[tp2-sp]",),
         "reference gradients are taken before they are reduced over ranks and divided by the number of tokens",
     ),
     Mutation(
@@ -488,7 +488,7 @@ REFRESH = (
         "megatron_ogpsa/references.py",
         "        get_cuda_rng_tracker().set_states(tracked)\n",
         "        tracked.clear()\n",
-        (f"{NO_TRACE}[dp2-overlap]",),
+        (f"{PASSES}[dp2-overlap]",),
         "a refresh draws from Megatron's tensor-parallel random states, so that dropout differs after it",
     ),
     Mutation(
@@ -496,7 +496,7 @@ REFRESH = (
         "megatron_ogpsa/references.py",
         "                buffer.copy_(value)\n",
         "                value.copy_(buffer)\n",
-        (f"{NO_TRACE}[dp2-overlap]",),
+        (f"{PASSES}[ep2-sigmoid-bias]",),
         "reference tokens move the experts' bias",
     ),
     Mutation(
@@ -504,7 +504,7 @@ REFRESH = (
         "megatron_ogpsa/references.py",
         "        tracker._metrics = saved\n",
         "        saved.update(tracker._metrics)\n        tracker._metrics = saved\n",
-        (f"{NO_TRACE}[dp2-overlap]",),
+        (f"{PASSES}[ep2-sigmoid-bias]",),
         "auxiliary losses of reference passes are added to those that the log shows",
     ),
     Mutation(

@@ -27,6 +27,8 @@ LIMIT_SECONDS = 600.0
 CRASHES = ("AttributeError", "ImportError", "ModuleNotFoundError", "NameError", "SyntaxError", "TypeError")
 """A mutation that ends like this is not code that someone could have shipped: any test at all would notice it."""
 
+LONGEST_LINE = 140
+
 ALL_PASSED, SOME_FAILED = 0, 1
 """Exit codes of pytest. All others mean that tests were not run as asked."""
 
@@ -86,12 +88,12 @@ def copied_project() -> Iterator[Path]:
 
 def _check_what_is_imported(copy: Path) -> None:
     """An editable installation points at another tree; ranks inherit this environment, and start in other folders."""
-    program = "import megatron_ogpsa, tests.harness.rank as r; print(megatron_ogpsa.__file__); print(r.PROJECT_ROOT)"
+    program = "from importlib.util import find_spec as f; print(f('megatron_ogpsa').origin); print(f('tests').origin)"
+    expected = [str(copy / package / "__init__.py") for package in ("megatron_ogpsa", "tests")]
     for folder in (copy, copy.parent):
         done = subprocess.run(
             [sys.executable, "-c", program], cwd=folder, env=_environment(copy), capture_output=True, text=True
         )
-        expected = [str(copy / "megatron_ogpsa" / "__init__.py"), str(copy)]
         if done.stdout.splitlines() != expected:
             raise CopyError(f"{expected} would not be what is tested:\n{done.stdout}{done.stderr}")
 
@@ -178,7 +180,7 @@ def _failures(results: Path) -> list[Failure]:
         Failure(
             f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}",
             child.tag,
-            telling_line(child.get("message", "")),
+            telling_line(child.text or "", child.get("message", "")),
         )
         for case in ElementTree.parse(results).iter("testcase")
         for child in case
@@ -186,12 +188,19 @@ def _failures(results: Path) -> list[Failure]:
     ]
 
 
-def telling_line(message: str) -> str:
-    """Of an exception's message the line that says what was wrong; of a failed job, what the rank raised."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    raised = [line for line in lines if re.match(r"(\w+\.)*\w+(Error|Exception|Failed)\b(?!.*JobFailed)", line)]
-    if lines and "JobFailed" in lines[0]:
-        said = raised[-1] if len(raised) > 1 else lines[0]
-    else:
-        said = next((line for line in lines if line.startswith("assert ")), lines[0] if lines else "")
-    return said if len(said) <= 160 else said[:159] + "…"
+def telling_line(report: str, message: str = "") -> str:
+    """Of pytest's report of a failure the line that says what was wrong; of a failed job, what the rank raised.
+
+    Args:
+        report: the lines of the exception begin with E, the line of the test with >.
+        message: stands in where the report has no such lines.
+    """
+    marked = [line[1:].strip() for line in report.splitlines() if line.startswith("E ")]
+    lines = [line for line in marked or message.splitlines() if line.strip()]
+    said = next((line for line in lines if line.startswith("assert ")), lines[0] if lines else "")
+    if "JobFailed" in said:
+        raised = [line for line in lines[1:] if re.match(r"(\w+\.)*\w*(Error|Exception)\b", line)]
+        said = raised[-1] if raised else said
+    elif said.endswith("assert False"):
+        said = [line[1:].strip() for line in report.splitlines() if line.startswith("> ")][-1]
+    return said if len(said) <= LONGEST_LINE else said[: LONGEST_LINE - 1] + "…"
