@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -71,4 +72,6 @@ def _parser(mutations: Sequence[Mutation]) -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    # Whoever ends this ends the tests that run, and the copy goes; without a handler both would stay.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -325,20 +325,12 @@ PRECISION = (
 
 STEP = (
     Mutation(
-        "projected-before-unscaling",
-        "megatron_ogpsa/spaces.py",
-        """        found_inf: bool = self._megatrons["prepare_grads"]()
-        if not self.enabled or self.basis is None:
-            return found_inf
-        if found_inf or not self._project(self.basis, added_weight):
-""",
-        """        if not self.enabled or self.basis is None:
-            return bool(self._megatrons["prepare_grads"]())
-        is_finite = self._project(self.basis, added_weight)
-        if self._megatrons["prepare_grads"]() or not is_finite:
-""",
-        (f"{SIXTEEN_BIT}[dp2-fp16-plain-tensor]",),
-        "the gradient is projected before Megatron has divided it by the loss scale",
+        "buffer-projected",
+        "megatron_ogpsa/sharding/gradients.py",
+        "        gradient: Tensor = getattr(self.holder, self.grad_name)\n",
+        "        gradient: Tensor = self.main_grad\n",
+        (f"{SIXTEEN_BIT}[dp2-bf16-grads-tensor]",),
+        "Megatron's buffer is projected where the optimizer reads a copy that was made, and unscaled, before",
     ),
     Mutation(
         "norm-before-projection",

@@ -199,7 +199,8 @@ def telling_line(report: str, message: str = "") -> str:
     lines = [line for line in marked or message.splitlines() if line.strip()]
     said = next((line for line in lines if line.startswith("assert ")), lines[0] if lines else "")
     if "JobFailed" in said:
-        raised = [line for line in lines[1:] if re.match(r"(\w+\.)*\w*(Error|Exception)\b", line)]
+        ends = r"the process (was ended|exited)|(\w+\.)*\w*(Error|Exception)\b"
+        raised = [line for line in lines[1:] if re.match(ends, line) and "Connection reset by peer" not in line]
         said = raised[-1] if raised else said
     elif said.endswith("assert False"):
         said = [line[1:].strip() for line in report.splitlines() if line.startswith("> ")][-1]
