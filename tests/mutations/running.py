@@ -198,7 +198,8 @@ def telling_line(report: str, message: str = "") -> str:
     marked = [line[1:].strip() for line in report.splitlines() if line.startswith("E ")]
     lines = [line for line in marked or message.splitlines() if line.strip()]
     said = next((line for line in lines if line.startswith("assert ")), lines[0] if lines else "")
-    if "JobFailed" in said:
+    if lines and "JobFailed" in lines[0]:  # first of all: a rank's traceback may quote an assert that holds
+        said = lines[0]
         ends = r"the process (was ended|exited)|(\w+\.)*\w*(Error|Exception)\b"
         raised = [line for line in lines[1:] if re.match(ends, line) and "Connection reset by peer" not in line]
         said = raised[-1] if raised else said

@@ -73,6 +73,7 @@ E       tests.harness.group.JobFailed: tests.core.cases:job({}) failed
 E
 E       rank 1 failed:
 E           Traceback (most recent call last):
+E               assert equal, f"copies of {name} differ"
 E           AssertionError: copies of model.norm.weight differ
 E
 E       rank 0 failed:
