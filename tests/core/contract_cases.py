@@ -159,7 +159,7 @@ def not_finite(layout: str, bad_rank: int, space: str = "gradient") -> dict[str,
     return {
         "refreshes": (first, second),
         "kept": torch.equal(basis, ogpsa._space.basis.rows_KN),
-        "warning": warning.call_args.args[0] % warning.call_args.args[1:],
+        "warnings": [call.args[0] % call.args[1:] for call in warning.call_args_list],
         "skipped": skipped[0] is False,
         "unchanged": unchanged,
         "skipped_steps": ogpsa.skipped_steps,

@@ -18,8 +18,9 @@ def opposed(shape: oracle.ModelShape, names: list[str], count: int, separation: 
     """``count`` references and, last, a gradient; fp32 numbers, returned in fp64.
 
     They share a direction with alternating signs, so that the gradient hurts some references and not others, and
-    references hurt each other. With ``separation`` the references are the first one and neighbours of it, that far
-    away.
+    references hurt each other. In the second half of the tensors the odd references change sides, with half the
+    strength: a shard does not tell which of them are hurt by the whole gradient. With ``separation`` the references are
+    the first one and neighbours of it, that far away.
     """
     shapes = oracle.shapes_of(shape)
 
@@ -38,7 +39,8 @@ def opposed(shape: oracle.ModelShape, names: list[str], count: int, separation: 
             span = {name: sum(reference[name] for reference in result) for name in names}
             result.append({name: own[name] - 2.0 * span[name] for name in names})
         else:
-            result.append({name: own[name] + sign * common[name] for name in names})
+            turned = dict.fromkeys(names[len(names) // 2 :] if index % 2 and index < count else (), -0.5)
+            result.append({name: own[name] + sign * turned.get(name, 1.0) * common[name] for name in names})
     return [{name: tensor.double() for name, tensor in tensors.items()} for tensors in result]
 
 

@@ -109,6 +109,19 @@ def test_a_small_block_beside_large_ones_is_summed_as_if_it_were_alone() -> None
 
 
 @pytest.mark.parametrize("limits", LIMITS)
+def test_a_long_block_is_summed_in_fp64(limits: TileLimits) -> None:
+    """To 1e-12 of the vectors' lengths, in any order of the sum; fp32 within tiles gives 1e-8."""
+    layout = SegmentLayout([[Segment(2**17, 0, True)]], 1, CPU, limits)
+    rows, vector = random(2, layout.num_elements), random(layout.num_elements, seed=1) + 3.0
+    gram, dots = gram_and_dots(layout, rows), gram_and_dots(layout, rows, [vector])
+    sizes = rows.double().norm(dim=1)
+    torch.testing.assert_close(gram[0], rows.double() @ rows.double().T, rtol=0.0, atol=1e-12 * float(sizes.max() ** 2))
+    size = float(sizes.max() * vector.double().norm())
+    torch.testing.assert_close(dots[0, :-1], rows.double() @ vector.double(), rtol=0.0, atol=1e-12 * size)
+    torch.testing.assert_close(dots[0, -1], vector.double().square().sum(), rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("limits", LIMITS)
 @pytest.mark.parametrize("num_references", [1, 2, 3, 8])
 def test_result_is_orthogonal_to_every_reference(limits: TileLimits, num_references: int) -> None:
     layout = layout_of(limits)

@@ -1,9 +1,13 @@
-"""What a refresh's passes promise beside leaving no trace (``tests/integration/test_train.py``)."""
+"""Reference passes through Megatron's schedules: the gradients that an unsharded model has, and no trace of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
+from tests.core.layouts import LAYOUTS
+from tests.core.test_parity import FP32_TOLERANCE
 from tests.harness import WorkerGroup
 
 Distributed = Callable[[int], WorkerGroup]
@@ -19,3 +23,19 @@ def test_references_take_the_mean_over_tokens_whatever_training_takes(distribute
     """Their losses that balance experts too: these routers weigh on their own. fp32 rounding of other scales, 1e-7."""
     for error in distributed(2).run("tests.core.reference_cases:mean_of_training", layout="ep2-dropout"):
         assert error < 1e-6
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp", "dp2-overlap", "dp2-plain", "pp2-tied", "ep2-sigmoid-bias"])
+def test_references_are_unsharded_gradients_and_leave_no_trace(distributed: Distributed, layout: str) -> None:
+    """Reduced, finalised, each on its own; and all that a pass draws, counts or switches is as it was."""
+    group = distributed(LAYOUTS[layout].world_size)
+    results = group.run("tests.core.pass_cases:reference_passes", layout=layout)
+    for result in results:
+        assert result["is_new"]
+        assert max(result["errors"]) < FP32_TOLERANCE
+        assert result["changed"] == []
+        assert result["gradient_left"] == 0.0
+        if result["losses"]:
+            assert result["losses"] == pytest.approx(result["expected_losses"], rel=FP32_TOLERANCE)
+    is_last = [rank >= len(results) - len(results) // LAYOUTS[layout].pp for rank in range(len(results))]
+    assert [bool(result["losses"]) for result in results] == is_last
