@@ -75,7 +75,9 @@ def expected_losses(layout: str) -> dict[str, float]:
     """The unsharded model's."""
     shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
     weights = oracle.random_weights(shape, seed=1)
-    return {name: float(oracle.mean_loss(shape, weights, *batch_of(shape, seed))) for seed, name in enumerate(REFERENCES)}
+    return {
+        name: float(oracle.mean_loss(shape, weights, *batch_of(shape, seed))) for seed, name in enumerate(REFERENCES)
+    }
 
 
 def _reference(name: str, batch: tuple[Tensor, ...], layout: str) -> Reference:

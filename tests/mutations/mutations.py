@@ -137,11 +137,11 @@ REDUCTIONS = (
     Mutation(
         "pp-reduction-dropped",
         "megatron_ogpsa/plugin.py",
-        "        gram_BKK = sum_over_ranks(gram_and_dots(layout, rows_KN), self._shard.reduction.group).cpu()",
+        "        summed = sum_over_ranks(joined, self._shard.reduction.group).cpu()",
         """        from megatron.core import parallel_state
 
         group = parallel_state.get_tensor_model_parallel_group()
-        gram_BKK = sum_over_ranks(gram_and_dots(layout, rows_KN), group).cpu()""",
+        summed = sum_over_ranks(joined, group).cpu()""",
         (f"{PARITY}[pp2]",),
         "Gram matrices are not summed over pipeline stages",
     ),
@@ -461,7 +461,7 @@ REFRESH = (
     Mutation(
         "reference-gradient-left-behind",
         "megatron_ogpsa/references.py",
-        "            ogpsa.capture(reference.name)\n        _zero_gradients(chunks, optimizer)\n",
+        "            ogpsa.capture(reference.name)\n    _zero_gradients(chunks, optimizer)\n",
         "            ogpsa.capture(reference.name)\n",
         (f"{PASSES}[dp2-overlap]",),
         "the last reference's gradient stays in Megatron's buffers, for whoever accumulates into them next",
@@ -512,7 +512,7 @@ REFRESH = (
         "megatron_ogpsa/integration/projection.py",
         "        self._refresh_is_due = True\n        self._refresh_seconds = 0.0\n",
         "        self._refresh_is_due = False\n        self._refresh_seconds = 0.0\n",
-        (f"{RESUMED}[dp2]",),
+        (f"{RESUMED}[dp2-update-space]",),
         "a run that resumes between two refreshes has no basis until the next",
     ),
     Mutation(
@@ -520,7 +520,7 @@ REFRESH = (
         "megatron_ogpsa/integration/projection.py",
         '        """Note that a resumed run would refresh now."""\n        self._refresh_is_due = True\n',
         '        """Note that a resumed run would refresh now."""\n',
-        (f"{RESUMED}[dp2]",),
+        (f"{RESUMED}[dp2-update-space]",),
         "a resumed run refreshes where the undisturbed one does not",
     ),
 )
@@ -576,6 +576,60 @@ AUTHORS_AND_LOSSES = (
     ),
 )
 
+INTERVAL = "tests/core/test_interval.py::test_staleness_and_first_order_change_are_those_of_the_whole_model"
+
+TOLD = (
+    Mutation(
+        "change-told-of-one-shard",
+        "megatron_ogpsa/plugin.py",
+        "                tables.append(along_BK - self._along_BK)",
+        "                tables.append((along_BK - self._along_BK) / self._shard.reduction.group.size())",
+        (f"{INTERVAL}[dp2-plain-tensor]",),
+        "the movement along the basis is averaged over ranks where it is a sum",
+    ),
+    Mutation(
+        "change-told-with-the-new-basis",
+        "megatron_ogpsa/plugin.py",
+        "            if along_BK is not None and self._along_BK is not None:",
+        "            self._along_BK = None if self._along_BK is None else torch.zeros_like(self._along_BK)\n"
+        "            if along_BK is not None and self._along_BK is not None:",
+        (f"{INTERVAL}[dp2-plain-tensor]",),
+        "the weights are taken for what the steps have changed of them",
+    ),
+    Mutation(
+        "staleness-of-lengths",
+        "megatron_ogpsa/plugin.py",
+        "        captured_K = with_old_BKJ.square().sum(dim=(0, 2)) / energy_K",
+        "        captured_K = (with_old_BKJ.square().sum(dim=(0, 2)) / energy_K).sqrt()",
+        (f"{INTERVAL}[dp2-plain-tensor]",),
+        "a share of lengths is told for a share of energy",
+    ),
+    Mutation(
+        "reference-losses-of-one-rank",
+        "megatron_ogpsa/references.py",
+        "    dist.all_reduce(table_K2, group=parallel_state.get_data_parallel_group(with_context_parallel=True))\n",
+        "",
+        (f"{PASSES}[dp2-overlap]",),
+        "a reference's loss is that of one data-parallel rank's share of its samples",
+    ),
+    Mutation(
+        "references-undone-together",
+        "megatron_ogpsa/references.py",
+        "            with no_trace(chunks):  # of each on its own: otherwise one would route the next one's tokens\n",
+        "            with no_trace(chunks) if reference is references[-1] else _random_states():\n",
+        ("tests/core/test_references.py::test_a_reference_does_not_depend_on_those_before_it",),
+        "what a reference's pass does to the experts' bias is undone after the last one only",
+    ),
+    Mutation(
+        "sequences-cut-in-halves",
+        "megatron_ogpsa/integration/context_parallel.py",
+        "    own: dict[str, torch.Tensor] = get_batch_on_this_cp_rank(fields, is_hybrid_cp=False, cp_group=group)",
+        "    own = {name: value.chunk(group.size(), dim=1)[group.rank()] for name, value in fields.items()}",
+        ("tests/integration/test_context_parallel.py",),
+        "context-parallel ranks get halves of a sequence, while attention takes them for its first and last quarter",
+    ),
+)
+
 MUTATIONS: tuple[Mutation, ...] = (
     *COUNTING,
     *REDUCTIONS,
@@ -583,5 +637,6 @@ MUTATIONS: tuple[Mutation, ...] = (
     *PRECISION,
     *STEP,
     *REFRESH,
+    *TOLD,
     *AUTHORS_AND_LOSSES,
 )
