@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 
 from megatron_ogpsa.planning import costs
+from tests.core import oracle
 from tests.planning.collectives import REFERENCES
 from tests.planning.every_rank import all_ranks, faults, processes
-from tests.planning.worlds import WORLDS
+from tests.planning.worlds import THOUSAND, WORLDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,3 +79,14 @@ def test_what_a_rank_of_1024_sends(world: str) -> None:
             first, second = result["refreshes"]
             assert first == [["all_reduce", 8 * result["blocks"] * REFERENCES**2, 1]]
             assert second == [["all_reduce", costs.refresh_message(projection), 1]]
+
+
+def test_the_kept_output_is_of_these_clusters_of_1024() -> None:
+    """What ``python -m tests.planning.every_rank`` printed: no fault, and the model's number of elements in all."""
+    kept = json.loads((ROOT / "docs/every_rank.json").read_text(encoding="utf-8"))["worlds"]
+    assert [*kept] == [*THOUSAND]
+    for name, found in kept.items():
+        assert found["ranks"] == THOUSAND[name].size
+        assert found["faults"] == []
+        shapes = oracle.shapes_of(THOUSAND[name].shape).values()
+        assert found["counted_elements"] == found["groups_that_sum"] * sum(map(math.prod, shapes))
