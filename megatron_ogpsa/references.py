@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_ogpsa.data.micro_batches import deal_out
+from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.plugin import OGPSA
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Reference:
     """A named data set with a loss, cut into this rank's micro-batches.
 
     Attributes:
+        rank: gradients that it gives, of as many consecutive parts of the micro-batches, which hold disjoint samples.
         micro_batches: collated on the host, [micro-batch, sequence] each; the same number on every data-parallel rank.
         forward_step: as Megatron's, with a loss function that returns (sum, number, report) and leaves alone the rerun
             state machine, which accepts results only inside Megatron's own training step.
@@ -58,6 +60,18 @@ class Reference:
     num_samples: int
     num_supervised_tokens: int
     fingerprint: str
+    rank: int = 1
+
+    @property
+    def parts(self) -> dict[str, tuple[MicroBatch, ...]]:
+        """The micro-batches of each gradient by its name: the reference's own, or ``name (2/4)``."""
+        if self.rank == 1:
+            return {self.name: self.micro_batches}
+        length = len(self.micro_batches) // self.rank
+        return {
+            f"{self.name} ({part + 1}/{self.rank})": self.micro_batches[part * length : (part + 1) * length]
+            for part in range(self.rank)
+        }
 
 
 def cut_reference(
@@ -71,16 +85,33 @@ def cut_reference(
     data_parallel_rank: int,
     data_parallel_size: int,
     multiple: int = 1,
+    reference_rank: int = 1,
 ) -> Reference:
     """Deal the rows of a reference out to data-parallel ranks and micro-batches.
 
     Args:
         rows: of ``dataset``, which is already cut to the number of samples that the reference is to have.
-        multiple: micro-batches per rank must be a multiple of this (interleaved schedules: the pipeline size).
+        multiple: micro-batches per rank and part must be a multiple of this (interleaved schedules: the pipeline size).
+        reference_rank: parts whose gradients are taken on their own.
+
+    Raises:
+        UserError: too few rows for so many parts; one would be empty.
     """
     micro_batches = deal_out(
-        rows, micro_batch_size=micro_batch_size, rank=data_parallel_rank, size=data_parallel_size, multiple=multiple
+        rows,
+        micro_batch_size=micro_batch_size,
+        rank=data_parallel_rank,
+        size=data_parallel_size,
+        multiple=multiple * reference_rank,
     )
+    # Rows are dealt out in order, so that each part is a run of them, and the rows that fill up stand at the end.
+    rows_of_part = len(micro_batches) // reference_rank * micro_batch_size * data_parallel_size
+    if len(rows) <= (reference_rank - 1) * rows_of_part:
+        raise UserError(
+            f"--ogpsa-rank-per-reference {reference_rank}: reference {name} has {len(rows)} rows, of which a part takes "
+            f"{rows_of_part} here, so that the last is empty; give it more samples, or use a smaller rank or "
+            "--micro-batch-size"
+        )
     return Reference(
         name=name,
         micro_batches=tuple(_pinned(micro_batch) for micro_batch in micro_batches),
@@ -89,6 +120,7 @@ def cut_reference(
         num_samples=dataset.num_samples,
         num_supervised_tokens=dataset.num_supervised_tokens,
         fingerprint=dataset.fingerprint,
+        rank=reference_rank,
     )
 
 
@@ -105,11 +137,20 @@ class Refreshed:
 
     Attributes:
         is_new: whether the basis is new; false if a reference gradient was not finite, on all ranks alike.
-        losses: of each reference, as its gradient was taken; empty on ranks that do not hold the last pipeline stage.
+        losses: the loss of each part of each reference as its gradient was taken, and the number that it is a mean over;
+            empty on ranks that do not hold the last pipeline stage.
     """
 
     is_new: bool
-    losses: dict[str, float]
+    losses: dict[str, dict[str, MeanLoss]]
+
+
+@dataclass(frozen=True)
+class MeanLoss:
+    """A mean over so many tokens, or pairs."""
+
+    value: float
+    number: float
 
 
 def refresh(
@@ -125,8 +166,8 @@ def refresh(
 ) -> Refreshed:
     """Compute the reference gradients as training gradients are computed, and give the plugin its new basis.
 
-    Each reference finds the same random states, expert biases and counts, so that its gradient does not depend on which
-    references come before it.
+    Each gradient finds the same random states, expert biases and counts, so that it does not depend on which come before
+    it.
 
     Args:
         forward_backward: Megatron's schedule for this layout (``get_forward_backward_func``).
@@ -135,25 +176,25 @@ def refresh(
     sums: list[LossSum] = []
     with _progress_bar(references) as bar:
         for reference in references:
-            _zero_gradients(chunks, optimizer)
-            # Rank 0 is on the first stage, whose first chunk draws every micro-batch.
-            iterators = [_watched(reference.micro_batches, bar if chunk is chunks[0] else None) for chunk in chunks]
-            sums.append(LossSum())
-            with no_trace(chunks):  # of each on its own: otherwise one would route the next one's tokens
-                forward_backward(
-                    forward_step_func=sums[-1].of(reference.forward_step),
-                    data_iterator=iterators if len(chunks) > 1 else iterators[0],
-                    model=list(chunks),
-                    num_microbatches=len(reference.micro_batches),
-                    seq_length=seq_length,
-                    micro_batch_size=micro_batch_size,
-                    decoder_seq_length=decoder_seq_length,
-                    forward_only=False,
-                )
-            ogpsa.capture(reference.name)
+            for name, micro_batches in reference.parts.items():
+                _zero_gradients(chunks, optimizer)
+                # Rank 0 is on the first stage, whose first chunk draws every micro-batch.
+                iterators = [_watched(micro_batches, bar if chunk is chunks[0] else None) for chunk in chunks]
+                sums.append(LossSum())
+                with no_trace(chunks):  # of each on its own: otherwise one would route the next one's tokens
+                    forward_backward(
+                        forward_step_func=sums[-1].of(reference.forward_step),
+                        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+                        model=list(chunks),
+                        num_microbatches=len(micro_batches),
+                        seq_length=seq_length,
+                        micro_batch_size=micro_batch_size,
+                        decoder_seq_length=decoder_seq_length,
+                        forward_only=False,
+                    )
+                ogpsa.capture(name)
     _zero_gradients(chunks, optimizer)
-    names = [reference.name for reference in references]
-    return Refreshed(losses=_mean_losses(names, sums), is_new=ogpsa.finish_refresh())
+    return Refreshed(losses=_mean_losses(references, sums), is_new=ogpsa.finish_refresh())
 
 
 class LossSum:
@@ -178,13 +219,14 @@ class LossSum:
         return adding
 
 
-def _mean_losses(names: Sequence[str], sums: Sequence[LossSum]) -> dict[str, float]:
+def _mean_losses(references: Sequence[Reference], sums: Sequence[LossSum]) -> dict[str, dict[str, MeanLoss]]:
     """Means over all samples, on ranks of the last stage, whose data-parallel group adds them in one all-reduce."""
     if not all(loss.parts for loss in sums):
         return {}
     table_K2 = torch.stack([torch.stack(loss.parts).sum(dim=0) for loss in sums])
     dist.all_reduce(table_K2, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    return dict(zip(names, (table_K2[:, 0] / table_K2[:, 1]).tolist(), strict=True))
+    means = iter([MeanLoss(total / number, number) for total, number in table_K2.tolist()])
+    return {reference.name: {part: next(means) for part in reference.parts} for reference in references}
 
 
 def _progress_bar(references: Sequence[Reference]) -> tqdm[NoReturn]:

@@ -140,6 +140,14 @@ def _add_projection_arguments(group: argparse._ArgumentGroup) -> None:
         help="Samples of each reference from which its gradient is taken (default: 64).",
     )
     group.add_argument(
+        "--ogpsa-rank-per-reference",
+        metavar="M",
+        type=_positive_int,
+        default=1,
+        help="Gradients of each reference, from as many disjoint parts of its samples: a larger subspace is protected, for "
+        "as many times the basis' memory and no more passes over data (default: 1).",
+    )
+    group.add_argument(
         "--ogpsa-refresh-interval",
         metavar="N",
         type=_positive_int,

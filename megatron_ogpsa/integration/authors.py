@@ -41,6 +41,11 @@ def check_authors_arguments(args: argparse.Namespace) -> None:
             (args.ogpsa_granularity != "tensor", f"--ogpsa-granularity {args.ogpsa_granularity}", "tensor"),
             (args.ogpsa_mode != "orthogonal", f"--ogpsa-mode {args.ogpsa_mode}", "orthogonal"),
             (args.ogpsa_space != "gradient", f"--ogpsa-space {args.ogpsa_space}", "gradient"),
+            (
+                args.ogpsa_rank_per_reference > 1,
+                f"--ogpsa-rank-per-reference {args.ogpsa_rank_per_reference}",
+                "one gradient for each reference",
+            ),
             (losses, f"--ogpsa-reference-loss {losses and losses[0]}", REFERENCE_LOSS[args.ogpsa_stage]),
             (
                 len(args.ogpsa_reference) > MAX_REFERENCES,

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_ogpsa.config import OGPSAConfig
+from megatron_ogpsa.config import MAX_CONFLICT_REFERENCES, OGPSAConfig
 from megatron_ogpsa.errors import UnsupportedError, UserError
 from megatron_ogpsa.integration.authors import LEAK_NOTICE, check_authors_arguments, leak_weight
 from megatron_ogpsa.integration.loop import read_state
-from megatron_ogpsa.integration.protection import tell_interval
+from megatron_ogpsa.integration.protection import Losses, tell_interval
 from megatron_ogpsa.integration.reference_data import loss_of_reference
 
 if TYPE_CHECKING:
@@ -71,6 +71,12 @@ def check_projection_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--ogpsa-reference-loss {unknown[0]}=…: no --ogpsa-reference has this name")
     check_authors_arguments(args)
     config_from_arguments(args)
+    gradients = len(names) * args.ogpsa_rank_per_reference
+    if args.ogpsa_mode == "conflict" and gradients > MAX_CONFLICT_REFERENCES:
+        raise UnsupportedError(
+            f"--ogpsa-mode conflict with {gradients} reference gradients: it solves for up to {MAX_CONFLICT_REFERENCES}; "
+            "join some references into one, lower --ogpsa-rank-per-reference, or use mode orthogonal"
+        )
     scaling = "reference passes would leave their mark on the scaling factors"
     dtensors = "its gradients lie outside Megatron's gradient buffers"
     within = "--ogpsa-space update does not reach parameters within the inner optimizer"
@@ -116,7 +122,7 @@ class ProjectionRun:
         self._references: list[Reference] = []
         self._refresh_is_due = True
         self._refresh_seconds = 0.0
-        self._losses: dict[str, float] = {}
+        self._losses: Losses = {}
 
     def start(self, model: list[Any], optimizer: Any, forward_backward: Callable[..., Any], iteration: int) -> None:
         """Load the references and attach the plugin."""

@@ -7,26 +7,41 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_ogpsa.plugin import ReferenceInterval
+    from megatron_ogpsa.references import MeanLoss
+
+Losses = Mapping[str, Mapping[str, "MeanLoss"]]
+"""Reference → part → loss. A reference's own loss is the mean over all that its parts are means over."""
+
+
+def mean_loss(parts: Mapping[str, MeanLoss]) -> float:
+    """Of a reference."""
+    return sum(part.value * part.number for part in parts.values()) / sum(part.number for part in parts.values())
 
 
 def interval_figures(
-    losses: Mapping[str, float], before: Mapping[str, float], interval: Mapping[str, ReferenceInterval]
+    losses: Losses, before: Losses, interval: Mapping[str, ReferenceInterval]
 ) -> dict[str, dict[str, float]]:
     """For each reference what is known of the steps since the last refresh.
 
     ``loss``: mean over its samples now. ``change``: of that loss. ``predicted``: ⟨a, Δθ⟩ with the gradient a of the last
     refresh, which is what the steps have done to first order; the rest of ``change`` is curvature, and what sixteen-bit
-    weights and dropout add. ``captured``: share of the fresh gradient's energy in the subspace that was protected.
+    weights and dropout add. ``captured``: share of the fresh gradient's energy in the subspace that was protected, the
+    mean over parts where a reference gives several gradients.
     """
     figures: dict[str, dict[str, float]] = {}
-    for name, loss in losses.items():
-        own = {"loss": loss}
+    for name, parts in losses.items():
+        own = {"loss": mean_loss(parts)}
         if name in before:
-            own["change"] = loss - before[name]
-        if (told := interval.get(name)) is not None:
-            own["captured"] = told.captured
-            if told.predicted_change is not None:
-                own["predicted"] = told.predicted_change
+            own["change"] = own["loss"] - mean_loss(before[name])
+        told = [interval[part] for part in parts if part in interval]
+        if len(told) == len(parts):
+            own["captured"] = sum(part.captured for part in told) / len(told)
+            number = sum(part.number for part in parts.values())
+            # The reference's gradient is the mean of its parts', weighted as its loss is.
+            changes = [part.predicted_change for part in told]
+            if None not in changes and number > 0:
+                weights = [part.number / number for part in parts.values()]
+                own["predicted"] = sum(w * float(c or 0.0) for w, c in zip(weights, changes, strict=True))
         figures[name] = own
     return figures
 
@@ -45,9 +60,7 @@ def as_line(step: int, figures: Mapping[str, Mapping[str, float]]) -> str:
     return f"OGPSA refresh at step {step}: {'; '.join(parts)}"
 
 
-def tell_interval(
-    step: int, losses: Mapping[str, float], before: Mapping[str, float], interval: Mapping[str, ReferenceInterval]
-) -> None:
+def tell_interval(step: int, losses: Losses, before: Losses, interval: Mapping[str, ReferenceInterval]) -> None:
     """Print and log the figures, on the rank that logs; others do nothing.
 
     TensorBoard and Weights & Biases get ``ogpsa NAME/loss``, ``…/change``, ``…/predicted`` and ``…/captured``.

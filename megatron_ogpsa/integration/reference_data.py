@@ -90,5 +90,6 @@ def _load(args: argparse.Namespace, policy: ReferencePolicy | None, name: str, s
             data_parallel_rank=parallel_state.get_data_parallel_rank(),
             data_parallel_size=parallel_state.get_data_parallel_world_size(),
             multiple=args.pipeline_model_parallel_size if is_interleaved else 1,
+            reference_rank=args.ogpsa_rank_per_reference,
         )
     )

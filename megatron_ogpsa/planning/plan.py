@@ -111,7 +111,7 @@ def make_plan(args: argparse.Namespace, progress: Callable[[Sequence[int]], Any]
     reduction_size = len(ranks[0].reduction_ranks)
     kinds = _kinds(args, [parameter for rank in ranks for parameter in rank.parameters], reduction_size)
     projection = costs.Projection(
-        references=len(args.ogpsa_reference),
+        references=len(args.ogpsa_reference) * args.ogpsa_rank_per_reference,
         basis_bytes=2 if args.ogpsa_basis_dtype == "bf16" else costs.FP32,
         on_host=args.ogpsa_basis_device == "cpu",
         of_update=args.ogpsa_space == "update",
@@ -123,9 +123,10 @@ def make_plan(args: argparse.Namespace, progress: Callable[[Sequence[int]], Any]
         args.ogpsa_reference_samples,
         args.micro_batch_size,
         args.data_parallel_size,
-        multiple=args.pipeline_model_parallel_size if virtual else 1,
+        multiple=(args.pipeline_model_parallel_size if virtual else 1) * args.ogpsa_rank_per_reference,
     )
-    references = (reference,) * projection.references
+    # Each part of a reference is a pass of its own, with a bubble of its own.
+    references = (reference // args.ogpsa_rank_per_reference,) * projection.references
     return Plan(
         args=args,
         projection=projection,

@@ -44,8 +44,8 @@ def _run(plan: Plan, title: str) -> list[str]:
 
 
 def _references(plan: Plan) -> str:
-    number = plan.projection.references
-    return f"{number} reference{'s' * (number > 1)}"
+    number, rank = len(plan.args.ogpsa_reference), plan.args.ogpsa_rank_per_reference
+    return f"{number} reference{'s' * (number > 1)}" + (f" of rank {rank}" if rank > 1 else "")
 
 
 def _memory(plan: Plan) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 from collections.abc import Iterator
@@ -62,7 +63,7 @@ def reference_passes(layout: str) -> dict[str, Any]:
     gradients = [p.main_grad for c in training.chunks for p in c.parameters() if p.requires_grad]
     return {
         "is_new": refreshed.is_new,
-        "losses": refreshed.losses,
+        "losses": {name: parts[name].value for name, parts in refreshed.losses.items()},
         "expected_losses": expected_losses(layout),
         "errors": [oracle.relative_error(*pair) for pair in zip(captured, expected, strict=True)],
         "changed": [name for name, value in before.items() if not _same(value, after[name])],
@@ -77,6 +78,43 @@ def expected_losses(layout: str) -> dict[str, float]:
     weights = oracle.random_weights(shape, seed=1)
     return {
         name: float(oracle.mean_loss(shape, weights, *batch_of(shape, seed))) for seed, name in enumerate(REFERENCES)
+    }
+
+
+def parts_of_a_reference(layout: str) -> dict[str, Any]:
+    """A reference of rank 2: the gradients of its first and its second half, and the rank of each tensor's subspace."""
+    sharding = ALL_LAYOUTS[layout]
+    shape = oracle.ModelShape(**sharding.model)
+    weights = oracle.random_weights(shape, seed=1)
+    training = build(sharding, weights)
+    ogpsa = attach(training.optimizer, training.chunks)
+    captured: dict[str, oracle.Tensors] = {}
+    capture = ogpsa.capture
+
+    def recording(name: str) -> None:
+        captured[name] = reduced_gradient(training)
+        capture(name)
+
+    ogpsa.capture = recording  # type: ignore[method-assign]
+    batch = batch_of(shape, seed=0)
+    refresh(
+        ogpsa,
+        [dataclasses.replace(_reference("math", batch, layout), rank=2)],
+        optimizer=training.optimizer,
+        chunks=training.chunks,
+        forward_backward=get_forward_backward_func(),
+        seq_length=shape.positions,
+        micro_batch_size=sharding.micro_batch,
+    )
+    half = len(batch[0]) // 2
+    halves = [tuple(tensor[rows] for tensor in batch) for rows in (slice(half), slice(half, None))]
+    expected = [oracle.gradient(shape, weights, rows) for rows in halves]  # type: ignore[arg-type]
+    training.gradient(batch)
+    training.optimizer.step()
+    return {
+        "names": [*captured],
+        "errors": [oracle.relative_error(*pair) for pair in zip(captured.values(), expected, strict=True)],
+        "rank": ogpsa.metrics["rank"],
     }
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.references import Reference, cut_reference
 from tests.core.layouts import LAYOUTS
 from tests.core.test_parity import FP32_TOLERANCE
 from tests.harness import WorkerGroup
@@ -39,3 +43,39 @@ def test_references_are_unsharded_gradients_and_leave_no_trace(distributed: Dist
             assert result["losses"] == pytest.approx(result["expected_losses"], rel=FP32_TOLERANCE)
     is_last = [rank >= len(results) - len(results) // LAYOUTS[layout].pp for rank in range(len(results))]
     assert [bool(result["losses"]) for result in results] == is_last
+
+
+@pytest.mark.parametrize("layout", ["dp2", "pp2", "tp2-sp"])
+def test_parts_of_a_reference_are_gradients_of_disjoint_samples(distributed: Distributed, layout: str) -> None:
+    for result in distributed(LAYOUTS[layout].world_size).run(
+        "tests.core.pass_cases:parts_of_a_reference", layout=layout
+    ):
+        assert result["names"] == ["math (1/2)", "math (2/2)"]
+        assert max(result["errors"]) < FP32_TOLERANCE
+        assert result["rank"] == 2
+
+
+def test_too_few_samples_for_so_many_parts() -> None:
+    """The rows that even micro-batches out must not be a part of their own: its gradient would be 0/0."""
+    row = {"tokens": torch.ones(4), "loss_mask": torch.ones(4)}
+    sizes = SimpleNamespace(num_samples=9, num_supervised_tokens=36, fingerprint="")
+
+    def cut(reference_rank: int, rows: int) -> Reference:
+        return cut_reference(
+            "math",
+            [row] * rows,
+            sizes,  # type: ignore[arg-type]
+            forward_step=print,
+            loss="nll",
+            micro_batch_size=2,
+            data_parallel_rank=0,
+            data_parallel_size=2,
+            reference_rank=reference_rank,
+        )
+
+    assert [len(part) for part in cut(3, rows=9).parts.values()] == [1, 1, 1]
+    assert [*cut(1, rows=9).parts] == ["math"]
+    with pytest.raises(
+        UserError, match=r"^--ogpsa-rank-per-reference 3: reference math has 8 rows, of which a part takes 4"
+    ):
+        cut(3, rows=8)

@@ -39,6 +39,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
         "ogpsa_granularity": "tensor",
         "ogpsa_mode": "orthogonal",
         "ogpsa_space": "gradient",
+        "ogpsa_rank_per_reference": 1,
         "ogpsa_refresh_interval": None,
         "ogpsa_reference_loss": [],
         "ogpsa_stage": "sft",
@@ -120,6 +121,15 @@ def test_the_loss_of_a_reference_that_is_not_there(arguments: Callable[..., argp
         check_projection_arguments(arguments(ogpsa_reference_loss=[("chat", "nll")]))
 
 
+def test_more_gradients_than_conflict_mode_solves_for(arguments: Callable[..., argparse.Namespace]) -> None:
+    from megatron_ogpsa.integration.projection import check_projection_arguments
+
+    named = [(name, "x.jsonl") for name in "abc"]
+    check_projection_arguments(arguments(ogpsa_reference=named, ogpsa_mode="conflict", ogpsa_rank_per_reference=2))
+    with pytest.raises(UnsupportedError, match=r"^--ogpsa-mode conflict with 9 reference gradients: .+ up to 8; join"):
+        check_projection_arguments(arguments(ogpsa_reference=named, ogpsa_mode="conflict", ogpsa_rank_per_reference=3))
+
+
 def test_two_references_of_one_name_and_a_script_without_our_flags(
     arguments: Callable[..., argparse.Namespace],
 ) -> None:
@@ -165,6 +175,10 @@ def test_misuse_of_a_refresh_is_told(distributed: Callable[[int], WorkerGroup]) 
     [
         ({"ogpsa_granularity": "model"}, "--ogpsa-granularity model with --ogpsa-authors-rule: the authors' is tensor"),
         ({"ogpsa_space": "update"}, "--ogpsa-space update with --ogpsa-authors-rule: the authors' is gradient"),
+        (
+            {"ogpsa_rank_per_reference": 2},
+            "--ogpsa-rank-per-reference 2 with --ogpsa-authors-rule: the authors' is one",
+        ),
         ({"ogpsa_mode": "conflict"}, "--ogpsa-mode conflict with --ogpsa-authors-rule: the authors' is orthogonal"),
         (
             {"ogpsa_stage": "dpo", "ogpsa_reference_loss": [("math", "nll_chosen")]},
