@@ -9,8 +9,6 @@ from typing import Any
 Settings = Mapping[str, Any]
 
 UPDATE: Settings = {"ogpsa-space": "update"}
-REFERENCES = 7
-"""One for each general task of the demo."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +22,6 @@ class Setting:
         replayed: general rows in each batch for one safety row: the same reference data, trained on.
         save_interval: steps between the checkpoints that are scored. A refresh follows each, so that it must not be
             shorter than the refresh interval, nor cut it.
-        group: settings that are shown together.
     """
 
     title: str
@@ -32,7 +29,6 @@ class Setting:
     projected: bool = True
     replayed: int = 0
     save_interval: int = 30
-    group: str = "rule"
 
 
 PLAIN = "plain"
@@ -44,15 +40,10 @@ SETTINGS: dict[str, Setting] = {
     "update-model": Setting(title="update, per model", flags={**UPDATE, "ogpsa-granularity": "model"}),
     # Passes over 7 x 128 references every 10 steps are 90 rows for 32 of safety: as many are trained on instead.
     "replay": Setting(title="replay of the references", projected=False, replayed=3),
-    "update-interval-30": Setting(
-        title="update, every 30 steps", flags={**UPDATE, "ogpsa-refresh-interval": 30}, group="references"
-    ),
-    "update-interval-1": Setting(
-        title="update, every step", flags={**UPDATE, "ogpsa-refresh-interval": 1}, group="references"
-    ),
-    "update-samples-32": Setting(
-        title="update, 32 samples", flags={**UPDATE, "ogpsa-reference-samples": 32}, group="references"
-    ),
+    "update-rank-4": Setting(title="update, 4 gradients each", flags={**UPDATE, "ogpsa-rank-per-reference": 4}),
+    "update-interval-30": Setting(title="update, every 30 steps", flags={**UPDATE, "ogpsa-refresh-interval": 30}),
+    "update-interval-1": Setting(title="update, every step", flags={**UPDATE, "ogpsa-refresh-interval": 1}),
+    "update-samples-32": Setting(title="update, 32 samples", flags={**UPDATE, "ogpsa-reference-samples": 32}),
     "update-conflict": Setting(title="update, conflict", flags={**UPDATE, "ogpsa-mode": "conflict"}),
     "gradient-leak": Setting(title="gradient, with the authors' leak", flags={"ogpsa-authors-leak": True}),
 }
