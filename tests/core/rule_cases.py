@@ -3,6 +3,7 @@ references that are added once."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from megatron_ogpsa import OGPSAConfig, attach
 from tests.core import oracle
 from tests.core.cases import ALL_LAYOUTS, refresh_planted
+from tests.core.comparison import on_first_rank
 from tests.core.gradients import plant, projected_gradient
 from tests.core.megatron_model import build
 
@@ -57,21 +59,30 @@ def rules(layout: str, settings: list[dict[str, Any]]) -> list[dict[str, float]]
         refresh_planted(training, ogpsa, references)
         plant(training, gradient)
         actual, (_, grad_norm, _) = projected_gradient(training)
-        granularity, remove = config["granularity"], oracle.conflict if config.get("mode") == "conflict" else None
-        expected = oracle.project(gradient, references, granularity, remove)
-        results.append(
-            {
-                "error": oracle.relative_error(actual, expected),
-                "norm_error": abs(float(grad_norm) / oracle.norm(expected) - 1),
-                "leak": oracle.leak(actual, references, granularity),
-                "worst_slack": oracle.worst_slack(actual, references, granularity),
-                "size": oracle.norm(gradient) / oracle.norm(expected),
-                "removed": 1 - (oracle.norm(expected) / oracle.norm(gradient)) ** 2,
-                "rank": ogpsa.metrics["rank"],
-            }
-        )
+        compared = functools.partial(_compared, config, actual, float(grad_norm), references, gradient)
+        results.append(on_first_rank(compared) | {"rank": ogpsa.metrics["rank"]})
         ogpsa.detach()
     return results
+
+
+def _compared(
+    config: dict[str, Any],
+    actual: oracle.Tensors,
+    grad_norm: float,
+    references: list[oracle.Tensors],
+    gradient: oracle.Tensors,
+) -> dict[str, float]:
+    """A projected gradient against the oracle's."""
+    granularity, remove = config["granularity"], oracle.conflict if config.get("mode") == "conflict" else None
+    expected = oracle.project(gradient, references, granularity, remove)
+    return {
+        "error": oracle.relative_error(actual, expected),
+        "norm_error": abs(grad_norm / oracle.norm(expected) - 1),
+        "leak": oracle.leak(actual, references, granularity),
+        "worst_slack": oracle.worst_slack(actual, references, granularity),
+        "size": oracle.norm(gradient) / oracle.norm(expected),
+        "removed": 1 - (oracle.norm(expected) / oracle.norm(gradient)) ** 2,
+    }
 
 
 def added_once(layout: str, granularity: str, weight: float) -> list[dict[str, float]]:

@@ -49,9 +49,7 @@ def test_conflict_mode_gives_the_unsharded_solution(distributed: Distributed, la
 
 
 @pytest.mark.parametrize("mode", ["orthogonal", "conflict"])
-@pytest.mark.parametrize(
-    ("layout", "counts"), [("tp2-pp2", range(1, MAX_REFERENCES + 1)), ("ep2-dp2-plain", (1, 5, 8))]
-)
+@pytest.mark.parametrize(("layout", "counts"), [("tp2-pp2", range(1, MAX_REFERENCES + 1)), ("ep2-dp2-plain", (8,))])
 def test_one_to_eight_references(distributed: Distributed, layout: str, counts: Sequence[int], mode: str) -> None:
     settings = [
         {"granularity": granularity, "mode": mode, "count": count} for granularity in GRANULARITIES for count in counts
@@ -87,8 +85,8 @@ def test_a_bf16_basis_costs_the_rounding_of_bf16(distributed: Distributed, layou
     settings = [
         {"granularity": granularity, "mode": mode, "count": count, "basis_dtype": "bf16"}
         for granularity in GRANULARITIES
-        for mode in ("orthogonal", "conflict")
-        for count in (1, 3, MAX_REFERENCES)
+        for mode, counts in (("orthogonal", (1, 3, MAX_REFERENCES)), ("conflict", (3,)))
+        for count in counts
     ]
     for setting, result in run(distributed, layout, settings):
         bound = 2 * setting["count"] ** 0.5 * BF16_ROUNDING

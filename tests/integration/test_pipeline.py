@@ -24,7 +24,7 @@ DP2 = "--nproc-per-node 2 --tensor-model-parallel-size 1 --pipeline-model-parall
 
 
 def pipeline_text(inputs: Path, folder: Path) -> str:
-    """The example with the demo's safety data, and general data as references."""
+    """The example with the demo's safety data, general data as references, and fewer, larger micro-batches."""
     benchmark = write_benchmark(folder / "data", BenchmarkSpec(base_train=70, safety_train=100, eval_per_task=4))
     text = CONFIG.read_text(encoding="utf-8")
     general, pairs = inputs / "general.jsonl", benchmark.safety_pairs
@@ -37,7 +37,8 @@ def pipeline_text(inputs: Path, folder: Path) -> str:
     ):
         assert text.count(name) == 1, name
         text = text.replace(name, str(path))
-    return text
+    assert text.count("micro-batch-size: 1") == 1
+    return text.replace("micro-batch-size: 1", "micro-batch-size: 2")
 
 
 @pytest.fixture
