@@ -428,7 +428,7 @@ REFRESH = (
     Mutation(
         "stale-basis",
         "megatron_ogpsa/plugin.py",
-        "        self._space.basis = Basis(\n",
+        "        self._space.basis = None  # its memory serves the new one\n        self._space.basis = Basis(\n",
         "        self._space.basis = self._space.basis or Basis(\n",
         (f"{UPDATES}[dp2]",),
         "the first basis stays in use whatever later refreshes bring",
@@ -584,7 +584,7 @@ TOLD = (
         "megatron_ogpsa/plugin.py",
         "                tables.append(along_BK - self._along_BK)",
         "                tables.append((along_BK - self._along_BK) / self._shard.reduction.group.size())",
-        (f"{INTERVAL}[dp2-plain-tensor]",),
+        (f"{INTERVAL}[tp2-pp2-tensor]",),
         "the movement along the basis is averaged over ranks where it is a sum",
     ),
     Mutation(
