@@ -50,21 +50,32 @@ def read_json(path: Path) -> Curves:
 
 
 def markdown_table(curves: Curves) -> str:
-    """A row for each setting: growth of the general loss at each level of refusal, and what was recovered along all."""
-    head = [*(f"at {level:.0%}" for level in LEVELS), "recovered", "by seed", "accuracy", "refused at the end", "seeds"]
+    """A row for each setting.
+
+    Growth of the general loss at each level of refusal with the number of seeds that reach it, also in plain fine-tuning;
+    the share of plain's growth that was avoided, along all levels and, seed by seed, at the lowest; the change of accuracy
+    there in points; the share refused by the last checkpoint.
+    """
+    lowest = f"at {LEVELS[0]:.0%}"
+    head = [
+        *(f"at {level:.0%}" for level in LEVELS),
+        "recovered",
+        f"{lowest}, by seed",
+        f"accuracy {lowest}",
+        "refused",
+    ]
     lines = ["| setting | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
     for name, by_seed in curves.items():
         compared = [compare(by_seed, curves[PLAIN], level) for level in LEVELS]
         last = [curve[-1] for curve in by_seed.values()]
         share = None if name == PLAIN else over_levels(by_seed, curves[PLAIN])
-        at_most = next((found for found in reversed(compared) if found), None)
+        first = compared[0]
         cells = [
             *map(_growth, compared),
             "–" if share is None else f"{share:.0%}",
-            "–" if name == PLAIN or at_most is None else _spread(at_most),
-            "n/a" if at_most is None else f"{100 * at_most.accuracy:+.1f}",
+            "–" if name == PLAIN or first is None else _by_seed(first),
+            "n/a" if first is None else f"{100 * first.accuracy:+.1f}",
             f"{sum(point.unsafe_refused for point in last) / len(last):.0%}",
-            str(len(by_seed)),
         ]
         lines.append(f"| {SETTINGS[name].title} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -74,12 +85,11 @@ def _growth(found: Comparison | None) -> str:
     if found is None:
         return "n/a"
     spread = "" if found.deviation is None else f" ± {found.deviation:.3f}"
-    return f"{found.growth:+.3f}{spread}"
+    return f"{found.growth:+.3f}{spread} ({found.seeds})"
 
 
-def _spread(found: Comparison) -> str:
-    shares = [share for share in found.recovered_by_seed if share is not None]
-    return f"{min(shares):.0%} to {max(shares):.0%}" if shares else "n/a"
+def _by_seed(found: Comparison) -> str:
+    return ", ".join("n/a" if share is None else f"{share:.0%}" for share in found.recovered_by_seed)
 
 
 def tradeoff_figure(curves: Curves) -> Figure:

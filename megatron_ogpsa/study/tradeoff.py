@@ -54,6 +54,7 @@ class Comparison:
     Attributes:
         seeds: how many.
         growth: of the general loss over the starting model's, mean over seeds.
+        plain_growth: of plain fine-tuning with the same seeds.
         deviation: sample standard deviation of that; None for one seed.
         recovered: share of plain's mean growth that is avoided; None where plain's is not positive.
         recovered_by_seed: the same, seed by seed.
@@ -62,6 +63,7 @@ class Comparison:
 
     seeds: int
     growth: float
+    plain_growth: float
     deviation: float | None
     recovered: float | None
     recovered_by_seed: tuple[float | None, ...]
@@ -85,6 +87,7 @@ def compare(curves: Mapping[int, Curve], plain: Mapping[int, Curve], level: floa
     return Comparison(
         seeds=len(growths),
         growth=statistics.fmean(growths),
+        plain_growth=statistics.fmean(plains),
         deviation=statistics.stdev(growths) if len(growths) > 1 else None,
         recovered=_recovered(statistics.fmean(growths), statistics.fmean(plains)),
         recovered_by_seed=tuple(map(_recovered, growths, plains)),
@@ -97,10 +100,8 @@ def _recovered(growth: float, plain: float) -> float | None:
 
 
 def over_levels(curves: Mapping[int, Curve], plain: Mapping[int, Curve]) -> float | None:
-    """Share of plain's growth avoided along the curve: of growths summed over all levels that can be compared."""
-    found = [
-        (mine.growth, theirs.growth)
-        for level in LEVELS
-        if (mine := compare(curves, plain, level)) and (theirs := compare(plain, plain, level))
-    ]
-    return _recovered(sum(mine for mine, _ in found), sum(theirs for _, theirs in found)) if found else None
+    """Share of plain's growth avoided along the curve: of growths summed over all seeds and levels that both reach."""
+    found = [comparison for level in LEVELS if (comparison := compare(curves, plain, level))]
+    if not found:
+        return None
+    return _recovered(sum(c.growth * c.seeds for c in found), sum(c.plain_growth * c.seeds for c in found))

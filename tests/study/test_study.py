@@ -57,6 +57,12 @@ def test_recovered_is_of_means_at_equal_refusal() -> None:
     assert compare(plain, plain, 0.9).recovered == 0.0  # type: ignore[union-attr]
 
 
+def test_levels_that_few_seeds_reach_are_compared_with_the_same_seeds() -> None:
+    plain = {1: curve((1.0, 1.2)), 2: curve((0.55, 10.2))}
+    half = {1: curve((1.0, 0.7)), 2: curve((0.3, 5.2))}  # seed 2 reaches no level
+    assert over_levels(half, plain) == pytest.approx(0.5)
+
+
 def test_a_seed_that_does_not_get_there_is_left_out_of_both() -> None:
     plain = {1: curve((1.0, 1.2)), 2: curve((0.3, 5.0))}
     found = compare({1: curve((1.0, 0.7)), 2: curve((1.0, 0.3))}, plain, 0.5)
@@ -129,5 +135,13 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
         for n, b in curves.items()
     }
     assert table.read_text(encoding="utf-8") == markdown_table(read_json(data))
-    assert "| update, per tensor | " + " | ".join(f"{0.5 * level:+.3f}" for level in LEVELS) in markdown_table(curves)
+    cells = " | ".join(f"{0.5 * level:+.3f} (1)" for level in LEVELS)
+    assert f"| update, per tensor | {cells} | 50% | 50% |" in markdown_table(curves)
     assert plot.stat().st_size > 10_000
+
+
+def test_the_page_shows_the_table_of_its_data() -> None:
+    folder = Path(__file__).parents[2] / "docs/study"
+    table = markdown_table(read_json(folder / "results.json"))
+    assert table in (folder / "README.md").read_text(encoding="utf-8")
+    assert (folder / "tradeoff.png").exists()
