@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: a mistake in the configuration, or a layout that is not possible.
     """
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own = argparse.ArgumentParser(prog="megatron-ogpsa plan CONFIG.yaml", add_help=False, allow_abbrev=False)
     _add_own(own)
     among_flags, flags = own.parse_known_args(args.flags)
 

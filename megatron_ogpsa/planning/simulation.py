@@ -80,8 +80,9 @@ class SimulatedRank:
     """What one rank would hold.
 
     Attributes:
-        reduction_size: ranks in the all-reduces of a step and of a refresh.
-        reduction_ranks: which ranks those are.
+        reduction_ranks: ranks in the all-reduces of a step and of a refresh.
+        parameters: its shares of the model's, in the model's order.
+        pieces: the parts of these that its optimizer updates.
     """
 
     rank: int

@@ -18,7 +18,7 @@ from megatron_ogpsa.demo.scoring import Scores
 from megatron_ogpsa.demo.tasks import GENERAL_TASKS
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.study.report import write_report
-from megatron_ogpsa.study.settings import SETTINGS, Setting
+from megatron_ogpsa.study.settings import PLAIN, SETTINGS, Setting
 from megatron_ogpsa.study.tradeoff import Curve, Point
 
 START = "start"
@@ -29,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="output folder (default: runs/study)")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 1 to N (default: 5)")
     parser.add_argument(
-        "--settings", default=",".join(SETTINGS), metavar="NAME,…", help=f"of {', '.join(SETTINGS)} (default: all)"
+        "--settings",
+        default=",".join(SETTINGS),
+        metavar="NAME,…",
+        help=f"of {', '.join(SETTINGS)} (default: all); plain always",
     )
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="also write results and plots there")
     parser.add_argument(
@@ -44,9 +47,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: an unknown setting, no seed, or a folder that cannot be written.
         DemoFailed: a step failed, after the end of its log was printed.
     """
-    names = args.settings.split(",")
-    if unknown := [name for name in names if name not in SETTINGS]:
-        raise UserError(f"--settings {unknown[0]}: use some of {', '.join(SETTINGS)}")
+    names = chosen_settings(args.settings)
     if args.seeds < 1:
         raise UserError(f"--seeds {args.seeds}: use 1 or more")
     started = time.monotonic()
@@ -64,6 +65,18 @@ def run(args: argparse.Namespace) -> int:
     print(paths[0].read_text(encoding="utf-8"))
     print(f"report: {', '.join(map(str, paths))}; took {time.monotonic() - started:.0f} s")
     return 0
+
+
+def chosen_settings(text: str) -> list[str]:
+    """Names separated by commas, each once; plain fine-tuning first, which all are compared with.
+
+    Raises:
+        UserError: a name that is none.
+    """
+    names = list(dict.fromkeys([PLAIN, *text.split(",")]))
+    if unknown := [name for name in names if name not in SETTINGS]:
+        raise UserError(f"--settings {unknown[0]}: use some of {', '.join(SETTINGS)}")
+    return names
 
 
 def make_recipe(out: Path, seed: int, *, reduced: bool) -> Recipe:

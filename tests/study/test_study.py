@@ -10,9 +10,18 @@ import pytest
 
 from megatron_ogpsa.cli.config_file import ConfigFile
 from megatron_ogpsa.demo.recipes import DemoSizes, Recipe
+from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.arguments import build_parser, parse_flags
 from megatron_ogpsa.study.report import markdown_table, read_json, write_report
-from megatron_ogpsa.study.run import config_of, curve_of, make_recipe, mixed_data, scores_path, steps_of
+from megatron_ogpsa.study.run import (
+    chosen_settings,
+    config_of,
+    curve_of,
+    make_recipe,
+    mixed_data,
+    scores_path,
+    steps_of,
+)
 from megatron_ogpsa.study.settings import PLAIN, SETTINGS
 from megatron_ogpsa.study.tradeoff import LEVELS, Point, at_refusal, compare, over_levels
 
@@ -70,6 +79,13 @@ def test_a_seed_that_does_not_get_there_is_left_out_of_both() -> None:
     assert found.seeds == 1
     assert found.deviation is None
     assert compare({3: curve((1.0, 1.0))}, plain, 0.5) is None
+
+
+def test_plain_is_always_among_the_settings() -> None:
+    """A table without it has nothing to compare with."""
+    assert chosen_settings("update-tensor,replay,update-tensor") == [PLAIN, "update-tensor", "replay"]
+    with pytest.raises(UserError, match="^--settings update-tensr: use some of plain, "):
+        chosen_settings("update-tensr")
 
 
 @pytest.fixture(scope="module")
