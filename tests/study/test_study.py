@@ -84,7 +84,7 @@ def test_a_seed_that_does_not_get_there_is_left_out_of_both() -> None:
 def test_plain_is_always_among_the_settings() -> None:
     """A table without it has nothing to compare with."""
     assert chosen_settings("update-tensor,replay,update-tensor") == [PLAIN, "update-tensor", "replay"]
-    with pytest.raises(UserError, match="^--settings update-tensr: use some of plain, "):
+    with pytest.raises(UserError, match=r"^--settings update-tensr: use some of plain, "):
         chosen_settings("update-tensr")
 
 
