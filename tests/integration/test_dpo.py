@@ -90,7 +90,7 @@ def test_the_result_of_fine_tuning_is_the_reference_policy(train: Train, tmp_pat
     log_probs = read_log_probs(tmp_path / "dpo" / LOG_PROBS_FILE)
     assert log_probs is not None
     assert (
-        json.loads((tmp_path / "dpo/ogpsa.json").read_text(encoding="utf-8"))["reference policy"] == log_probs.weights
+        json.loads((tmp_path / "dpo/iter_0000008/ogpsa.json").read_text(encoding="utf-8"))["reference policy"] == log_probs.weights
     )
 
 
