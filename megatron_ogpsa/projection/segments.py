@@ -217,27 +217,27 @@ def gram_and_dots(layout: SegmentLayout, rows_KN: Tensor, spans: Sequence[Tensor
         spans: 1-D tensors, one for each span of the layout.
 
     Returns:
-        fp64 [B, K, K], or [B, K+1]: this rank's share, elements that are not counted left out. Sum over ranks next.
+        fp64 [B, K, K], or [B, K+1]: this rank's share. Sum over ranks next. Elements that are not counted add nothing, or
+        NaN to every block if one of them is not finite: a copy that differs from the counted one must not go unseen.
     """
     num_rows = rows_KN.shape[0]
     table = layout.table(num_rows, num_rows) if spans is None else layout.table(num_rows + 1)
     for tile in layout.tiles:
-        if not tile.counted and tile.lengths_S is None:
-            continue
+        block = tile.block if tile.counted else layout.num_blocks
         rows_KT = rows_KN[:, tile.columns].to(layout.device, torch.float64, non_blocking=True)
         if spans is None:
             if tile.lengths_S is None:
-                table[tile.block] += rows_KT @ rows_KT.mT
+                table[block] += rows_KT @ rows_KT.mT
             else:
                 _accumulate(table, tile, rows_KT[:, None, :] * rows_KT[None, :, :])
             continue
         vector_T = spans[tile.span][tile.start : tile.stop].double()
         if tile.lengths_S is None:
-            table[tile.block, :num_rows] += rows_KT @ vector_T
-            table[tile.block, num_rows] += vector_T @ vector_T
+            table[block, :num_rows] += rows_KT @ vector_T
+            table[block, num_rows] += vector_T @ vector_T
         else:
             _accumulate(table, tile, torch.cat((rows_KT, vector_T[None])) * vector_T)
-    return table[: layout.num_blocks]
+    return table[: layout.num_blocks] + 0.0 * table[layout.num_blocks]
 
 
 def _per_element(tile: Tile, values_B: Tensor) -> Tensor:
