@@ -427,7 +427,8 @@ REFRESH = (
     Mutation(
         "stale-basis",
         "megatron_ogpsa/plugin.py",
-        "        self._space.basis = None  # its memory serves the new one\n        self._space.needs_refresh = False\n        self._space.basis = Basis(\n",
+        "        self._space.basis = None  # its memory serves the new one\n"
+        "        self._space.needs_refresh = False\n        self._space.basis = Basis(\n",
         "        self._space.basis = self._space.basis or Basis(\n",
         (f"{UPDATES}[dp2]",),
         "the first basis stays in use whatever later refreshes bring",
