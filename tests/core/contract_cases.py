@@ -194,8 +194,8 @@ def column_of_a_copy(ogpsa: OGPSA) -> int:
     for tile in layout.tiles:
         if tile.lengths_S is None and not tile.counted:
             return tile.column
-        if tile.lengths_S is not None and tile.counted_blocks_S is not None:
-            is_copy_S = (tile.counted_blocks_S == layout.num_blocks).nonzero().flatten()
+        if tile.lengths_S is not None and tile.weights_S is not None:
+            is_copy_S = (tile.weights_S == 0).nonzero().flatten()
             if len(is_copy_S):
                 return tile.column + int(tile.lengths_S[: is_copy_S[0]].sum())
     return 0

@@ -78,12 +78,10 @@ def assert_all_ranks_skip(result: dict[str, Any]) -> None:
 def assert_warnings(warnings: list[str], *, is_scaled: bool) -> None:
     """What rank 0 tells, in order. Where losses are scaled, Megatron itself skips a step that is not finite."""
     rejected, *gradients, basis, basis_again, rejected_again = warnings
-    assert re.fullmatch(
-        r"the gradient of reference shaky is not finite in .+ and \d+ more; the last good basis is kept", rejected
-    )
+    assert re.fullmatch(r"the gradient of reference shaky is not finite in .+; the last good basis is kept", rejected)
     assert len(gradients) == (0 if is_scaled else 1)
     for told in gradients:
-        assert re.fullmatch(r"step skipped on all ranks: the gradient is not finite in .+ and \d+ more", told)
+        assert re.fullmatch(r"step skipped on all ranks: the gradient is not finite in .+", told)
     assert basis == basis_again
     assert basis == "step skipped on all ranks: the basis is not finite; steps are skipped until the next refresh"
     assert rejected_again.endswith("nor is the basis in use: steps are skipped")
