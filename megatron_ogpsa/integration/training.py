@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import queue
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.cpu_arguments import check_supported_on_cpu
 from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu, install_in_training_loop
+from megatron_ogpsa.integration.hang_watch import pulsing, watched
 from megatron_ogpsa.integration.loop import LoopHook, install_hooks
 from megatron_ogpsa.integration.patching import Patch, apply_patches, require_supported_megatron
 
@@ -48,16 +50,21 @@ def pretrain(
     from megatron_ogpsa.integration.stages import projection_hooks
 
     hooks = projection_hooks(get_args())
+    if hooks:
+        forward_step_func = pulsing(forward_step_func)
     return run_loop(
-        hooks, cfg_container, train_valid_test_dataset_provider, model_type, forward_step_func, *args, **kwargs
+        hooks,
+        *(cfg_container, train_valid_test_dataset_provider, model_type, forward_step_func, *args),
+        is_watched=bool(hooks),
+        **kwargs,
     )
 
 
-def run_loop(hooks: Sequence[LoopHook], *args: Any, **kwargs: Any) -> Any:
-    """Megatron's ``pretrain`` with ``hooks`` in its loop.
+def run_loop(hooks: Sequence[LoopHook], *args: Any, is_watched: bool = True, **kwargs: Any) -> Any:
+    """Megatron's ``pretrain`` with ``hooks`` in its loop, and with a watch over hangs if ``is_watched``.
 
     Raises:
-        UserError: a flag needs a GPU and there is none.
+        UserError: a flag needs a GPU and there is none, or the watch's timeout cannot be.
     """
     from megatron.training import get_args
 
@@ -68,7 +75,8 @@ def run_loop(hooks: Sequence[LoopHook], *args: Any, **kwargs: Any) -> Any:
     from megatron.training.training import pretrain as megatron_pretrain
 
     install_hooks(hooks)
-    return megatron_pretrain(*args, **kwargs)
+    with watched(get_args()) if is_watched else nullcontext():
+        return megatron_pretrain(*args, **kwargs)
 
 
 def prepare_megatron() -> None:
