@@ -75,7 +75,7 @@ def run_prefix() -> str:
 class Board:
     """A connection of its own to the job's store. Calls block: for ever if the store's holder is frozen."""
 
-    def __init__(self, address: Address, rank: int, num_ranks: int) -> None:
+    def __init__(self, address: Address, num_ranks: int) -> None:
         """Raises ``torch.distributed.DistError`` if the store cannot be reached."""
         client = TCPStore(
             address.host,
@@ -85,7 +85,6 @@ class Board:
             timeout=timedelta(seconds=CONNECT_SECONDS),
         )
         self._store = PrefixStore(run_prefix(), client)
-        self._rank = rank
         self._num_ranks = num_ranks
 
     def exchange(self, record: Record) -> Ending | None:

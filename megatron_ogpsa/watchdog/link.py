@@ -26,15 +26,15 @@ class Link:
         ending: the end of the run, once it is known here.
     """
 
-    def __init__(self, address: Address, rank: int, num_ranks: int) -> None:
-        """Begins to connect."""
+    def __init__(self, address: Address, first: Record, num_ranks: int) -> None:
+        """Begins to connect, and to tell the first record."""
         self.address = address
         self.ending: Ending | None = None
         self._courier = Courier()
         self._board: Board | None = None
         self._lost: BaseException | None = None
         self._sent_at = time.monotonic()
-        self._pending: Future[Any] | None = self._courier.send(lambda: self._connect(rank, num_ranks))
+        self._pending: Future[Any] | None = self._courier.send(lambda: self._connect(first, num_ranks))
 
     def tell(self, record: Record, interval: float) -> None:
         """Send ``record`` if the last one was sent ``interval`` seconds ago and has arrived; returns at once."""
@@ -92,8 +92,9 @@ class Link:
         self._pending = None
         return True
 
-    def _connect(self, rank: int, num_ranks: int) -> None:
-        self._board = Board(self.address, rank, num_ranks)
+    def _connect(self, first: Record, num_ranks: int) -> None:
+        self._board = Board(self.address, num_ranks)
+        self._exchange(first)
 
     def _exchange(self, record: Record) -> None:
         assert self._board is not None

@@ -134,7 +134,7 @@ def story_of_loss(failed: Record, error: str, found: Sequence[Suspect], now: flo
 def _sentence(suspect: Suspect, now: float) -> str:
     record = suspect.record
     if record is None:
-        return f"rank {suspect.rank} has not been heard of at all"
+        return f"rank {suspect.rank} has never been heard of: it has hung or ended at start"
     if suspect.kind == "left":
         return f"{record.identity} has left the run, last seen {record.whereabouts}"
     if suspect.kind == "silent":

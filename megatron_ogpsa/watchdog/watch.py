@@ -108,7 +108,7 @@ class Watch:
             if self._link is None:
                 if not self._is_ready():
                     continue
-                self._link = Link(Address.from_environment(), self._rank, self._num_ranks)
+                self._link = Link(Address.from_environment(), self._record(), self._num_ranks)
             is_late = self._standing.seconds > self._timeout / 2
             self._link.tell(self._record(), 0 if is_late else BEAT_SECONDS)
             if self._link.ending is not None:
@@ -144,9 +144,6 @@ class Watch:
 
     def _investigate(self, link: Link) -> None:
         """Find who is behind, and end the run; returns if this rank goes on meanwhile, or if another one investigates."""
-        silence = None
-        found: list[Suspect] = []
-        records: dict[int, Record] = {}
         try:
             if (
                 link.ask(lambda board: board.count(f"investigations/{progress.step}")) > 1
@@ -154,16 +151,16 @@ class Watch:
             ):
                 return
             found, records = self._two_looks(link)
-        except StoreSilent as error:
-            silence = str(error)
-        self._look()
-        if not self._hangs() or self._stop.is_set():
-            return
-        waiting = self._record()
-        if silence is not None:
-            tell_once(story_of_silence(waiting, silence), key="hang")
-            self._exit(HANG_EXIT_CODE)
-        self._obey(link, self._announced(link, story(waiting, found, records, waiting.told_at), HANG_EXIT_CODE))
+            self._look()
+            if self._hangs():
+                waiting = self._record()
+                message = story(waiting, found, records, waiting.told_at)
+                self._obey(link, self._announced(link, message, HANG_EXIT_CODE))
+        except StoreSilent as silence:
+            self._look()
+            if self._hangs():
+                tell_once(story_of_silence(self._record(), str(silence)), key="hang")
+                self._exit(HANG_EXIT_CODE)
 
     def _was_left_alone(self) -> bool:
         """Whether the rank that investigates has had its time and has announced no end."""

@@ -1,7 +1,7 @@
 """``megatron-ogpsa`` of which one rank misbehaves at a collective, as ``FREEZE`` says: ``RANK|STEP|PHASE|HOW``.
 
-``stop``: it stops itself (SIGSTOP). ``loop``: it computes for ever. ``raise``: it raises. ``kill``: it dies without a
-word. ``sleep``: it takes its time, at each step. Each rank leaves its process id in a file ``rank-N``, and the rank that
+``stop``: it stops itself (SIGSTOP). ``loop``: it computes for ever. ``raise``: it raises. ``sleep``: it takes its time in
+each step before. Each rank leaves its process id in a file ``rank-N``, and the rank that
 misbehaves the time in a file ``frozen``.
 """
 
@@ -21,7 +21,7 @@ COLLECTIVES = ("all_reduce", "all_gather_object", "barrier", "broadcast_object_l
 SLEEP_SECONDS = 2.0
 
 _RANK, _STEP, _PHASE, _HOW = os.environ["FREEZE"].split("|")
-_slept_in: set[int] = set()
+_slept_in: set[int | None] = set()
 
 
 def compute_for_ever() -> None:
@@ -33,21 +33,14 @@ def compute_for_ever() -> None:
 def misbehave() -> None:
     from megatron_ogpsa.watchdog import progress
 
-    if progress.phase != _PHASE or progress.step is None:
+    if "sleep" in _HOW and progress.phase == "step" and progress.step not in _slept_in:
+        _slept_in.add(progress.step)
+        time.sleep(SLEEP_SECONDS)
+    if progress.phase != _PHASE or progress.step != int(_STEP):
         return
-    if _HOW == "sleep":
-        if progress.step not in _slept_in:
-            _slept_in.add(progress.step)
-            time.sleep(SLEEP_SECONDS)
-        return
-    if progress.step != int(_STEP):
-        return
-    sys.stdout.flush()
     Path("frozen").write_text(str(time.time()), encoding="utf-8")
-    if _HOW == "stop":
+    if "stop" in _HOW:
         os.kill(os.getpid(), signal.SIGSTOP)
-    elif _HOW == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
     elif _HOW == "loop":
         compute_for_ever()
     elif _HOW == "raise":

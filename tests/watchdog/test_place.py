@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch.distributed as dist
@@ -50,8 +49,13 @@ def wait_for_handle_in_three_lines() -> None:
     )
 
 
-def reduce() -> None:
+def meet() -> None:
     dist.barrier()
+
+
+def meet_in_vain() -> None:
+    with suppress(Exception):
+        dist.barrier()
 
 
 @contextmanager
@@ -90,15 +94,15 @@ def test_place(case: str) -> None:
 
 def test_a_collective_is_named_by_the_function_that_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by what it calls within torch, nor by torch's own wrapper around it."""
-    monkeypatch.setattr(distributed_c10d, "_rank_not_in_group", lambda group: _release.acquire())
-    with standing_in(reduce) as thread:
-        assert place_of(thread_stack(thread)) == Place(line_of(reduce, 1), "barrier")
+    monkeypatch.setattr(distributed_c10d, "_get_default_group", _release.acquire)
+    with standing_in(meet_in_vain) as thread:
+        assert place_of(thread_stack(thread)) == Place(line_of(meet_in_vain, 2), "barrier")
 
 
 def test_a_traceback_has_the_place_where_it_was_raised() -> None:
     with pytest.raises(ValueError, match="Default process group") as raised:
-        reduce()
-    assert place_of(traceback_stack(raised.tb)) == Place(line_of(reduce, 1), "barrier")
+        meet()
+    assert place_of(traceback_stack(raised.tb)) == Place(line_of(meet, 1), "barrier")
 
 
 def test_a_fingerprint_stays_while_a_thread_stands_still() -> None:
@@ -110,21 +114,27 @@ def test_a_fingerprint_stays_while_a_thread_stands_still() -> None:
 
 
 def test_no_frame_is_kept() -> None:
+    """A frame holds its locals: activations, in a forward pass."""
+
     class Activations:
         pass
 
-    def hold() -> weakref.ref[Activations]:
-        activations = Activations()
-        stacks.append(thread_stack(threading.get_ident()))
-        return weakref.ref(activations)
+    held: list[weakref.ref[Activations]] = []
 
-    stacks: list[object] = []
+    def forward() -> None:
+        activations = Activations()
+        held.append(weakref.ref(activations))
+        _release.acquire()
+
     gc.disable()
     try:
-        assert hold()() is None
+        with standing_in(forward) as thread:
+            stack = thread_stack(thread)
+            assert held[0]() is not None
+        assert held[0]() is None
     finally:
         gc.enable()
-    assert sys.getrefcount(stacks[0]) > 0
+    assert "forward" in [spot.code.co_name for spot in stack]
 
 
 def test_an_ended_thread_stands_nowhere() -> None:

@@ -74,7 +74,7 @@ STORIES = {  # suspects of rank 0's; then what the line says after "rank 0 … :
         "rank 1 (host node0, pid 101) is alive and computes at step 7 in train.py:3, for 30 s. If it is to take so long: "
         "raise --ogpsa-hang-timeout and --distributed-timeout-minutes",
     ),
-    "unheard": ([Suspect(3, "unheard", None)], "rank 3 has not been heard of at all"),
+    "unheard": ([Suspect(3, "unheard", None)], "rank 3 has never been heard of: it has hung or ended at start"),
     "left": (
         [Suspect(3, "left", record(3, collective=None, has_left=True, step=None, line="train.py:9"))],
         "rank 3 (host node1, pid 103) has left the run, last seen at start in train.py:9",
