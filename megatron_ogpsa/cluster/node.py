@@ -129,8 +129,8 @@ def _run(agent: NodeAgent, settings: LaunchSettings) -> int:
         return _tell(agent, _verdict_elsewhere(agent))
     except RendezvousConnectionError as error:
         raise _NotMetError(
-            f"the node that holds the rendezvous, {settings.endpoint}, is gone ({_reason(error)}): its output says why; start "
-            "the run again on all nodes"
+            f"the node that holds the rendezvous, {settings.endpoint}, is gone ({_reason(error)}): its output says why; "
+            "start the run again on all nodes"
         ) from None
     if result is None:  # torch ends agents so that have waited for a place until the end
         say(f"not needed: the run has had {settings.max_nodes} other nodes")

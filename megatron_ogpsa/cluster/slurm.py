@@ -70,7 +70,7 @@ def host_names(nodes: Value) -> list[str]:
     names: list[str] = []
     for pattern in re.findall(r"(?:\[[^\]]*\]|[^,])+", nodes.text):
         parts = re.split(r"\[([^\[\]]*)\]", pattern)  # text and bracket in turn
-        if "[" in "".join(parts[::2]) or not pattern.strip():
+        if set("[]") & set("".join(parts[::2])):
             raise nodes.error("not a list of nodes as SLURM writes it")
         choices = [_numbers(part, nodes) if position % 2 else [part] for position, part in enumerate(parts)]
         names += ["".join(chosen) for chosen in itertools.product(*choices)]
