@@ -25,7 +25,9 @@ CASES: dict[str, dict[str, Any]] = {
         "ranks": "last_rank_raises_once",
         "flags": {"max-restarts": "2"},
         "codes": [0],
-        "said": ["rank 1 ended with exit code 1; its output is above. All ranks are started again (after that, 1 more times)"],
+        "said": [
+            "rank 1 ended with exit code 1; its output is above. All ranks are started again (after that, 1 more times)"
+        ],
         "starts": 4,
     },
     "restarts are used up": {
@@ -33,7 +35,10 @@ CASES: dict[str, dict[str, Any]] = {
         "ranks": "last_rank_raises",
         "flags": {"max-restarts": "1"},
         "codes": [1],
-        "said": ["All ranks are started again (after that, 0 more times)", "rank 1 ended with exit code 1; its output is above\n"],
+        "said": [
+            "All ranks are started again (after that, 0 more times)",
+            "rank 1 ended with exit code 1; its output is above\n",
+        ],
         "starts": 4,
     },
     "a user's mistake is not tried again": {

@@ -76,7 +76,11 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
     "an upside-down range": ({"nnodes": "4:2"}, TWO, "--nnodes 4:2: use 1 or more"),
     "no nodes": ({"nnodes": "0"}, TWO, "--nnodes 0: use 1 or more"),
     "a node too many": ({}, TWO | {"NODE_RANK": "2"}, "NODE_RANK 2: nodes are counted from 0, and NNODES is 2"),
-    "a node of nothing": ({}, {"NODE_RANK": "1"}, "NODE_RANK 1: nodes are counted from 0, and there is one node: set NNODES"),
+    "a node of nothing": (
+        {},
+        {"NODE_RANK": "1"},
+        "NODE_RANK 1: nodes are counted from 0, and there is one node: set NNODES",
+    ),
     "a negative node": ({"node-rank": "-1"}, TWO, "--node-rank -1: use 0 or more"),
     "a bad endpoint": ({"rdzv-endpoint": "a:b:c"}, TWO, "--rdzv-endpoint a:b:c: write HOST or HOST:PORT"),
     "a bad port": ({}, TWO | {"MASTER_PORT": "http"}, "MASTER_PORT http: use 1 or more"),
@@ -90,13 +94,21 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
         STEP | {"SLURM_STEP_NUM_TASKS": "32"},
         "SLURM has started 32 of this command on 4 nodes (SLURM_STEP_NUM_TASKS, SLURM_STEP_NUM_NODES)",
     ),
-    "SLURM against NNODES": ({}, STEP | {"NNODES": "2"}, "NNODES 2: srun has started this on 4 nodes (SLURM_STEP_NUM_NODES)"),
+    "SLURM against NNODES": (
+        {},
+        STEP | {"NNODES": "2"},
+        "NNODES 2: srun has started this on 4 nodes (SLURM_STEP_NUM_NODES)",
+    ),
     "without srun": (
         {},
         {"SLURM_JOB_ID": "1", "SLURM_NNODES": "4"},
         "SLURM has given this job 4 nodes (SLURM_NNODES), but the command was started on one of them",
     ),
-    "not SLURM's list": ({}, STEP | {"SLURM_STEP_NODELIST": "gpu[1-"}, "SLURM_STEP_NODELIST gpu[1-: not a list of nodes"),
+    "not SLURM's list": (
+        {},
+        STEP | {"SLURM_STEP_NODELIST": "gpu[1-"},
+        "SLURM_STEP_NODELIST gpu[1-: not a list of nodes",
+    ),
 }
 
 
