@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import WorkerSpec
@@ -20,7 +22,7 @@ from torch.distributed.elastic.rendezvous.api import (
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.run import determine_local_world_size
 
-from megatron_ogpsa.cluster.agent import NodeAgent, Verdict
+from megatron_ogpsa.cluster.agent import HANDED_ON, NodeAgent, Verdict
 from megatron_ogpsa.cluster.settings import LaunchSettings
 from megatron_ogpsa.cluster.words import say
 from megatron_ogpsa.errors import UserError
@@ -61,12 +63,24 @@ def run_node(command: Sequence[str], settings: LaunchSettings) -> int:
                 monitor_interval=settings.monitor_interval,
                 local_addr=settings.local_addr,
             )
-            return _run(NodeAgent(spec, shutdown_timeout=settings.shutdown_timeout), settings)
+            with _signals_restored():
+                return _run(NodeAgent(spec, shutdown_timeout=settings.shutdown_timeout), settings)
         finally:
             rendezvous.shutdown()
     except _NotMetError as error:
         say(str(error))
         return 1
+
+
+@contextmanager
+def _signals_restored() -> Iterator[None]:
+    """So that a signal ends whoever runs several stages, if it comes between two of them."""
+    before = {number: signal.getsignal(number) for number in HANDED_ON}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _NotMetError(Exception):

@@ -11,14 +11,17 @@ from pathlib import Path
 
 from tests.integration.conftest import CONFIG, ROOT, Train
 
+STEPS = 300
+"""More than are taken before a signal arrives."""
+
 DP2 = "--nproc-per-node 2 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1".split()
 
 
 def test_sigterm_saves_and_the_next_start_goes_on(train: Train, inputs: Path, tmp_path: Path) -> None:
     """Megatron's exit code is 0 (``train`` in ``megatron/training/training.py``), and so is the command's."""
     flags = ["--tokenizer-model", str(inputs / "tokenizer"), "--ogpsa-train-data", str(inputs / "safety.jsonl")]
-    flags += ["--ogpsa-reference", f"general={inputs / 'general.jsonl'}", *DP2, "--train-iters", "10000"]
-    flags += ["--save", "out", "--load", "out", "--save-interval", "10000", "--exit-signal-handler"]
+    flags += ["--ogpsa-reference", f"general={inputs / 'general.jsonl'}", *DP2, "--train-iters", str(STEPS)]
+    flags += ["--save", "out", "--load", "out", "--save-interval", str(STEPS), "--exit-signal-handler"]
     command = subprocess.Popen(
         [sys.executable, "-m", "megatron_ogpsa.cli.main", "train", str(CONFIG), *flags],
         cwd=tmp_path,
@@ -40,7 +43,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(train: Train, inputs: Path, tm
     assert code == 0, output[-3000:]
     assert "exiting program after receiving SIGTERM" in output
     last = steps(output)[-1]
-    assert 2 <= last < 10000
+    assert 2 <= last < STEPS
     assert (tmp_path / "out/latest_checkpointed_iteration.txt").read_text(encoding="utf-8") == str(last)
 
     outcome = train(*flags, "--exit-interval", str(last + 1), plain=True)
