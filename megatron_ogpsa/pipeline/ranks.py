@@ -20,6 +20,9 @@ from types import FrameType
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.processes import PARENT_VARIABLE
 
+_HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""What the agent hands on, of which Megatron's ``--exit-signal`` is one; and Ctrl-C."""
+
 _PATIENCE = timedelta(days=1)
 """Ranks may leave a stage at different times; a rank that fails ends the job at once through torchrun."""
 
@@ -75,7 +78,7 @@ class JobRank:
         def hand_on(number: int, frame: FrameType | None) -> None:
             process.send_signal(number)
 
-        before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, hand_on) for number in _HANDED_ON}
         try:
             code = process.wait()
         finally:
