@@ -6,6 +6,9 @@ import ctypes
 import os
 import signal
 
+PARENT_VARIABLE = "MEGATRON_OGPSA_PARENT"
+"""Process id of who has started a rank, in the rank's environment."""
+
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
@@ -20,3 +23,11 @@ def end_with_parent(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_with_starter() -> None:
+    """In a rank: end with the agent, or the rank of a job, that has started it. Under plain torchrun that is torchrun."""
+    if parent := os.environ.get(PARENT_VARIABLE):
+        end_with_parent(int(parent))
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(os.getppid())

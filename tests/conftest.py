@@ -10,6 +10,7 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.harness import WorkerGroup
+    from tests.harness.preloaded import PreloadedCommand
 
 # Before anything imports transformers or datasets: tests never go to the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,6 +30,16 @@ def distributed() -> Iterator[Callable[[int], WorkerGroup]]:
     yield group_of
     for group in groups.values():
         group.close()
+
+
+@pytest.fixture(scope="session")
+def preloaded() -> Iterator[PreloadedCommand]:
+    """The command with everything imported."""
+    from tests.harness.preloaded import PreloadedCommand
+
+    command = PreloadedCommand()
+    yield command
+    command.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_ogpsa.cluster.settings import FILE_KEYS, OF_ONE_NODE
 from megatron_ogpsa.errors import UserError
 
 LAUNCH = "launch"
-LAUNCH_KEYS = ("nproc-per-node",)
 STAGES = "stages"
 
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -37,13 +38,13 @@ class ConfigFile:
 
     Attributes:
         entries: flags in the order of the file.
-        launch: how many ranks to start, when the command starts them itself.
+        launch: how to start the ranks, when the command starts them itself: key → what was written.
         stages: of a pipeline, each stage's own flags, in the order in which they run; empty for a single run.
     """
 
     path: Path
     entries: tuple[Entry, ...]
-    launch: dict[str, int] = field(default_factory=dict)
+    launch: dict[str, str] = field(default_factory=dict)
     stages: dict[str, tuple[Entry, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -69,11 +70,10 @@ class ConfigFile:
             raise UserError(f"{path}: not a mapping: write one flag a line, such as 'num-layers: 4'")
         nodes = {key.value: value for key, value in node.value if isinstance(key, yaml.ScalarNode)}
         entries = _entries(path, node)
-        launch = next((entry for entry in entries if entry.key == LAUNCH), None)
         return cls(
             path,
             tuple(entry for entry in entries if entry.key not in (LAUNCH, STAGES)),
-            _launch_settings(path, launch) if launch else {},
+            _launch_settings(path, nodes[LAUNCH]) if LAUNCH in nodes else {},
             _stages(path, nodes[STAGES]) if STAGES in nodes else {},
         )
 
@@ -162,15 +162,27 @@ def _as_written(node: yaml.Node) -> str:
     return str(node.value)
 
 
-def _launch_settings(path: Path, entry: Entry) -> dict[str, int]:
-    settings = entry.value if isinstance(entry.value, dict) else {}
-    normal = {str(key).replace("_", "-"): value for key, value in settings.items()}
-    if not normal or any(key not in LAUNCH_KEYS or not isinstance(value, int) for key, value in normal.items()):
-        raise UserError(
-            f"{path}:{entry.line}: launch: write a mapping with nproc-per-node and a number; for several nodes start the "
-            "command under torchrun on each"
-        )
-    return normal
+def _launch_settings(path: Path, node: yaml.Node) -> dict[str, str]:
+    """Key → value as it was written: to YAML 1.1 the range 2:4 is a number, in base 60."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    if not pairs or not all(isinstance(part, yaml.ScalarNode) for pair in pairs for part in pair):
+        raise UserError(f"{path}:{node.start_mark.line + 1}: launch: write a mapping, such as 'nproc-per-node: 8'")
+    settings: dict[str, str] = {}
+    for key, value in pairs:
+        name = key.value.replace("_", "-")
+        if name not in FILE_KEYS:
+            from megatron_ogpsa.integration.arguments import nearest
+
+            place = f"{path}:{key.start_mark.line + 1}: launch: "
+            if name in OF_ONE_NODE:
+                raise UserError(f"{place}{name} is each node's own: give --{name} there")
+            raise UserError(f"{place}unknown key '{key.value}'{nearest(name, FILE_KEYS) or _known(FILE_KEYS)}")
+        settings[name] = value.value
+    return settings
+
+
+def _known(keys: Iterable[str]) -> str:
+    return f": known are {', '.join(keys)}"
 
 
 def _as_flags(entry: Entry, action: argparse.Action, parser: argparse.ArgumentParser) -> list[str]:

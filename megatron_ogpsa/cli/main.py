@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from megatron_ogpsa.cli.failures import record_failure
+from megatron_ogpsa.cluster.failures import record_failure
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.telling import ERRORS_VARIABLE as ERRORS_VARIABLE
 from megatron_ogpsa.telling import tell_once

@@ -1,4 +1,4 @@
-"""``megatron-ogpsa train CONFIG.yaml [--flag value ...]``: fine-tune, as a rank of torchrun or by starting the ranks.
+"""``megatron-ogpsa train CONFIG.yaml [--flag value ...]``: fine-tune, as a rank of torchrun or by starting this node's.
 
 A configuration with ``stages`` is a pipeline: its stages run one after the other, finished ones are skipped, and a stage
 that was interrupted goes on.
@@ -12,9 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_ogpsa.cli.config_file import ConfigFile
+from megatron_ogpsa.cluster.restarts import require_resumable
+from megatron_ogpsa.cluster.settings import FLAGS, LaunchSettings, launch_settings
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.pipeline import progress
 from megatron_ogpsa.pipeline.plan import Stage, plan_stages
+from megatron_ogpsa.processes import end_with_starter
 
 STAGE_VARIABLE = "MEGATRON_OGPSA_STAGE"
 """Name of the stage that this process is to run; set for the processes that the command starts."""
@@ -25,44 +28,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", type=Path, metavar="CONFIG.yaml", help="keys are flags of Megatron and --ogpsa-* flags"
     )
-    parser.add_argument(
-        "--nproc-per-node",
-        type=int,
-        metavar="N",
-        help="ranks to start on this machine when not under torchrun (default: launch.nproc-per-node of the file, or 1)",
-    )
+    group = parser.add_argument_group("starting ranks", "not under torchrun, which has its own; see docs/launching.md")
+    for key, (values, meaning) in FLAGS.items():
+        group.add_argument(f"--{key}", metavar=values, help=meaning)
     parser.add_argument("--stage", metavar="NAME", help="of a file with stages: run this one alone")
     parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="--flag value", help="flags that win over the file")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Under torchrun: be a rank. Otherwise start the ranks and return their exit code.
+    """Under torchrun: be a rank. Otherwise start the ranks of this node and return their exit code.
 
     Raises:
-        UserError: a mistake in the configuration, the flags or the data.
+        UserError: a mistake in the configuration, the flags, the environment or the data.
     """
-    from megatron_ogpsa.cli.launching import launch
-
     config = ConfigFile.read(args.config)
     own, flags = _split(args.flags)
-    num_ranks = own.nproc_per_node or args.nproc_per_node or config.launch.get("nproc-per-node", 1)
-    only = args.stage or own.stage
-    is_rank = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    command = ["train", str(args.config), *flags]
+    only = own.stage or args.stage
+    if only and not config.stages:
+        raise UserError(f"--stage {only}: {args.config} has no 'stages': leave the flag out")
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        end_with_starter()
+        return _run_as_rank(config, flags, only)
+    given = {key: _of(own, key) or _of(args, key) for key in FLAGS}
+    settings = launch_settings({key: text for key, text in given.items() if text}, config.launch, os.environ)
+    require_resumable(config, flags, settings.max_restarts)
+    return _start_ranks(config, flags, only, settings)
+
+
+def _run_as_rank(config: ConfigFile, flags: list[str], only: str | None) -> int:
     if not config.stages:
-        if only:
-            raise UserError(f"--stage {only}: {args.config} has no 'stages': leave the flag out")
-        return _run_single(config, flags) if is_rank else launch(command, num_ranks=num_ranks)
+        return _run_single(config, flags)
     stages = plan_stages(config, flags)
-    if is_rank and (name := os.environ.get(STAGE_VARIABLE)):
+    if name := os.environ.get(STAGE_VARIABLE):
         return _run_stage(stages, name)
-    chosen = _chosen(stages, only)
-    if is_rank:
-        return _run_as_rank_of_job(chosen, command)
+    return _run_as_rank_of_job(_chosen(stages, only), _command(config, flags))
+
+
+def _start_ranks(config: ConfigFile, flags: list[str], only: str | None, settings: LaunchSettings) -> int:
+    from megatron_ogpsa.cli.launching import launch
+
+    if not config.stages:
+        return launch(_command(config, flags), settings=settings)
+    chosen = _chosen(plan_stages(config, flags), only)
+    if settings.max_nodes > 1:  # nodes may see the folders differently: rank 0 looks, and tells the others
+        return launch(_command(config, [*flags, *(("--stage", only) if only else ())]), settings=settings)
     return run_in_order(
         chosen,
         look=_state,
-        run_stage=lambda stage: launch(command, num_ranks=num_ranks, environment={STAGE_VARIABLE: stage.name}),
+        run_stage=lambda stage: launch(
+            _command(config, flags), settings=settings, environment={STAGE_VARIABLE: stage.name}
+        ),
         say=lambda text: print(text, flush=True),
     )
 
@@ -100,6 +115,10 @@ def run_in_order(
     return 0
 
 
+def _command(config: ConfigFile, flags: list[str]) -> list[str]:
+    return ["train", str(config.path), *flags]
+
+
 def _state(stage: Stage) -> tuple[progress.State, list[str]]:
     return progress.state_of(stage), progress.changed_settings(stage)
 
@@ -126,9 +145,6 @@ def _run_as_rank_of_job(stages: Sequence[Stage], command: list[str]) -> int:
 
 def _run_stage(stages: tuple[Stage, ...], name: str) -> int:
     """Be a rank of one stage."""
-    from megatron_ogpsa.pipeline.ranks import end_with_job
-
-    end_with_job()
     index = next(number for number, stage in enumerate(stages) if stage.name == name)
     stage, is_first = stages[index], os.environ["RANK"] == "0"
 
@@ -164,6 +180,11 @@ def _run_single(config: ConfigFile, overrides: list[str]) -> int:
 def _split(flags: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """This command's own flags, which may stand among the others, and the others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--nproc-per-node", type=int)
-    parser.add_argument("--stage")
+    for key in (*FLAGS, "stage"):
+        parser.add_argument(f"--{key}")
     return parser.parse_known_args(flags)
+
+
+def _of(args: argparse.Namespace, key: str) -> str | None:
+    text: str | None = getattr(args, key.replace("-", "_"))
+    return text

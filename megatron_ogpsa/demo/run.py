@@ -26,7 +26,7 @@ LOG_TAIL = 15
 START_UP = 12.0
 """Seconds that a job of two ranks takes to start on two cores."""
 
-TRAIN = [sys.executable, "-m", "megatron_ogpsa.cli.main", "train"]
+TRAIN = [sys.executable, "-m", "megatron_ogpsa.cli.main", "train", "--nnodes", "1"]
 
 STEP_SECONDS = {"base": 0.085, "sft": 0.1, "dpo": 0.15, "protected": 0.1}
 """Of one training step on two cores, and what the refreshes add to it."""

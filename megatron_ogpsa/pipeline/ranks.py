@@ -18,11 +18,11 @@ from datetime import timedelta
 from types import FrameType
 
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.processes import end_with_parent
+from megatron_ogpsa.processes import PARENT_VARIABLE
 from megatron_ogpsa.watchdog.board import STORE_VARIABLE
 
-PARENT_VARIABLE = "MEGATRON_OGPSA_PARENT"
-"""Process id of the rank of the job, in the environment of its stage's process."""
+_HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""What the agent hands on, of which Megatron's ``--exit-signal`` is one; and Ctrl-C."""
 
 _PATIENCE = timedelta(days=1)
 """Ranks may leave a stage at different times; a rank that fails ends the job at once through torchrun."""
@@ -36,7 +36,10 @@ class JobRank:
         from torch.distributed.rendezvous import rendezvous
 
         self._store, self.rank, _ = next(rendezvous("env://", timeout=_PATIENCE))
-        self._attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # Each attempt has a store of its own where the ranks hold it; torchrun's agents may keep theirs. Each counts its own
+        # restarts, so that one which has come anew would disagree.
+        keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if keeps_store else "0"
         self._told = 0
 
     def told_by_first[T](self, look: Callable[[], T]) -> T:
@@ -77,19 +80,13 @@ class JobRank:
         def hand_on(number: int, frame: FrameType | None) -> None:
             process.send_signal(number)
 
-        before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, hand_on) for number in _HANDED_ON}
         try:
             code = process.wait()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
         return code if code >= 0 else 128 - code
-
-
-def end_with_job() -> None:
-    """In a stage's process: end with the rank of the job that started it."""
-    if parent := os.environ.get(PARENT_VARIABLE):
-        end_with_parent(int(parent))
 
 
 def _free_port() -> int:

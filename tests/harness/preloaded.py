@@ -29,9 +29,11 @@ from importlib import import_module
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
-from megatron_ogpsa.processes import end_with_parent
+from megatron_ogpsa.cluster.settings import LaunchSettings
+from megatron_ogpsa.processes import PARENT_VARIABLE, end_with_parent
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
@@ -148,34 +150,49 @@ def _run_as_main(module: str, arguments: Sequence[str]) -> NoReturn:
     sys.exit(0)
 
 
-def _launch_by_forking(arguments: list[str], *, num_ranks: int, environment: Mapping[str, str] | None = None) -> int:
-    """In place of :func:`megatron_ogpsa.cli.launching.launch`: the same variables, output and exit codes."""
+def _launch_by_forking(
+    arguments: list[str], *, settings: LaunchSettings, environment: Mapping[str, str] | None = None
+) -> int:
+    """In place of :func:`megatron_ogpsa.cli.launching.launch`: the same variables, output, exit codes and signals.
+
+    For one node, without restarts.
+    """
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     from megatron_ogpsa.cli import launching
-    from megatron_ogpsa.cli.failures import first_failure, last_word
     from megatron_ogpsa.cli.main import ERRORS_VARIABLE
+    from megatron_ogpsa.cluster.failures import first_failure, last_word
     from megatron_ogpsa.errors import UserError
     from megatron_ogpsa.watchdog import HANG_EXIT_CODE
 
-    if num_ranks < 1:
-        raise UserError(f"--nproc-per-node {num_ranks}: use 1 or more")
+    if settings.max_nodes > 1 or settings.max_restarts:
+        raise RuntimeError("several nodes and restarts need torchrun's agent: fresh=True")
+    num_ranks = int(settings.ranks_per_node)
     errors = tempfile.mkdtemp()  # not in a with statement, which each rank would leave too
-    os.environ.update({**(environment or {}), ERRORS_VARIABLE: errors})
+    command, ranks = os.getpid(), dict[int, int]()
+    os.environ.update({**(environment or {}), ERRORS_VARIABLE: errors, PARENT_VARIABLE: str(command)})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    command, ranks = os.getpid(), {}
     for rank in range(num_ranks):
         process_id = _fork()
         if process_id == 0:
-            end_with_parent(command)
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
             os.environ.update(WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks))
             os.environ.update(TORCHELASTIC_ERROR_FILE=f"{errors}/{rank}.json")
             _run_as_main(launching.RANK_MODULE, arguments)
         ranks[process_id] = rank
+    told: list[int] = []
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        for process_id in ranks:
+            os.kill(process_id, number)
+
+    signal.signal(signal.SIGTERM, hand_on)
     codes = _wait(ranks)
     failures = {rank: ProcessFailure(rank, 0, code, f"{errors}/{rank}.json") for rank, code in codes.items() if code}
     shutil.rmtree(errors)
+    if told and any(codes.values()):
+        return 128 + told[0]
     for told_already in (UserError.exit_code, HANG_EXIT_CODE):
         if told_already in codes.values():
             return told_already

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,14 +55,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 Train = Callable[..., Outcome]
-
-
-@pytest.fixture(scope="session")
-def preloaded() -> Iterator[PreloadedCommand]:
-    """The command with everything imported."""
-    command = PreloadedCommand()
-    yield command
-    command.close()
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def test_the_example_is_valid_and_overrides_win() -> None:
     from megatron_ogpsa.integration.arguments import build_parser, parse_flags
 
     config = ConfigFile.read(CONFIG)
-    assert config.launch == {"nproc-per-node": 4}
+    assert config.launch == {"nproc-per-node": "4"}
     args = parse_flags(config.as_flags(build_parser(), ["--lr", "3e-4", "--ogpsa-reference", "other=x.jsonl"]))
     assert args.lr == 3e-4
     assert args.ogpsa_reference == [("other", "x.jsonl")]

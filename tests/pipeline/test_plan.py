@@ -93,4 +93,4 @@ def test_the_example_is_valid() -> None:
     sft, dpo = (parse_flags(stage.flags(parser)) for stage in plan_stages(config, []))
     assert (sft.ogpsa_stage, dpo.ogpsa_stage) == ("sft", "dpo")
     assert dpo.pretrained_checkpoint == sft.save
-    assert config.launch == {"nproc-per-node": 4}
+    assert config.launch == {"nproc-per-node": "4"}

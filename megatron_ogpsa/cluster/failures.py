@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_ogpsa.cluster.words import described
+
 
 def record_failure(error: Exception) -> None:
     """Leave ``error`` to the launcher that has started this rank, as ``torch.distributed.elastic``'s ``record`` does."""
@@ -25,8 +27,7 @@ def first_failure(failures: Mapping[int, Any]) -> tuple[int, Any]:
 
 def last_word(rank: int, failure: Any) -> str:
     """``rank 1 ended with exit code 1: RuntimeError: …``, in one line."""
-    code = failure.exitcode
-    ended = f"rank {rank} ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
+    ended = f"rank {rank} ended with {described(failure.exitcode)}"
     message = " ".join(_message(failure).split())
     return f"{ended}: {message}" if message else f"{ended}; its output is above"
 

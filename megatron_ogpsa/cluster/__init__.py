@@ -1,0 +1,8 @@
+"""Runs on one node or many: where nodes meet, how ranks are started, watched, restarted and ended.
+
+* :mod:`.settings` makes flags, a configuration's ``launch`` and the environment into :class:`LaunchSettings`. Pure.
+* :mod:`.slurm` reads what SLURM says of a job step. Pure.
+* :mod:`.restarts` refuses restarts that would begin anew.
+* :mod:`.agent` is torchrun's agent with what training needs beyond it.
+* :mod:`.node` runs the agent of this node and says in one line how it went.
+"""

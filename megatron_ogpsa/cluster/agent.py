@@ -1,0 +1,189 @@
+"""torchrun's agent, which starts the ranks of a node, with what training needs beyond it.
+
+* SIGTERM is handed on to the ranks, so that Megatron saves (``--exit-signal-handler``); the agent waits for their end as for
+  any other. torchrun's ends them 30 s later, and itself with an error.
+* A failure that no restart would mend ends the run on all nodes, which are told of it through the store. Under torchrun
+  ranks of other nodes wait in their collectives until these time out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from subprocess import Popen
+from types import FrameType
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
+
+from megatron_ogpsa.cluster.failures import first_failure, last_word
+from megatron_ogpsa.cluster.words import say
+from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.watchdog import HANG_EXIT_CODE
+
+HANDED_ON = {
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGINT: signal.SIGTERM,  # Ctrl-C reaches this process alone: ranks are sessions of their own
+    signal.SIGHUP: signal.SIGTERM,
+    signal.SIGUSR1: signal.SIGUSR1,  # for Megatron's --exit-signal
+    signal.SIGUSR2: signal.SIGUSR2,
+}
+"""What this process is told → what the ranks are told."""
+
+_VERDICT, _KNOWN_BY = "megatron-ogpsa/verdict", "megatron-ogpsa/known-by"
+_LOOK_SECONDS = 1.0
+_FAREWELL_SECONDS = 5.0
+"""That a node waits for the others to know, since it may hold the store through which they learn it."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why the run ended, as the first node has put it that knew.
+
+    Attributes:
+        cause: such as ``rank 3 ended with exit code 1``.
+        node: host name and process id of the agent that saw it.
+    """
+
+    exit_code: int
+    cause: str
+    node: str
+
+
+class NodeAgent(LocalElasticAgent):
+    """The agent of one node.
+
+    Attributes:
+        verdict: why the run has ended for good, if it did not end well.
+        name: of this agent in verdicts.
+    """
+
+    def __init__(self, spec: WorkerSpec, *, shutdown_timeout: float) -> None:
+        """``shutdown_timeout``: seconds that ranks get to end after a signal was handed on."""
+        super().__init__(spec, DefaultLogsSpecs())
+        self.verdict: Verdict | None = None
+        self.name = f"{os.uname().nodename} (process {os.getpid()})"
+        self._told: signal.Signals | None = None
+        self._kill_at = float("inf")
+        self._patience = shutdown_timeout
+        self._last_look = 0.0
+        # Under nohup it is ignored, and stays so.
+        self._signals = [number for number in HANDED_ON if signal.getsignal(number) != signal.SIG_IGN]
+
+    def take_signals(self) -> None:
+        """Let this agent decide what signals mean. torch's own handlers come with each start of ranks."""
+        for number in self._signals:
+            signal.signal(number, self._hand_on)
+
+    def find_verdict(self) -> Verdict | None:
+        """Why the run has ended, as far as another node has said so.
+
+        Raises:
+            RendezvousConnectionError: the store is gone.
+        """
+        store: Any = self._worker_group.store
+        try:
+            if store is None or not store.check([_VERDICT]):
+                return None
+            return Verdict(**json.loads(store.get(_VERDICT)))
+        except RuntimeError as error:
+            raise RendezvousConnectionError(str(error)) from error
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        ids: dict[int, Any] = super()._start_workers(worker_group)
+        self.take_signals()
+        return ids
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.state == WorkerState.HEALTHY:
+            if time.monotonic() > self._kill_at:
+                self._kill()
+            if verdict := self._look_for_verdict():
+                self._end_run(worker_group, verdict)
+                return RunResult(state=WorkerState.FAILED)
+        elif result.state == WorkerState.FAILED:
+            self._judge(worker_group, result)
+        return result
+
+    def _judge(self, worker_group: WorkerGroup, result: RunResult) -> None:
+        """Whether the ranks are started again."""
+        verdict = self._own_verdict(result)
+        in_vain = self._told is not None or verdict.exit_code == UserError.exit_code
+        known = None if self._is_alone() else self.find_verdict()
+        if known or in_vain or self._remaining_restarts == 0:
+            self._end_run(worker_group, known or verdict)
+        else:
+            left = self._remaining_restarts - 1
+            say(f"{verdict.cause}; its output is above. All ranks are started again (after that, {left} more times)")
+
+    def _own_verdict(self, result: RunResult) -> Verdict:
+        if self._told is not None:
+            return Verdict(128 + self._told, f"{self._told.name} ended the ranks", self.name)
+        codes = [failure.exitcode for failure in result.failures.values()]
+        rank, first = first_failure(result.failures)
+        cause = last_word(rank, first).removesuffix("; its output is above")
+        if UserError.exit_code in codes:
+            return Verdict(UserError.exit_code, cause, self.name)
+        if first.exitcode == HANG_EXIT_CODE or (first.exitcode < 0 and HANG_EXIT_CODE in codes):
+            return Verdict(HANG_EXIT_CODE, cause, self.name)
+        return Verdict(first.exitcode if first.exitcode > 0 else 1, cause, self.name)
+
+    def _look_for_verdict(self) -> Verdict | None:
+        now = time.monotonic()
+        if self._is_alone() or now - self._last_look < _LOOK_SECONDS:
+            return None
+        self._last_look = now
+        return self.find_verdict()
+
+    def _end_run(self, worker_group: WorkerGroup, verdict: Verdict) -> None:
+        """No restarts any more, here and elsewhere; the verdict that was first in the store is everyone's."""
+        self._remaining_restarts = 0  # as torch itself does where a restart would be in vain
+        self.verdict = verdict
+        if self._is_alone():
+            return
+        store: Any = worker_group.store
+        try:
+            first = store.compare_set(_VERDICT, "", json.dumps(asdict(verdict)))
+            self.verdict = Verdict(**json.loads(first))
+            known_by = store.add(_KNOWN_BY, 1)
+            deadline = time.monotonic() + _FAREWELL_SECONDS
+            while known_by < self._num_nodes() and time.monotonic() < deadline:
+                time.sleep(0.1)
+                known_by = store.add(_KNOWN_BY, 0)
+        except RuntimeError:  # whoever held the store has ended already: there is nobody to tell
+            return
+
+    def _num_nodes(self) -> int:
+        return self._worker_group.group_world_size or 1
+
+    def _is_alone(self) -> bool:
+        return self._num_nodes() == 1
+
+    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+        received = signal.Signals(number)
+        if self._worker_group.state in (WorkerState.INIT, WorkerState.STOPPED):  # nodes are meeting: there are no ranks
+            raise SignalException(received.name, sigval=received)
+        if received == signal.SIGINT and self._told == signal.SIGINT:  # a second Ctrl-C
+            self._kill()
+        if self._told is None:
+            self._told, self._kill_at = received, time.monotonic() + self._patience
+        for process in self._ranks():
+            process.send_signal(HANDED_ON[received])  # not to its group: loaders of data must last until it has saved
+
+    def _kill(self) -> None:
+        for process in self._ranks():
+            process.kill()
+        self._kill_at = float("inf")
+
+    def _ranks(self) -> Iterator[Popen[Any]]:
+        """The ranks' processes that have not ended."""
+        handlers = getattr(self._pcontext, "subprocess_handlers", {})
+        return (handler.proc for handler in handlers.values() if handler.proc.poll() is None)

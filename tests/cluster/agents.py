@@ -1,0 +1,68 @@
+"""Agents of one or two nodes on this machine, each as the command runs it, in processes forked from this one.
+
+``python -m tests.cluster.agents JSON``: behaviour of the ranks, flags of all nodes, and which agent gets which signal once
+all ranks are ready. Prints how each agent ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+from megatron_ogpsa.cluster.node import run_node
+from megatron_ogpsa.cluster.settings import launch_settings
+from megatron_ogpsa.processes import PARENT_VARIABLE, end_with_parent
+
+RANKS_PER_NODE = 2
+ROOT = Path(__file__).parents[2]
+
+
+def start(node: int, num_nodes: int, port: int, behaviour: str, flags: dict[str, str]) -> int:
+    """Fork the agent of a node; returns its process id."""
+    parent, process_id = os.getpid(), os.fork()
+    if process_id:
+        return process_id
+    end_with_parent(parent)
+    environment = {}
+    if num_nodes > 1:
+        flags |= {"local-addr": "127.0.0.1"}
+        environment = {"NNODES": str(num_nodes), "NODE_RANK": str(node), "MASTER_ADDR": "127.0.0.1"}
+        environment |= {"MASTER_PORT": str(port)}
+    settings = launch_settings({"nproc-per-node": str(RANKS_PER_NODE)} | flags, {}, environment)
+    os.environ |= {PARENT_VARIABLE: str(os.getpid()), "PYTHONPATH": str(ROOT)}
+    os._exit(run_node([sys.executable, "-m", "tests.cluster.ranks", behaviour], settings))
+
+
+def main(request: str) -> None:
+    """Run the agents that ``request`` describes."""
+    case = json.loads(request)
+    num_nodes, started = case["nodes"], case.get("started", case["nodes"])
+    port = free_port()
+    held = socket.create_server(("127.0.0.1", port)) if case.get("port is taken") else None
+    agents = [start(node, num_nodes, port, case["ranks"], case.get("flags", {})) for node in range(started)]
+    if "signal" in case:
+        ready = [Path(f"ready-{rank}") for rank in range(started * RANKS_PER_NODE)]
+        while not all(path.exists() and path.read_text(encoding="utf-8") for path in ready):
+            time.sleep(0.02)
+        os.kill(agents[case.get("of node", 0)], signal.Signals[case["signal"]])
+    for node, process_id in enumerate(agents):
+        _, status = os.waitpid(process_id, 0)
+        print(f"node {node}: {os.waitstatus_to_exitcode(status)}", flush=True)
+    if held:
+        held.close()
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

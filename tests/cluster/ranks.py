@@ -1,0 +1,80 @@
+"""Ranks that import nothing and behave as they are told: ``python -m tests.cluster.ranks BEHAVIOUR``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from megatron_ogpsa.processes import end_with_starter
+
+RANK = int(os.environ["RANK"])
+LAST = int(os.environ["WORLD_SIZE"]) - 1
+FAILED_BEFORE = Path("failed")
+
+
+def wait() -> NoReturn:
+    """As in a collective that a rank which has failed will never come to."""
+    Path(f"ready-{RANK}").write_text(str(os.getpid()), encoding="utf-8")
+    time.sleep(600)
+    raise RuntimeError("nobody has ended this rank")
+
+
+def last_rank_raises() -> None:
+    if RANK == LAST:
+        time.sleep(0.5)
+        raise ValueError("a message of its own")
+    wait()
+
+
+def last_rank_raises_once() -> None:
+    if FAILED_BEFORE.exists():
+        return
+    if RANK == LAST:
+        FAILED_BEFORE.touch()
+        last_rank_raises()
+    wait()
+
+
+def first_rank_is_misused() -> None:
+    if RANK == 0:
+        sys.exit(2)
+    wait()
+
+
+def saves_when_told() -> None:
+    def save(number: int, frame: FrameType | None) -> None:
+        time.sleep(0.5)
+        print(f"rank {RANK} has saved", flush=True)
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, save)
+    wait()
+
+
+def ignores_signals() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    wait()
+
+
+BEHAVIOURS: dict[str, Callable[[], None]] = {
+    function.__name__: function
+    for function in (
+        wait,
+        last_rank_raises,
+        last_rank_raises_once,
+        first_rank_is_misused,
+        saves_when_told,
+        ignores_signals,
+    )
+}
+
+if __name__ == "__main__":
+    end_with_starter()
+    print(f"rank {RANK} of {LAST + 1} starts", flush=True)
+    BEHAVIOURS[sys.argv[1]]()

@@ -1,0 +1,37 @@
+"""``megatron-ogpsa`` of which all ranks but those of the first node wait before step ``HOLD``, until they are ended.
+
+They do so once: whoever waits says so in the file ``held``, and ranks that find it go on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_ogpsa.cli import launching, main
+
+HELD = Path("held")
+
+if int(os.environ.get("GROUP_RANK", "0")) > 0 and not HELD.exists():
+    from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+
+    install_if_no_gpu()
+    from megatron_ogpsa.integration.projection import ProjectionRun
+
+    before_step = ProjectionRun.before_step
+
+    def holding_before_step(self: Any, model: Any, optimizer: Any, forward_backward: Any, step: int) -> None:
+        if step == int(os.environ["HOLD"]):
+            HELD.write_text(str(os.getpid()), encoding="utf-8")
+            time.sleep(600)
+            raise RuntimeError("nobody has ended this rank")
+        before_step(self, model, optimizer, forward_backward, step)
+
+    ProjectionRun.before_step = holding_before_step  # type: ignore[method-assign]
+
+if __name__ == "__main__":
+    launching.RANK_MODULE = "tests.integration.holding"
+    sys.exit(main.main())
