@@ -1,0 +1,161 @@
+"""One rank of the collectives' check: builds Megatron's process groups and all-reduces one number in each.
+
+``python -m megatron_ogpsa.doctor.probe PROBE`` with RANK, LOCAL_RANK and WORLD_SIZE in the environment, where PROBE is
+:class:`Probe` as JSON. It tells of every step in the store when it begins and when it has ended; whoever watches the
+store judges, and ends the process when it is stuck. The sum is of whole numbers, so that it is known exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ogpsa.processes import end_with_parent
+
+START, GROUPS, ALL = "start", "groups", "all ranks"
+"""Steps before the axes: joining the default group, building Megatron's groups, and an all-reduce over all ranks."""
+
+PATIENCE = timedelta(minutes=30)
+"""Longer than any watcher waits: a stuck rank is ended from outside, by the one that can name it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sizes of the axes; data parallelism is what they leave of the world.
+
+    Attributes:
+        order: of ranks, as Megatron takes it.
+    """
+
+    world: int
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    order: str = "tp-cp-ep-dp-pp"
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Name → size of those over which something is reduced."""
+        data = self.world // (self.tensor * self.pipeline * self.context)
+        sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "context": self.context, "data": data}
+        sizes["expert"] = self.expert
+        return {name: size for name, size in sizes.items() if size > 1}
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What a rank does, in this order."""
+        return (START, ALL, GROUPS, *self.axes) if self.axes else (START, ALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What a rank is told.
+
+    Attributes:
+        host, port: of the store.
+        prefix: of this check's keys in it.
+        parent: the process that watches.
+    """
+
+    host: str
+    port: int
+    prefix: str
+    parent: int
+    layout: Layout
+
+    def as_json(self) -> str:
+        """For the command line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Probe:
+        """The opposite of :meth:`as_json`."""
+        fields = json.loads(text)
+        return cls(**(fields | {"layout": Layout(**fields["layout"])}))
+
+
+def main(text: str) -> None:
+    """Make every step of the probe; a failure is told in the store and ends the process with exit code 1."""
+    probe = Probe.from_json(text)
+    end_with_parent(probe.parent)
+    rank = int(os.environ["RANK"])
+    store = dist.TCPStore(probe.host, probe.port, is_master=False, timeout=PATIENCE)
+    reports = dist.PrefixStore(f"{probe.prefix}/reports", store)
+    try:
+        for step, result in _steps(probe, dist.PrefixStore(f"{probe.prefix}/group", store), rank, reports):
+            reports.set(f"{step}/ended/{rank}", result)
+    except Exception as error:  # every failure is to reach whoever watches
+        reports.set(f"failed/{rank}", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        raise
+    dist.destroy_process_group()
+
+
+def _steps(probe: Probe, store: Any, rank: int, reports: Any) -> Iterator[tuple[str, str]]:
+    """Each step with what is to be told of it: ``ok``, the host's name for the first, or what is wrong."""
+    reports.set(f"{START}/begun/{rank}", "")
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if has_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=probe.layout.world, timeout=PATIENCE)
+    yield START, socket.gethostname()
+    for step in probe.layout.steps[1:]:
+        reports.set(f"{step}/begun/{rank}", "")
+        if step == GROUPS:
+            _build_groups(probe.layout)
+            yield step, "ok"
+        else:
+            yield step, _all_reduce(None if step == ALL else _group(step), probe.layout.axes.get(step))
+
+
+def _build_groups(layout: Layout) -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        layout.tensor,
+        layout.pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        order=layout.order,
+        create_gloo_process_groups=torch.cuda.is_available(),  # training has them for checkpoints
+    )
+
+
+def _group(axis: str) -> Any:
+    from megatron.core import parallel_state
+
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_group,
+        "pipeline": parallel_state.get_pipeline_model_parallel_group,
+        "context": parallel_state.get_context_parallel_group,
+        "data": parallel_state.get_data_parallel_group,
+        "expert": parallel_state.get_expert_model_parallel_group,
+    }[axis]()
+
+
+def _all_reduce(group: Any, size: int | None) -> str:
+    """Add up each rank's number, counted from 1, over ``group``; None is all ranks."""
+    ranks = dist.get_process_group_ranks(group)
+    if size is not None and len(ranks) != size:
+        return f"the group has {len(ranks)} ranks in place of {size}"
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    number = torch.tensor([dist.get_rank() + 1], dtype=torch.int64, device=device)
+    dist.all_reduce(number, group=group)
+    wanted = sum(rank + 1 for rank in ranks)
+    return "ok" if int(number) == wanted else f"the sum over ranks {ranks} is {int(number)} in place of {wanted}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
