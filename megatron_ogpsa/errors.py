@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 
 class UserError(Exception):
     """A mistake in flags, configuration or data that the user can mend.
@@ -16,3 +18,16 @@ class UserError(Exception):
 
 class UnsupportedError(UserError):
     """A Megatron feature that projection does not support yet: the flag, the reason, the nearest thing that works."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of ``error`` and where it was raised; the condition that failed where Megatron asserts without words."""
+    line = traceback.extract_tb(error.__traceback__)[-1].line
+    message = " ".join(str(error).split()) or line or type(error).__name__
+    return f"{message} ({where(error)})"
+
+
+def where(error: BaseException) -> str:
+    """``file:line`` at which ``error`` was raised; a library's file as seen from where libraries are installed."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno}"

@@ -10,7 +10,6 @@ import argparse
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,7 @@ import torch
 from megatron_ogpsa.config import MAX_CONFLICT_REFERENCES, OGPSAConfig
 from megatron_ogpsa.errors import UnsupportedError, UserError
 from megatron_ogpsa.integration.authors import LEAK_NOTICE, check_authors_arguments, leak_weight
-from megatron_ogpsa.integration.loop import read_state
+from megatron_ogpsa.integration.checkpoints import read_state
 from megatron_ogpsa.integration.protection import Losses, tell_interval
 from megatron_ogpsa.integration.reference_data import loss_of_reference
 
@@ -143,7 +142,7 @@ class ProjectionRun:
         if self._args.ogpsa_authors_leak:
             print_rank_0(LEAK_NOTICE)
         if self._args.load and not self._args.finetune:
-            self._compare_with(Path(self._args.load))
+            self._compare_with(read_state(self._args, iteration))
 
     def before_step(self, model: list[Any], optimizer: Any, forward_backward: Callable[..., Any], step: int) -> None:
         """Refresh the basis if one is due."""
@@ -206,9 +205,9 @@ class ProjectionRun:
             },
         }
 
-    def _compare_with(self, folder: Path) -> None:
+    def _compare_with(self, before: dict[str, Any]) -> None:
         """Say where a resumed run departs from the one that wrote the checkpoint; going on is the user's choice."""
-        before, now = read_state(folder), self.state()
+        now = self.state()
         for kind in ("references", "settings") if before else ():
             for name in sorted(before.get(kind, {}).keys() | now[kind].keys()):
                 if before.get(kind, {}).get(name) != now[kind].get(name) and torch.distributed.get_rank() == 0:

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 
-from megatron_ogpsa.errors import UnsupportedError, UserError
-from megatron_ogpsa.integration.arguments import parse_flags
-from megatron_ogpsa.integration.program import add_training_arguments, one_line
+from megatron_ogpsa.errors import UnsupportedError, UserError, one_line
+from megatron_ogpsa.integration.arguments import add_training_arguments, parse_flags
 from megatron_ogpsa.planning.layout import Dimensions, Mesh, nearest, problem
 
 
