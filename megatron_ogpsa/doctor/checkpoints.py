@@ -1,143 +1,91 @@
-"""Checkpoints: whether the disk can take those to come, and whether the last one is complete."""
+"""Whether a run can go on where it was, or begin where it is told to: the checkpoints that it would load."""
 
 from __future__ import annotations
 
-import argparse
-import copy
-import os
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ogpsa.doctor.findings import Finding, fail, ok, warn
+from megatron_ogpsa.checkpoints import Examined, examine
+from megatron_ogpsa.checkpoints.survey import RELEASE
+from megatron_ogpsa.doctor.findings import Finding, fail, ok, size_in_words, warn
 
-_FP32 = 4
-
-_ESTIMATED_BYTES = 18
-"""What Megatron's estimate takes for each parameter without the distributed optimizer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Saving:
-    """What one run will write.
-
-    Attributes:
-        folder: of ``--save``.
-        size: bytes of one checkpoint.
-        number: of checkpoints until the run's end, at least 1.
-    """
-
-    folder: Path
-    size: int
-    number: int
+MOST_HASHED = 20 * 10**9
+"""Bytes of a checkpoint that is hashed here: seconds. Of a larger one only the files' presence is looked at; training
+hashes it on all ranks before it loads it."""
 
 
-def elements_of(args: argparse.Namespace, vocabulary: int) -> int:
-    """Parameters of the model, by Megatron's own estimate (training/theoretical_memory_usage.py): biases are left out.
+def check_checkpoints(
+    *, load: str | None, save: str | None, pretrained: str | None, previous: Path | None, may_be_older: bool
+) -> Iterator[Finding]:
+    """Whether the run can go on where it was, or begin where it is told to.
 
     Args:
-        args: validated.
-        vocabulary: tokens, before padding.
+        load, save, pretrained: Megatron's flags.
+        previous: of a pipeline's later stage, where the stage before it saves.
+        may_be_older: whether training may take an older checkpoint of ``load`` for a damaged one.
     """
-    from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
-    from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
-
-    whole = copy.copy(args)  # the estimate is of one rank, and changes what it is given
-    whole.padded_vocab_size = args.padded_vocab_size or vocab_size_with_padding(vocabulary, args, logging_enabled=False)
-    for axis in ("tensor_model", "pipeline_model", "expert_tensor", "expert_model"):
-        setattr(whole, f"{axis}_parallel_size", 1)
-    whole.use_distributed_optimizer = False
-    return round(compute_weight_and_optimizer_memory(whole) / _ESTIMATED_BYTES)
-
-
-def bytes_per_element(args: argparse.Namespace) -> int:
-    """Of a checkpoint with the optimizer: weights, their fp32 copy, and the optimizer's moments."""
-    weight = int(args.params_dtype.itemsize)
-    if args.no_save_optim:
-        return weight
-    moments = (1 if args.sgd_momentum else 0) if args.optimizer == "sgd" else 2
-    has_copy = args.use_distributed_optimizer or weight < _FP32
-    return weight + _FP32 * (moments + has_copy)
+    goes_on = False
+    if load is not None:
+        examined = _examined(Path(load))
+        goes_on = examined.chosen is not None
+        yield _last_checkpoint(Path(load), examined, may_be_older=may_be_older)
+    elif save is not None:
+        yield _overwritten(Path(save))
+    if pretrained is not None and not goes_on:
+        yield _beginning(Path(pretrained), is_to_come=previous is not None and Path(pretrained) == previous)
 
 
-def training_bytes(args: argparse.Namespace, elements: int) -> int:
-    """Memory of all ranks for weights, gradients, optimizer state and basis; activations are left out.
-
-    Args:
-        args: validated.
-        elements: of :func:`elements_of`.
-    """
-    copies = int(args.data_parallel_size * args.context_parallel_size)
-    weights, gradients = int(args.params_dtype.itemsize), _FP32
-    has_copy = weights < _FP32
-    moments = (1 if args.sgd_momentum else 0) if args.optimizer == "sgd" else 2
-    references = len(args.ogpsa_reference) * args.ogpsa_rank_per_reference
-    basis = references * (2 if args.ogpsa_basis_dtype == "bf16" else _FP32)
-    shards = 1 if args.use_distributed_optimizer else copies
-    return elements * (copies * (weights + gradients) + shards * (_FP32 * (moments + has_copy) + basis))
+def _last_checkpoint(folder: Path, examined: Examined, *, may_be_older: bool) -> Finding:
+    name, chosen, problems = "last checkpoint", examined.chosen, "; ".join(examined.problems[:3])
+    if chosen is None and problems:
+        remedy = "restore a checkpoint, or move the folder away to begin anew"
+        return fail(name, f"{problems}: none is left in {folder}", remedy)
+    if chosen is None:
+        return ok(name, f"none in {folder} yet: the run begins anew")
+    if not problems:
+        return ok(name, f"{folder / chosen.name}: {_how_verified(folder, examined)}")
+    if chosen.name == RELEASE or not (may_be_older or examined.is_tracked):
+        return fail(name, problems, f"restore it, or say --ckpt-step {chosen.iteration} to begin with {chosen.name}")
+    return warn(name, f"{problems}; training would go on from {chosen.name}", "restore it, or accept the older one")
 
 
-def saving_of(args: argparse.Namespace, elements: int) -> Saving | None:
-    """What the run will write until its end; None if it saves nothing.
-
-    Args:
-        args: validated.
-        elements: of :func:`elements_of`.
-    """
-    if not args.save or args.skip_train:
-        return None
-    folder = Path(args.save)
-    left = max((args.train_iters or 0) - _iteration(folder), 1)
-    number = -(-left // args.save_interval) if args.save_interval else 1
-    return Saving(folder=folder, size=elements * bytes_per_element(args), number=number)
+def _overwritten(folder: Path) -> Finding:
+    chosen = examine(folder, contents=False).chosen
+    if chosen is None:
+        return ok("last checkpoint", f"none in {folder} yet, and no --load: the run begins anew")
+    text = f"{folder / chosen.name} is there, and without --load the run begins anew and writes over it"
+    return warn("last checkpoint", text, f"say --load {folder} to go on from it, or name another --save")
 
 
-def _iteration(folder: Path) -> int:
-    from megatron_ogpsa.pipeline.progress import TRACKER_FILE
-
-    try:
-        text = (folder / TRACKER_FILE).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return 0  # none yet; what is wrong with a broken one is another finding
-    return int(text) if text.isdigit() else 0
-
-
-def check_disk(
-    savings: Sequence[Saving], free_of: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free
-) -> list[Finding]:
-    """Free space of each file system against what will be written there; and whether it can be written at all.
-
-    Args:
-        savings: of all runs of the job.
-        free_of: bytes that are free where a folder lies.
-    """
-    by_device: dict[int, list[Saving]] = {}
-    for saving in savings:
-        by_device.setdefault(_existing(saving.folder).stat().st_dev, []).append(saving)
-    return [_check_file_system(group, free_of(_existing(group[0].folder))) for group in by_device.values()]
+def _beginning(folder: Path, *, is_to_come: bool) -> Finding:
+    name, examined = "first weights", _examined(folder)
+    if examined.chosen is None and is_to_come and not examined.problems:
+        return ok(name, f"{folder}, which the stage before this one will write")
+    if examined.chosen is None:
+        text = "; ".join(examined.problems[:3]) or f"{folder} holds no checkpoint"
+        return fail(name, text, "name a folder of Megatron checkpoints as --pretrained-checkpoint, or restore it")
+    if examined.problems and not examined.is_tracked:
+        remedy = f"restore it, or say --ckpt-step {examined.iteration} to begin with {examined.chosen.name}"
+        return fail(name, "; ".join(examined.problems[:3]), remedy)
+    return ok(name, f"{folder / examined.chosen.name}: {_how_verified(folder, examined)}")
 
 
-def _check_file_system(savings: Sequence[Saving], free: int) -> Finding:
-    largest, total = max(s.size for s in savings), sum(s.size * s.number for s in savings)
-    number = sum(s.number for s in savings)
-    where = os.path.commonpath([saving.folder for saving in savings])
-    text = f"{where}: {_gb(free)} free for {number} checkpoint{'s' * (number > 1)} of about {_gb(largest)}"
-    refused = [str(folder) for s in savings if not os.access(folder := _existing(s.folder), os.W_OK | os.X_OK)]
-    if refused:
-        return fail("disk space", f"{refused[0]} cannot be written by this user", "name another --save")
-    if free < largest:
-        return fail("disk space", f"{text}: not one fits", "free space, or name another --save")
-    if free < total:
-        remedy = "free space, raise --save-interval, delete old checkpoints while it runs, or --no-save-optim"
-        return warn("disk space", f"{text}: not all of them fit", remedy)
-    return ok("disk space", text)
+def _examined(folder: Path) -> Examined:
+    """With the files' content, if that is not too much of it."""
+    examined = examine(folder, contents=False)
+    if examined.chosen is None or _size(folder / examined.chosen.name) > MOST_HASHED:
+        return examined
+    return examine(folder)
 
 
-def _existing(folder: Path) -> Path:
-    """The nearest folder that is there already."""
-    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+def _how_verified(folder: Path, examined: Examined) -> str:
+    assert examined.chosen is not None
+    if not examined.is_verified:
+        return "there, not verified: it has no manifest"
+    if (size := _size(folder / examined.chosen.name)) > MOST_HASHED:
+        return f"all files are there; {size_in_words(size)} are hashed by training, not here"
+    return "complete, all files are what was written"
 
 
-def _gb(number: int) -> str:
-    return f"{number / 1e9:,.1f} GB" if number >= 1e8 else f"{number / 1e6:,.2f} MB"
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from megatron_ogpsa.doctor.findings import Finding, fail, ok, warn
-from megatron_ogpsa.doctor.probe import ALL, GROUPS, START, Layout
+from megatron_ogpsa.doctor.steps import GROUPS, START, Layout
 
 START_SECONDS = 300.0
 """What ranks get for what imports torch and Megatron, which a slow file system can make last."""
@@ -36,7 +36,7 @@ def watch(
     """A finding for each step of the probes, as soon as all ranks have told; after a failure the rest is not tried.
 
     Args:
-        reports: what the probes tell, see :mod:`.probe`.
+        reports: what the probes tell, see :mod:`megatron_ogpsa.doctor.probe`.
         timeout: seconds for an all-reduce.
         look_after_processes: called now and then; notes ended processes in the store as failed.
         start_seconds: for steps that import libraries.
@@ -96,9 +96,7 @@ def _judged(
     return ok(name, f"{layout.world // size} group{'s' * (layout.world > size)} of {size}, the sum is right")
 
 
-def _who_is_missing(
-    reports: Reports, step: str, hosts: dict[int, str], missing: Sequence[int], seconds: float
-) -> str:
+def _who_is_missing(reports: Reports, step: str, hosts: dict[int, str], missing: Sequence[int], seconds: float) -> str:
     """The ranks whose fault it may be: those that have failed, or else have not begun, or else have not ended."""
     failed = [rank for rank in missing if reports.check([f"failed/{rank}"])]
     if failed:
@@ -126,7 +124,9 @@ def _remedy(step: str) -> str:
 
 def _named(ranks: Sequence[int], hosts: dict[int, str]) -> str:
     """``rank 1`` or ``ranks 1, 3``, with the host where there are several."""
-    names = [f"{rank} on {hosts[rank]}" if len(set(hosts.values())) > 1 and rank in hosts else str(rank) for rank in ranks]
+    names = [
+        f"{rank} on {hosts[rank]}" if len(set(hosts.values())) > 1 and rank in hosts else str(rank) for rank in ranks
+    ]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return f"rank{'s' * (len(ranks) != 1)} {shown}"
 

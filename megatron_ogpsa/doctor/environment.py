@@ -75,7 +75,7 @@ def check_megatron() -> Finding:
         importlib.import_module("megatron.training")
     except Exception as error:  # its optional libraries raise anything when they are broken
         return fail("megatron-core", f"{installed}, which cannot be imported: {described(error)}", again)
-    if core.__version__ != installed:
+    if core.__version__.partition("+")[0] != installed:  # it may add a commit
         return fail(
             "megatron-core",
             f"{installed} is installed, but {core.__version__} is imported from {_folder(core)}",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import traceback
+import textwrap
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.errors import UserError, one_line
 
 Level = Literal["OK", "WARN", "FAIL"]
 
@@ -18,7 +17,8 @@ EXIT_CODES: dict[Level, int] = {"OK": 0, "WARN": 1, "FAIL": 2}
 """The worst level decides."""
 
 _NAME_WIDTH = 20
-_REMEDY_INDENT = " " * (2 + 4 + 2 + _NAME_WIDTH + 2)
+_INDENT = " " * (2 + 4 + 2 + _NAME_WIDTH + 2)
+_WIDTH = 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,11 @@ def fail(name: str, value: str, remedy: str) -> Finding:
     return Finding(name=name, level="FAIL", value=value, remedy=remedy)
 
 
+def not_made(name: str, *causes: str) -> Finding:
+    """A check that makes no sense as long as others fail."""
+    return warn(name, f"not examined for want of: {', '.join(causes)}", f"mend first: {', '.join(causes)}")
+
+
 Check = Callable[[], Finding | Iterable[Finding]]
 
 
@@ -67,7 +72,7 @@ class Report:
         self._say = say
         self._sections: dict[str, list[Finding]] = {}
         self._section = ""
-        self._sound: dict[tuple[str, str], bool] = {}
+        self._unsound: dict[tuple[str, str], tuple[str, ...]] = {}
 
     def begin(self, section: str) -> None:
         """Open a section; what is examined from now on belongs to it."""
@@ -84,22 +89,24 @@ class Report:
             name: of the check, and of the finding if the check cannot tell.
             needs: checks of this section, or of the first one, without which it makes no sense.
         """
-        missing = [need for need in needs if not self.is_sound(need)]
-        if missing:
-            text, remedy = f"not examined: it needs {', '.join(missing)}", f"mend first: {', '.join(missing)}"
-            found = [warn(name, text, remedy)]
-        else:
-            found = made(name, check)
-        self._sound[self._section, name] = not missing and all(finding.level != "FAIL" for finding in found)
+        causes = dict.fromkeys(cause for need in needs for cause in self._causes(need))
+        if causes:
+            self._unsound[self._section, name] = tuple(causes)
+            self.add(not_made(name, *causes))
+            return
+        found = made(name, check)
+        self._unsound[self._section, name] = (name,) if any(finding.level == "FAIL" for finding in found) else ()
         for finding in found:
             self.add(finding)
 
     def is_sound(self, name: str) -> bool:
         """Whether a check of this section, or of the first one, was made and has not failed."""
+        return not self._causes(name)
+
+    def _causes(self, name: str) -> tuple[str, ...]:
+        """The failed checks for which ``name`` is not sound; itself, if it was never asked for."""
         first = next(iter(self._sections))
-        return all(self._sound.get((section, name), True) for section in (first, self._section)) and any(
-            (section, name) in self._sound for section in (first, self._section)
-        )
+        return self._unsound.get((self._section, name), self._unsound.get((first, name), (name,)))
 
     def add(self, finding: Finding) -> None:
         """Add a finding to the current section."""
@@ -147,10 +154,7 @@ def made(name: str, check: Check) -> list[Finding]:
 
 def described(error: BaseException) -> str:
     """An exception in one line: its type, its message and where it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    message = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {message or 'without a message'}{place}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def in_two(message: str) -> tuple[str, str]:
@@ -181,6 +185,23 @@ def _without_parentheses(message: str) -> str:
 
 
 def as_lines(finding: Finding) -> list[str]:
-    """A finding as the table shows it: a line, and the remedy below."""
-    lines = [f"  {finding.level:<4}  {finding.name:<{_NAME_WIDTH}}  {finding.value}"]
-    return [*lines, f"{_REMEDY_INDENT}-> {finding.remedy}"] if finding.remedy else lines
+    """A finding as the table shows it: level, name and value, and the remedy below; both go on below themselves."""
+    head = f"  {finding.level:<4}  {finding.name:<{_NAME_WIDTH}}  "
+    lines = _wrapped(finding.value, head, " " * len(head))
+    return lines + (_wrapped(finding.remedy, f"{_INDENT}-> ", f"{_INDENT}   ") if finding.remedy else [])
+
+
+def _wrapped(text: str, first: str, others: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=first,
+        subsequent_indent=others,
+        break_long_words=False,
+        break_on_hyphens=False,
+    ) or [first.rstrip()]
+
+
+def size_in_words(number: float) -> str:
+    """Bytes as decimal gigabytes, or as megabytes where they are few."""
+    return f"{number / 1e9:,.1f} GB" if number >= 1e8 else f"{number / 1e6:,.2f} MB"

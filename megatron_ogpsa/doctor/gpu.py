@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ogpsa.doctor.findings import Finding, fail, ok, warn
+from megatron_ogpsa.doctor.findings import Finding, fail, ok, size_in_words, warn
 
 FP8_CAPABILITY = (8, 9)
 """The oldest generation (Ada) with FP8 matrix products."""
@@ -75,7 +75,7 @@ def check_gpus(
 def _without_gpu(built_in: int, cuda_build: str | None, environment: Mapping[str, str]) -> Finding:
     if not built_in:
         text = "none: Megatron runs on the CPU with gloo, for trials and tests"
-        return warn("GPU", text, "none is needed for a trial; for real training use a machine with NVIDIA GPUs")
+        return warn("GPU", text, "nothing for a trial; for real training use a machine with NVIDIA GPUs")
     text = f"{built_in} in this machine, and torch can use none"
     hidden = environment.get("CUDA_VISIBLE_DEVICES")
     if cuda_build is None:
@@ -90,11 +90,13 @@ def _without_gpu(built_in: int, cuda_build: str | None, environment: Mapping[str
 
 
 def _which(gpus: Sequence[Gpu]) -> Finding:
-    kinds = Counter(f"{gpu.name} (compute capability {_shown(gpu)}, {_gb(gpu.total)})" for gpu in gpus)
+    kinds = Counter(f"{gpu.name} (compute capability {_shown(gpu)}, {size_in_words(gpu.total)})" for gpu in gpus)
     text = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     if len(kinds) > 1:
         return warn("GPU", f"{text}: the slowest sets the pace", "choose equal ones with CUDA_VISIBLE_DEVICES")
-    busy = [f"GPU {i} has {_gb(g.free)} free" for i, g in enumerate(gpus) if g.free < (1 - BUSY_SHARE) * g.total]
+    busy = [
+        f"GPU {i} has {size_in_words(g.free)} free" for i, g in enumerate(gpus) if g.free < (1 - BUSY_SHARE) * g.total
+    ]
     if busy:
         return warn(
             "GPU", f"{text}; {', '.join(busy)}", "end the processes that nvidia-smi lists, or choose other GPUs"
@@ -112,7 +114,3 @@ def _fp8(gpus: Sequence[Gpu]) -> Finding:
 
 def _shown(gpu: Gpu) -> str:
     return ".".join(map(str, gpu.capability))
-
-
-def _gb(number: int) -> str:
-    return f"{number / 1e9:.0f} GB"

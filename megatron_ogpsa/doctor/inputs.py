@@ -65,7 +65,7 @@ def check_tokenizer(tokenizer: ChatTokenizer, *, rows: int | None) -> Finding:
     if not tokenizer.eos_ids:
         remedy = "end the assistant's turn with one special token, such as <|im_end|>"
         return warn("tokenizer", f"{text} that ends no answer", remedy)
-    return ok("tokenizer", f"{text}; an answer ends with {' or '.join(map(str, tokenizer.eos_ids))}")
+    return ok("tokenizer", f"{text}; an answer ends with token {' or '.join(map(str, tokenizer.eos_ids))}")
 
 
 def check_data(

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 
 from megatron_ogpsa.doctor.findings import Finding, fail, ok, warn
-from megatron_ogpsa.doctor.probe import Layout
+from megatron_ogpsa.doctor.steps import Layout
 from megatron_ogpsa.planning.arguments import mesh_of, nearest_in_words
 from megatron_ogpsa.planning.layout import Dimensions, Mesh, Subject, problems
 

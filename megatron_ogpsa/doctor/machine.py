@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_ogpsa.doctor.findings import Finding, fail, ok, warn
+from megatron_ogpsa.doctor.findings import Finding, fail, ok, size_in_words, warn
 
 RANK_BYTES = 1 << 30
 """Host memory of a rank that has imported torch and Megatron, before any model: 0.74 GB measured, and room to work."""
@@ -58,9 +58,9 @@ def check_memory(available: int, *, ranks: int) -> Finding:
     """
     wanted = ranks * RANK_BYTES
     if available < wanted:
-        text = f"{_gb(available)} free, and {ranks} rank{'s' * (ranks > 1)} take about {_gb(wanted)} before any model"
+        text = f"{size_in_words(available)} free, and {ranks} rank{'s' * (ranks > 1)} take about {size_in_words(wanted)} before any model"
         return warn("host memory", text, "free memory, or start fewer ranks here")
-    return ok("host memory", f"{_gb(available)} free")
+    return ok("host memory", f"{size_in_words(available)} free")
 
 
 def check_model_memory(available: int, needed: int) -> Finding:
@@ -69,7 +69,7 @@ def check_model_memory(available: int, needed: int) -> Finding:
     Args:
         needed: bytes of weights, gradients, optimizer state and basis of all ranks.
     """
-    text = f"weights, gradients, optimizer and basis of all ranks take {_gb(needed)} of {_gb(available)} free"
+    text = f"weights, gradients, optimizer and basis of all ranks take {size_in_words(needed)} of {size_in_words(available)} free"
     if needed > available:
         return fail("model memory", text, "use a machine with GPUs or more memory, more nodes, or a smaller model")
     return ok("model memory", text)
@@ -83,8 +83,8 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
     free = shutil.disk_usage(folder).free
     if free < SHARED_BYTES:
         remedy = "in a container: docker run --shm-size 16g, or --ipc=host; otherwise delete what lies there"
-        return warn(name, f"{_gb(free)} free: data loaders' workers and NCCL run out of it", remedy)
-    return ok(name, f"{_gb(free)} free")
+        return warn(name, f"{size_in_words(free)} free: data loaders' workers and NCCL run out of it", remedy)
+    return ok(name, f"{size_in_words(free)} free")
 
 
 def check_threads(*, ranks: int, environment: Mapping[str, str] = os.environ, cores: int | None = None) -> Finding:
@@ -92,7 +92,7 @@ def check_threads(*, ranks: int, environment: Mapping[str, str] = os.environ, co
     name, cores = "OMP_NUM_THREADS", cores or len(os.sched_getaffinity(0))
     given = environment.get(name)
     if given is None:
-        return ok(name, f"unset: {max(1, cores // ranks)} for each of {ranks} ranks on {cores} cores, or torchrun's 1")
+        return ok(name, f"unset: {cores} cores are shared among {ranks} rank{'s' * (ranks > 1)}; torchrun would set 1")
     if not given.isdigit() or int(given) < 1:
         return fail(name, f"{given!r} is not a number of threads", f"export {name}={max(1, cores // ranks)}")
     if int(given) * ranks > max(cores, ranks):
@@ -134,7 +134,3 @@ def check_determinism(environment: Mapping[str, str] = os.environ) -> Finding:
         return fail("determinism", str(error), f"unset {names}: Megatron sets what is needed")
     shown = ", ".join(f"{name}={chosen[name]}" for name in DETERMINISM_ENV_VAR_DEFAULTS)
     return ok("determinism", f"set when the flags are validated, before the model is built: {shown}")
-
-
-def _gb(number: int) -> str:
-    return f"{number / 1e9:.1f} GB"

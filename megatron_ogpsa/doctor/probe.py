@@ -1,88 +1,25 @@
 """One rank of the collectives' check: builds Megatron's process groups and all-reduces one number in each.
 
 ``python -m megatron_ogpsa.doctor.probe PROBE`` with RANK, LOCAL_RANK and WORLD_SIZE in the environment, where PROBE is
-:class:`Probe` as JSON. It tells of every step in the store when it begins and when it has ended; whoever watches the
-store judges, and ends the process when it is stuck. The sum is of whole numbers, so that it is known exactly.
+:class:`~megatron_ogpsa.doctor.steps.Probe` as JSON. It tells of every step in the store when it begins and when it has
+ended; whoever watches the store judges, and ends the process when it is stuck. The sum is of whole numbers, so that it is
+known exactly.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from megatron_ogpsa.doctor.steps import ALL, GROUPS, PATIENCE, START, Layout, Probe
 from megatron_ogpsa.processes import end_with_parent
-
-START, GROUPS, ALL = "start", "groups", "all ranks"
-"""Steps before the axes: joining the default group, building Megatron's groups, and an all-reduce over all ranks."""
-
-PATIENCE = timedelta(minutes=30)
-"""Longer than any watcher waits: a stuck rank is ended from outside, by the one that can name it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Sizes of the axes; data parallelism is what they leave of the world.
-
-    Attributes:
-        order: of ranks, as Megatron takes it.
-    """
-
-    world: int
-    tensor: int = 1
-    pipeline: int = 1
-    context: int = 1
-    expert: int = 1
-    expert_tensor: int = 1
-    order: str = "tp-cp-ep-dp-pp"
-
-    @property
-    def axes(self) -> dict[str, int]:
-        """Name → size of those over which something is reduced."""
-        data = self.world // (self.tensor * self.pipeline * self.context)
-        sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "context": self.context, "data": data}
-        sizes["expert"] = self.expert
-        return {name: size for name, size in sizes.items() if size > 1}
-
-    @property
-    def steps(self) -> tuple[str, ...]:
-        """What a rank does, in this order."""
-        return (START, ALL, GROUPS, *self.axes) if self.axes else (START, ALL)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probe:
-    """What a rank is told.
-
-    Attributes:
-        host, port: of the store.
-        prefix: of this check's keys in it.
-        parent: the process that watches.
-    """
-
-    host: str
-    port: int
-    prefix: str
-    parent: int
-    layout: Layout
-
-    def as_json(self) -> str:
-        """For the command line."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Probe:
-        """The opposite of :meth:`as_json`."""
-        fields = json.loads(text)
-        return cls(**(fields | {"layout": Layout(**fields["layout"])}))
 
 
 def main(text: str) -> None:
@@ -90,10 +27,10 @@ def main(text: str) -> None:
     probe = Probe.from_json(text)
     end_with_parent(probe.parent)
     rank = int(os.environ["RANK"])
-    store = dist.TCPStore(probe.host, probe.port, is_master=False, timeout=PATIENCE)
-    reports = dist.PrefixStore(f"{probe.prefix}/reports", store)
+    store = TCPStore(probe.host, probe.port, is_master=False, timeout=PATIENCE)
+    reports = PrefixStore(f"{probe.prefix}/reports", store)
     try:
-        for step, result in _steps(probe, dist.PrefixStore(f"{probe.prefix}/group", store), rank, reports):
+        for step, result in _steps(probe, PrefixStore(f"{probe.prefix}/group", store), rank, reports):
             reports.set(f"{step}/ended/{rank}", result)
     except Exception as error:  # every failure is to reach whoever watches
         reports.set(f"failed/{rank}", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")

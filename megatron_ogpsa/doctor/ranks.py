@@ -14,7 +14,7 @@ from typing import IO, Any, Protocol
 
 from megatron_ogpsa.doctor.collectives import watch
 from megatron_ogpsa.doctor.findings import Finding
-from megatron_ogpsa.doctor.probe import PATIENCE, Layout, Probe
+from megatron_ogpsa.doctor.steps import PATIENCE, Layout, Probe
 
 PROBE_MODULE = "megatron_ogpsa.doctor.probe"
 
@@ -42,9 +42,9 @@ class LocalRanks:
 
     def findings(self, layout: Layout) -> Iterator[Finding]:
         """See :class:`Connections`."""
-        import torch.distributed as dist
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=PATIENCE)
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=PATIENCE)
         self._rounds += 1
         probe = Probe(
             host="localhost", port=store.port, prefix=f"round/{self._rounds}", parent=os.getpid(), layout=layout
@@ -88,14 +88,15 @@ class JobRanks:
         """On the other ranks: start what the first one asks for; returns the exit code that it tells."""
         while True:
             self._rounds += 1
-            key = f"{self._attempt}/round/{self._rounds}"
-            task = self._store.get(key).decode()
+            task = self._store.get(f"{self._attempt}/round/{self._rounds}").decode()
             if task.startswith(_END):
                 self._store.set(f"{self._attempt}/left/{self.rank}", "")
                 return int(task.removeprefix(_END))
             probe = self._probe(Probe.from_json(task).layout)
             with _processes(probe, {self.rank: _local_rank()}, self._store) as look_after:
-                _until(lambda: self._store.check([f"{key}/over"]), look_after)
+                while not self._store.check([f"{self._attempt}/round/{self._rounds}/over"]):
+                    look_after()
+                    time.sleep(_POLL_SECONDS)
 
     def _probe(self, layout: Layout) -> Probe:
         return Probe(
@@ -108,9 +109,9 @@ class JobRanks:
 
 
 def _reports(store: Any, probe: Probe) -> Any:
-    import torch.distributed as dist
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-    return dist.PrefixStore(f"{probe.prefix}/reports", store)
+    return PrefixStore(f"{probe.prefix}/reports", store)
 
 
 def _local_rank() -> int:
@@ -159,9 +160,3 @@ def _ending(exit_code: int, output: IO[bytes]) -> str:
     last = next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")
     how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
     return f"ended with {how}: {last[:300]}"
-
-
-def _until(is_over: Callable[[], bool], meanwhile: Callable[[], None]) -> None:
-    while not is_over():
-        meanwhile()
-        time.sleep(_POLL_SECONDS)

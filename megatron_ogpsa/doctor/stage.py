@@ -13,8 +13,8 @@ from megatron_ogpsa.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_ogpsa.data import ChatTokenizer
-    from megatron_ogpsa.doctor.checkpoints import Saving
-    from megatron_ogpsa.doctor.probe import Layout
+    from megatron_ogpsa.doctor.disk import Saving
+    from megatron_ogpsa.doctor.steps import Layout
 
 LAYOUT, MEGATRON = "layout", "Megatron"
 
@@ -27,11 +27,13 @@ class Stage:
 
     Attributes:
         saving: what the run will write; None if that is not known, or nothing.
+        is_measured: whether it is known.
         layout: of its ranks; None if it is not possible.
     """
 
     saving: Saving | None = None
     layout: Layout | None = None
+    is_measured = False
 
     def __init__(
         self, flags_of: FlagsOf, world: World, *, generation: int | None, previous: Path | None = None
@@ -169,17 +171,21 @@ class Stage:
 
         args = self._early
         return check_checkpoints(
-            load=args.load, save=args.save, pretrained=args.pretrained_checkpoint, previous=self._previous
+            load=args.load,
+            save=args.save,
+            pretrained=args.pretrained_checkpoint,
+            previous=self._previous,
+            may_be_older=not args.finetune,
         )
 
     def _measure(self) -> Iterator[Finding]:
-        from megatron_ogpsa.doctor import checkpoints, machine
+        from megatron_ogpsa.doctor import disk, machine
 
-        elements = checkpoints.elements_of(self._args, self._tokenizer.vocab_size)
-        self.saving = checkpoints.saving_of(self._args, elements)
+        elements = disk.elements_of(self._args, self._tokenizer.vocab_size)
+        self.saving, self.is_measured = disk.saving_of(self._args, elements), True
         yield ok("model", f"about {_shown(elements)} parameters")
         if self._generation is None:
-            needed = checkpoints.training_bytes(self._args, elements)
+            needed = disk.training_bytes(self._args, elements)
             yield machine.check_model_memory(machine.available_memory(), needed)
 
 
