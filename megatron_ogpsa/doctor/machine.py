@@ -58,7 +58,8 @@ def check_memory(available: int, *, ranks: int) -> Finding:
     """
     wanted = ranks * RANK_BYTES
     if available < wanted:
-        text = f"{size_in_words(available)} free, and {ranks} rank{'s' * (ranks > 1)} take about {size_in_words(wanted)} before any model"
+        what = f"{ranks} rank{'s' * (ranks > 1)} take about {size_in_words(wanted)} before any model"
+        text = f"{size_in_words(available)} free, and {what}"
         return warn("host memory", text, "free memory, or start fewer ranks here")
     return ok("host memory", f"{size_in_words(available)} free")
 
@@ -69,7 +70,8 @@ def check_model_memory(available: int, needed: int) -> Finding:
     Args:
         needed: bytes of weights, gradients, optimizer state and basis of all ranks.
     """
-    text = f"weights, gradients, optimizer and basis of all ranks take {size_in_words(needed)} of {size_in_words(available)} free"
+    what = "weights, gradients, optimizer and basis of all ranks"
+    text = f"{what} take {size_in_words(needed)} of {size_in_words(available)} free"
     if needed > available:
         return fail("model memory", text, "use a machine with GPUs or more memory, more nodes, or a smaller model")
     return ok("model memory", text)
