@@ -218,6 +218,22 @@ def _add_projection_arguments(group: argparse._ArgumentGroup) -> None:
         help="Keep the basis beside the gradient, or in host memory, from where each step streams it tile by tile "
         "(default: accelerator).",
     )
+    group.add_argument(
+        "--ogpsa-max-bad-refreshes",
+        metavar="N",
+        type=_positive_int,
+        default=3,
+        help="End the run, on all ranks, after so many refreshes in a row whose reference gradients are not finite; until "
+        "then the last good basis is kept (default: 3). The first refresh of a run has none to keep, and must succeed.",
+    )
+    group.add_argument(
+        "--ogpsa-max-bad-steps",
+        metavar="N",
+        type=_positive_int,
+        default=10,
+        help="End the run, on all ranks, after so many steps in a row that were skipped because the gradient is not finite; "
+        "those that only a loss scale was too large for do not count (default: 10).",
+    )
     _add_authors_arguments(group)
 
 
