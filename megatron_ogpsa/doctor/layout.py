@@ -68,9 +68,11 @@ def _described(model: Dimensions, mesh: Mesh) -> dict[Subject, str]:
         found["experts"] = (
             f"{model.experts} over expert {mesh.expert}, {model.expert_ffn} wide over expert tensor {mesh.expert_tensor}"
         )
-    rows = model.micro_batch * mesh.data
-    total = model.global_batch or rows  # Megatron's default is one micro-batch on each data-parallel rank
-    found["batch"] = f"global {total} = micro {model.micro_batch} x data {mesh.data} x {total // rows} micro-batches"
+    if rows := model.micro_batch * mesh.data:  # none where the ranks are fewer than one copy of the model needs
+        total = model.global_batch or rows  # Megatron's default is one micro-batch on each data-parallel rank
+        found["batch"] = (
+            f"global {total} = micro {model.micro_batch} x data {mesh.data} x {total // rows} micro-batches"
+        )
     return found
 
 

@@ -29,6 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write("safety_pairs.jsonl", pairs)
     write("general_pairs.jsonl", pairs)
     write("silent.jsonl", [{"messages": [{"role": "user", "content": f"hello {i}"}]} for i in numbers])
+    write("long.jsonl", [{"prompt": "what is one plus one " * 40, "response": f"it is {i}"} for i in numbers])
     (folder / "broken.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a",\n', encoding="utf-8")
     return folder
 

@@ -76,7 +76,7 @@ def test_all_stages_of_a_pipeline_are_examined() -> None:
     report = examined(config=PIPELINE)
     assert list(told(report, "WARN", "FAIL")) == ["GPU"]
     kinds = [f.value.partition(" supervised")[0] for f in report.findings if f.name == "training data"]
-    assert kinds == ["data/safety.jsonl: 40 conversations, 440", "data/safety_pairs.jsonl: 40 pairs, 1,020"]
+    assert kinds == ["data/safety.jsonl: 40 conversations, 440", "data/safety_pairs.jsonl: 40 pairs, 790"]
     assert told(report, "OK")["first weights"].startswith("runs/sft-dpo/sft, which the stage before")
 
 
@@ -118,7 +118,7 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def checks_that_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "check_apex", lambda: {}["apex"])
-    monkeypatch.setattr(environment, "LIBRARIES", ("datasets", None))
+    monkeypatch.setattr(environment, "check_libraries", lambda: open("/no/METADATA"))
 
 
 CASES = {
@@ -137,8 +137,13 @@ CASES = {
     ),
     "batch": Case("--global-batch-size 7", {"batch": "not a multiple of 2"}),
     "no data": Case("--ogpsa-train-data no.jsonl", {"training data": "no.jsonl: no such file -> check the path"}),
+    "no assistant": Case(
+        "--ogpsa-train-data data/silent.jsonl",
+        {"training data": "data/silent.jsonl:1: no assistant turn, so nothing to learn -> add one"},
+    ),
     "nothing supervised": Case(
-        "--ogpsa-train-data data/silent.jsonl", {"training data": "none of the 40 samples holds a supervised token -> "}
+        "--ogpsa-train-data data/long.jsonl",
+        {"training data": "none of the 40 samples holds a supervised token -> "},
     ),
     "broken line": Case(
         "--ogpsa-train-data data/broken.jsonl", {"training data": "data/broken.jsonl:2: not valid JSON"}
@@ -210,7 +215,7 @@ CASES = {
         ranks=32,
     ),
     "checks that crash": Case(
-        fails={"libraries": "failed: KeyError: 'datasets'", "Apex": "KeyError"},
+        fails={"libraries": "failed: FileNotFoundError: ", "Apex": "failed: KeyError: 'apex' ("},
         prepare=checks_that_crash,
     ),
 }
