@@ -29,7 +29,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write("safety_pairs.jsonl", pairs)
     write("general_pairs.jsonl", pairs)
     write("silent.jsonl", [{"messages": [{"role": "user", "content": f"hello {i}"}]} for i in numbers])
-    write("long.jsonl", [{"prompt": "what is one plus one " * 40, "response": f"it is {i}"} for i in numbers])
+    users_alone = "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% endif %}{% endfor %}"
+    (folder / "users_alone.jinja").write_text(users_alone, encoding="utf-8")
     (folder / "broken.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a",\n', encoding="utf-8")
     return folder
 

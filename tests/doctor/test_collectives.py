@@ -121,14 +121,14 @@ def test_a_stopped_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found = troubled("1 tensor stops", Layout(world=2, tensor=2), monkeypatch)
     assert [(f.name, f.level) for f in found[:3]] == [("start", "OK"), ("all-reduce all ranks", "OK"), ("groups", "OK")]
     assert [(f.name, f.level) for f in found[3:]] == [("all-reduce tensor", "FAIL")]
-    assert found[3].value.startswith("rank 1 ")
+    assert found[3].value.startswith("rank 1 did not answer within 5 s; rank 0 wait")
     assert "see whether that process is stopped" in found[3].remedy
 
 
 def test_a_process_that_ends_is_told_with_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
     start, after = troubled("0 start crashes", Layout(world=2), monkeypatch)[:2]
     assert (start.name, start.level) == ("start", "FAIL")
-    assert start.value == "rank 0 failed: ended with exit code 1: its libraries are broken"
+    assert start.value == "rank 0 failed: ended with exit code 3: its libraries are broken"
     assert after.value == "not tried after the failure of: start"
 
 
