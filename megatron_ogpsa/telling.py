@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 OTHER_RANK_DELAY = 3.0
@@ -15,7 +17,17 @@ ERRORS_VARIABLE = "MEGATRON_OGPSA_ERRORS"
 """Folder in which the ranks of one launch note the errors that one of them has told."""
 
 
-def tell_once(message: str, *, key: str | None = None) -> None:
+def print_error(message: str) -> None:
+    """One line on stderr."""
+    print(_line(message), file=sys.stderr, end="", flush=True)
+
+
+def write_error(message: str) -> None:
+    """The same past Python's buffer, whose lock another thread may hold."""
+    os.write(2, _line(message).encode(errors="replace"))
+
+
+def tell_once(message: str, *, key: str | None = None, write: Callable[[str], None] = print_error) -> None:
     """Print an error if no other rank of this launch has printed it.
 
     Args:
@@ -28,9 +40,8 @@ def tell_once(message: str, *, key: str | None = None) -> None:
             return
     elif os.environ.get("RANK", "0") != "0":
         time.sleep(OTHER_RANK_DELAY)
-    print_error(message)
+    write(message)
 
 
-def print_error(message: str) -> None:
-    """One line on stderr, written past Python's buffer, whose lock another thread may hold."""
-    os.write(2, f"megatron-ogpsa: error: {message}\n".encode(errors="replace"))
+def _line(message: str) -> str:
+    return f"megatron-ogpsa: error: {message}\n"

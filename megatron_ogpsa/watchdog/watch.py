@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.telling import print_error, tell_once
+from megatron_ogpsa.telling import tell_once, write_error
 from megatron_ogpsa.watchdog.board import Address, Ending
 from megatron_ogpsa.watchdog.link import Link, StoreSilent
 from megatron_ogpsa.watchdog.place import Place, fingerprint, place_of, thread_stack, traceback_stack
@@ -159,7 +159,7 @@ class Watch:
         except StoreSilent as silence:
             self._look()
             if self._hangs():
-                tell_once(story_of_silence(self._record(), str(silence)), key="hang")
+                tell_once(story_of_silence(self._record(), str(silence)), key="hang", write=write_error)
                 self._exit(HANG_EXIT_CODE)
 
     def _was_left_alone(self) -> bool:
@@ -198,7 +198,7 @@ class Watch:
         own = Ending(message=message, host=self._host, rank=self._rank, exit_code=exit_code, is_failure=is_failure)
         link.ending = link.ask(lambda board: board.announce(own))
         if link.ending == own and not is_failure:
-            print_error(message)
+            write_error(message)
         return link.ending
 
     def _obey(self, link: Link, ending: Ending) -> None:
@@ -210,7 +210,7 @@ class Watch:
     def _end(self, link: Link, ending: Ending) -> NoReturn:
         try:
             if ending.host != self._host and link.ask(lambda board: board.count(f"told/{self._host}")) == 1:
-                print_error(ending.message)
+                write_error(ending.message)
             elif ending.rank != self._rank:
                 time.sleep(QUIET_SECONDS)
             self._keep_store(link, "informed", self._num_ranks - 1, CONSEQUENCE_SECONDS)
