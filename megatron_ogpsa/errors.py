@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_MOST_CHARACTERS = 2000
+
 
 class UserError(Exception):
     """A mistake in flags, configuration or data that the user can mend.
@@ -13,6 +15,21 @@ class UserError(Exception):
 
     exit_code: int = 2
 
+    def __init__(self, message: str) -> None:
+        """``message`` may quote names and data that nobody has checked; see :func:`one_line`."""
+        super().__init__(one_line(message))
+
 
 class UnsupportedError(UserError):
     """A Megatron feature that projection does not support yet: the flag, the reason, the nearest thing that works."""
+
+
+def one_line(text: str) -> str:
+    """Text that a terminal shows as one line whatever was quoted in it: no line ends, no control characters, no novel.
+
+    White space becomes spaces, and other characters that cannot be printed are spelt as Python does. Of a long text the
+    start (the place) and the end (the remedy) are kept.
+    """
+    if len(text) > _MOST_CHARACTERS:
+        text = f"{text[: _MOST_CHARACTERS // 2]} ... {text[-_MOST_CHARACTERS // 2 :]}"
+    return "".join(" " if c.isspace() else c if c.isprintable() else ascii(c)[1:-1] for c in text)
