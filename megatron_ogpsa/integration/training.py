@@ -14,6 +14,7 @@ import torch
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.cpu_arguments import check_supported_on_cpu
 from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu, install_in_training_loop
+from megatron_ogpsa.integration.disk import check_folders, install_disk_errors
 from megatron_ogpsa.integration.loop import LoopHook, install_hooks
 from megatron_ogpsa.integration.patching import Patch, apply_patches, require_supported_megatron
 
@@ -57,7 +58,7 @@ def run_loop(hooks: Sequence[LoopHook], *args: Any, **kwargs: Any) -> Any:
     """Megatron's ``pretrain`` with ``hooks`` in its loop.
 
     Raises:
-        UserError: a flag needs a GPU and there is none.
+        UserError: a flag needs a GPU and there is none, or a folder cannot be written.
     """
     from megatron.training import get_args
 
@@ -67,6 +68,9 @@ def run_loop(hooks: Sequence[LoopHook], *args: Any, **kwargs: Any) -> Any:
 
     from megatron.training.training import pretrain as megatron_pretrain
 
+    known = get_args()
+    check_folders({"--save": known.save, "--tensorboard-dir": known.tensorboard_dir})
+    install_disk_errors()
     install_hooks(hooks)
     return megatron_pretrain(*args, **kwargs)
 
