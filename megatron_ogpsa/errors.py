@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 _MOST_CHARACTERS = 2000
 
 
@@ -16,15 +18,28 @@ class UserError(Exception):
     exit_code: int = 2
 
     def __init__(self, message: str) -> None:
-        """``message`` may quote names and data that nobody has checked; see :func:`one_line`."""
-        super().__init__(one_line(message))
+        """``message`` may quote names and data that nobody has checked; see :func:`shown`."""
+        super().__init__(shown(message))
 
 
 class UnsupportedError(UserError):
     """A Megatron feature that projection does not support yet: the flag, the reason, the nearest thing that works."""
 
 
-def one_line(text: str) -> str:
+def one_line(error: BaseException) -> str:
+    """The message of ``error`` and where it was raised; the condition that failed where Megatron asserts without words."""
+    line = traceback.extract_tb(error.__traceback__)[-1].line
+    message = " ".join(str(error).split()) or line or type(error).__name__
+    return f"{message} ({where(error)})"
+
+
+def where(error: BaseException) -> str:
+    """``file:line`` at which ``error`` was raised; a library's file as seen from where libraries are installed."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno}"
+
+
+def shown(text: str) -> str:
     """Text that a terminal shows as one line whatever was quoted in it: no line ends, no control characters, no novel.
 
     White space becomes spaces, and other characters that cannot be printed are spelt as Python does. Of a long text the

@@ -41,8 +41,20 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, _as_bytes(content))
 
 
+def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
+    """The JSON object in the file.
+
+    Args:
+        remedy: what the user can do if it cannot be read.
+
+    Raises:
+        UserError: it cannot be read, or is not an object.
+    """
+    return _object_in(path, _bytes_of(path, remedy), remedy)
+
+
 def write_sealed_json(path: Path, content: Mapping[str, Any], *, remedy: str) -> None:
-    """As :func:`write_json`, with a seal by which :func:`read_sealed_json` notices any change.
+    """As :func:`write_json`, for a file that no manifest covers: :func:`read_sealed_json` notices any change to it.
 
     Args:
         content: without the key :data:`SEAL`.
@@ -68,21 +80,33 @@ def read_sealed_json(path: Path, *, remedy: str) -> dict[str, Any] | None:
     Raises:
         UserError: the file is torn, any byte of it was changed, or it cannot be read.
     """
+    if not path.exists():
+        return None
+    written = _bytes_of(path, remedy)
+    content = _object_in(path, written, remedy)
+    if content.pop(SEAL, None) is None:
+        raise UserError(f"{path} has no seal ({SEAL!r}), so it may have been changed: {remedy}")
+    if written != _sealed(content):
+        raise UserError(f"{path} is damaged or was changed (its seal does not fit): {remedy}")
+    return content
+
+
+def _bytes_of(path: Path, remedy: str) -> bytes:
     try:
         if path.exists() and not path.is_file():  # a pipe would keep us waiting
             raise UserError(f"{path} is not a regular file: {remedy}")
-        written = path.read_bytes()
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
+
+
+def _object_in(path: Path, written: bytes, remedy: str) -> dict[str, Any]:
+    try:
         content = json.loads(written)
-        if not isinstance(content, dict):
-            raise UserError(f"{path} is not a JSON object: {remedy}")
-        if content.pop(SEAL, None) is None:
-            raise UserError(f"{path} has no seal ({SEAL!r}), so it may have been changed: {remedy}")
-        if written != _sealed(content):
-            raise UserError(f"{path} is damaged or was changed (its seal does not fit): {remedy}")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): {remedy}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object: {remedy}")
     return content
 
 

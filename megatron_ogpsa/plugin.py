@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
@@ -28,7 +29,7 @@ from megatron_ogpsa.projection.basis import orthonormalise
 from megatron_ogpsa.projection.conflict import Cone
 from megatron_ogpsa.projection.segments import combine_rows, cross_products, gram_and_dots
 from megatron_ogpsa.sharding.gradients import GradientShard
-from megatron_ogpsa.spaces import SPACES, Basis, GradientSpace
+from megatron_ogpsa.spaces import SPACES, Basis, GradientSpace, some_of
 from megatron_ogpsa.support import check_supported
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class OGPSA:
 
     Attributes:
         rejected_refreshes: refreshes in a row whose references were not finite, so that the last good basis was kept.
+        rejected_references: of the last refresh, what was not finite, and where.
         reference_names: of the basis in use.
         interval: what the last refresh tells of the steps since the one before it; empty after the first.
     """
@@ -66,6 +68,7 @@ class OGPSA:
         check_supported(optimizer, chunks, config)
         self.config = config
         self.rejected_refreshes = 0
+        self.rejected_references = ""
         self.reference_names: list[str] = []
         self.interval: dict[str, ReferenceInterval] = {}
         self._optimizer = optimizer
@@ -98,8 +101,18 @@ class OGPSA:
 
     @property
     def skipped_steps(self) -> int:
-        """Steps skipped because the gradient was not finite."""
+        """Steps skipped because the gradient, or the basis, was not finite."""
         return self._space.skipped_steps
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Of these the last ones, without those for which only a loss scale was too large."""
+        return self._space.skipped_in_a_row
+
+    @property
+    def needs_refresh(self) -> bool:
+        """Whether the basis was found not to be finite: every step is skipped until a refresh succeeds."""
+        return self._space.needs_refresh
 
     # ------------------------------------------------------------------------------------------------- refresh
 
@@ -163,17 +176,19 @@ class OGPSA:
             )
         layout = self._shard.layout
         gram_BKK, with_old_BKJ, moved_BJ = self._summed_products(rows_KN)
-        if bad := _not_finite(gram_BKK, names):
+        self.rejected_references = self._not_finite(gram_BKK, names)
+        if self.rejected_references:
             self.rejected_refreshes += 1
             self.interval = {}
-            kept = "the last good basis is kept" if self.has_basis else "no basis yet: steps are not projected"
-            logger.warning("the gradient of reference %s is not finite; %s", ", ".join(bad), kept)
+            if dist.get_rank() == 0:
+                logger.warning("the gradient of reference %s; %s", self.rejected_references, self._what_is_left())
             return False
         self.rejected_refreshes = 0
         self.interval = self._told_of_interval(names, gram_BKK, with_old_BKJ, moved_BJ)
         transform = orthonormalise(gram_BKK, self.config.rank_tolerance)
         reference_BKK = transform.reference_BKK.to(layout.device)
         self._space.basis = None  # its memory serves the new one
+        self._space.needs_refresh = False
         self._space.basis = Basis(
             rows_KN=self._stored(rows_KN, transform.weights_BKK.to(layout.device)),
             reference_BKK=reference_BKK,
@@ -215,7 +230,7 @@ class OGPSA:
     ) -> dict[str, ReferenceInterval]:
         """What the sums of a refresh tell of the steps since the last one."""
         basis = self._space.basis
-        if basis is None or with_old_BKJ is None:
+        if basis is None or with_old_BKJ is None or self.needs_refresh:
             return {}
         energy_K = gram_BKK.diagonal(dim1=-2, dim2=-1).sum(dim=0)
         captured_K = with_old_BKJ.square().sum(dim=(0, 2)) / energy_K
@@ -227,6 +242,18 @@ class OGPSA:
             name: ReferenceInterval(captured=captured, predicted_change=predicted.get(name))
             for name, captured in zip(names, captured_K.tolist(), strict=True)
         }
+
+    def _not_finite(self, gram_BKK: Tensor, names: Sequence[str]) -> str:
+        """The references whose squared norm is not finite in some block, and where; empty if all are."""
+        is_bad_BK = ~gram_BKK.diagonal(dim1=-2, dim2=-1).isfinite()
+        bad = [name for name, is_bad in zip(names, is_bad_BK.any(dim=0).tolist(), strict=True) if is_bad]
+        blocks = [self.block_names[block] for block in is_bad_BK.any(dim=1).nonzero().flatten().tolist()]
+        return f"{', '.join(bad)} is not finite in {some_of(blocks)}" if bad else ""
+
+    def _what_is_left(self) -> str:
+        if self.needs_refresh:
+            return "nor is the basis in use: steps are skipped"
+        return "the last good basis is kept" if self.has_basis else "no basis yet: steps are not projected"
 
     def _stored(self, rows_KN: Tensor, weights_BKK: Tensor) -> Tensor:
         """Q = A·W in the dtype and on the device that the config asks for; in A's own memory where it can be."""
@@ -279,12 +306,6 @@ class OGPSA:
         """Give the optimizer its own methods back and free the basis."""
         self._space.remove()
         self._captured_KN = self._captured_names = self._along_BK = None
-
-
-def _not_finite(gram_BKK: Tensor, names: Sequence[str]) -> list[str]:
-    """References whose own squared norm is not finite in some block."""
-    is_finite_K = gram_BKK.diagonal(dim1=-2, dim2=-1).isfinite().all(dim=0)
-    return [name for name, is_finite in zip(names, is_finite_K.tolist(), strict=True) if not is_finite]
 
 
 def attach(

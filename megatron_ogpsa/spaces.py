@@ -2,11 +2,11 @@
 
 ```
 optimizer.step()                      gradient                              update
- ├ prepare_grads()                     local dots, one all-reduce, g ← g − Q·r
- ├ get_grad_norm()                     known already, no all-reduce          Megatron's, watched
+ ├ prepare_grads()                     local dots, one all-reduce, g ← g − Q·r   ‖g‖², local dots, one all-reduce
+ ├ get_grad_norm()                     known already, no all-reduce          likewise
  ├ clip
  └ step_with_ready_grads()
-    ├ inner optimizers' step()                                               local dots before and after, one all-reduce,
+    ├ inner optimizers' step()                                               local dots again, one all-reduce,
     │                                                                        θ ← θ − Q·r
     └ copy to lower precision, gather
 ```
@@ -16,6 +16,7 @@ Both put their methods on the optimizer's instance, so that type checks and chec
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any, override
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
@@ -33,6 +35,8 @@ from megatron_ogpsa.projection import removal
 from megatron_ogpsa.projection.conflict import Cone
 from megatron_ogpsa.projection.segments import gram_and_dots, subtract_combination
 from megatron_ogpsa.sharding.gradients import GradientShard, leaf_optimizers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +70,10 @@ class Space(ABC):
     Attributes:
         enabled: whether steps are projected.
         basis: the one in use; None until the first refresh.
+        needs_refresh: whether the basis was found not to be finite: steps are skipped until there is another.
         metrics: of the last projected step.
-        skipped_steps: steps skipped because the gradient was not finite.
+        skipped_steps: steps skipped because the gradient, or the basis, was not finite.
+        skipped_in_a_row: of these the last ones, without those that a loss scale was too large for.
     """
 
     hooked: tuple[str, ...]
@@ -76,8 +82,11 @@ class Space(ABC):
     def __init__(self, optimizer: MegatronOptimizer, shard: GradientShard, *, check_leak: bool) -> None:
         self.enabled = True
         self.basis: Basis | None = None
+        self.needs_refresh = False
         self.metrics: dict[str, float] = {}
         self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+        self._norm: float | None = None  # of the gradient that the optimizer is about to use, known on all ranks
         self._optimizer = optimizer
         self._shard = shard
         self._check_leak = check_leak
@@ -92,9 +101,70 @@ class Space(ABC):
         self.basis = None
         self.enabled = False
 
-    @abstractmethod
+    @torch.no_grad()
     def prepare_grads(self) -> bool:
-        """In place of Megatron's; returns whether the step must be skipped."""
+        """Megatron's ``prepare_grads``, then our part of it; true if the step must be skipped, on all ranks alike."""
+        self._norm = None
+        found_inf: bool = self._megatrons["prepare_grads"]()
+        if not self.enabled or self.basis is None:
+            return found_inf
+        if not found_inf and self._prepare(self.basis):
+            self.skipped_in_a_row = 0
+            return False
+        self.skipped_steps += 1
+        self.skipped_in_a_row += int(not found_inf)
+        return True
+
+    @abstractmethod
+    def _prepare(self, basis: Basis) -> bool:
+        """Learn the gradient's norm, and what else is needed; false if something was not finite."""
+
+    def _is_finite(self, squared_norm_B: Tensor, squared_norm: float, basis_trace: float) -> bool:
+        """Say what is not finite, if something is.
+
+        Args:
+            squared_norm_B: ‖g‖² of each block, summed over ranks.
+            squared_norm: their sum.
+            basis_trace: zero, or not finite if the basis is not, summed over ranks.
+        """
+        if math.isfinite(squared_norm) and math.isfinite(basis_trace):
+            return True
+        if math.isfinite(squared_norm):
+            self.needs_refresh = True
+            told = "the basis is not finite; steps are skipped until the next refresh"
+        else:
+            bad = [
+                self._shard.block_names[block] for block in (~squared_norm_B.isfinite()).nonzero().flatten().tolist()
+            ]
+            told = f"the gradient is not finite in {some_of(bad)}"
+        if dist.get_rank() == 0:
+            logger.warning("step skipped on all ranks: %s", told)
+        return False
+
+    @torch.no_grad()
+    def get_grad_norm(self) -> Any:
+        """The norm that is known already, in the form that Megatron's clipping expects."""
+        if self._norm is None:
+            return self._megatrons["get_grad_norm"]()
+        if clip_grads.multi_tensor_scale_tensor_impl is not None:  # Transformer Engine clips by a device scalar
+            return torch.tensor([self._norm], dtype=torch.float32, device=self._shard.layout.device)
+        return self._norm
+
+    @torch.no_grad()
+    def clip_grad_norm(self, clip_grad: float) -> Any:
+        """``MegatronOptimizer.clip_grad_norm`` of an optimizer outside a chain, with the norm that is known already."""
+        if self._norm is None:
+            return self._megatrons["clip_grad_norm"](clip_grad)
+        norm = self.get_grad_norm()
+        params = self._optimizer.get_parameters()
+        if clip_grad > 0.0 and params:
+            clip_grads.clip_grad_by_total_norm_fp32(
+                params,
+                clip_grad,
+                norm,
+                use_decoupled_grad=self._optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+        return norm
 
     def _ranks(self, basis: Basis) -> dict[str, float]:
         return {"rank": float(basis.rank), "rank_total": float(basis.rank_total)}
@@ -108,48 +178,40 @@ class GradientSpace(Space):
     def __init__(self, optimizer: MegatronOptimizer, shard: GradientShard, *, check_leak: bool) -> None:
         super().__init__(optimizer, shard, check_leak=check_leak)
         self.added_weight = 0.0
-        self._norm_after: float | None = None
 
     @override
-    @torch.no_grad()
     def prepare_grads(self) -> bool:
         """Megatron's ``prepare_grads``, then the projection of what it prepared; true if the step must be skipped."""
-        self._norm_after = None
-        added_weight, self.added_weight = self.added_weight, 0.0
-        found_inf: bool = self._megatrons["prepare_grads"]()
-        if not self.enabled or self.basis is None:
-            return found_inf
-        if found_inf or not self._project(self.basis, added_weight):
-            self.skipped_steps += 1
-            return True
-        return False
+        must_skip = super().prepare_grads()
+        self.added_weight = 0.0
+        return must_skip
 
-    def _project(self, basis: Basis, added_weight: float) -> bool:
-        """g ← g − Q·r; returns whether the gradient was finite, which every rank reads off the same sums."""
+    @override
+    def _prepare(self, basis: Basis) -> bool:
+        """g ← g − Q·r; one all-reduce, off which every rank reads the same."""
         layout = self._shard.layout
         self._shard.load()
         sums = sum_over_ranks(gram_and_dots(layout, basis.rows_KN, self._shard.spans), self._shard.reduction.group)
         coefficients_BK, squared_norm_B = sums[:, :-1], sums[:, -1]
         removed_BK = basis.removed(coefficients_BK)
         projected_B = removal.squared_norm_after(squared_norm_B, coefficients_BK, removed_BK)
-        added_BK = added_weight * basis.reference_BKK.sum(dim=-1)
-        if added_weight:
+        added_BK = self.added_weight * basis.reference_BKK.sum(dim=-1)
+        if self.added_weight:
             removed_BK = removed_BK - added_BK
         after_B = removal.squared_norm_after(squared_norm_B, coefficients_BK, removed_BK)
-        before, projected, added, after = torch.stack(
-            (sums.sum() * 0 + squared_norm_B.sum(), projected_B.sum(), added_BK.square().sum(), after_B.sum())
-        ).tolist()
-        if not math.isfinite(before):
+        totals = (squared_norm_B, 0.0 * coefficients_BK, projected_B, added_BK.square(), after_B)
+        before, trace, projected, added, after = torch.stack([total.sum() for total in totals]).tolist()
+        if not self._is_finite(squared_norm_B, before, trace):
             return False
         subtract_combination(layout, self._shard.spans, basis.rows_KN, removed_BK)
         self._shard.store()
-        self._norm_after = math.sqrt(after)
+        self._norm = math.sqrt(after)
         self.metrics = self._ranks(basis) | {
             "removed": 1.0 - projected / before if before > 0 else 0.0,
             "grad_norm_before": math.sqrt(before),
-            "grad_norm_after": self._norm_after,
+            "grad_norm_after": self._norm,
         }
-        if added_weight:
+        if self.added_weight:
             self.metrics["added"] = added / before if before > 0 else math.inf
         if self._check_leak:
             self.metrics["leak"] = self._leak(basis)
@@ -161,31 +223,6 @@ class GradientSpace(Space):
         )
         left, squared_norm = sums[:, :-1].abs().max().item(), sums[:, -1].sum().item()
         return left / math.sqrt(squared_norm) if squared_norm > 0 else 0.0
-
-    @torch.no_grad()
-    def get_grad_norm(self) -> Any:
-        """‖g'‖ from the projection's own all-reduce, in the form that Megatron's clipping expects."""
-        if self._norm_after is None:
-            return self._megatrons["get_grad_norm"]()
-        if clip_grads.multi_tensor_scale_tensor_impl is not None:  # Transformer Engine clips by a device scalar
-            return torch.tensor([self._norm_after], dtype=torch.float32, device=self._shard.layout.device)
-        return self._norm_after
-
-    @torch.no_grad()
-    def clip_grad_norm(self, clip_grad: float) -> Any:
-        """``MegatronOptimizer.clip_grad_norm`` of an optimizer outside a chain, with the norm that is known already."""
-        if self._norm_after is None:
-            return self._megatrons["clip_grad_norm"](clip_grad)
-        norm = self.get_grad_norm()
-        params = self._optimizer.get_parameters()
-        if clip_grad > 0.0 and params:
-            clip_grads.clip_grad_by_total_norm_fp32(
-                params,
-                clip_grad,
-                norm,
-                use_decoupled_grad=self._optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
-            )
-        return norm
 
 
 class UpdateSpace(Space):
@@ -204,56 +241,44 @@ class UpdateSpace(Space):
     def __init__(self, optimizer: MegatronOptimizer, shard: GradientShard, *, check_leak: bool) -> None:
         super().__init__(optimizer, shard, check_leak=check_leak)
         self._layout = shard.parameter_layout
-        self._norm: float | None = None
+        self._along_BK: Tensor | None = None  # Qᵀθ before the step, this rank's share
 
     @override
-    def prepare_grads(self) -> bool:
-        """Megatron's own; also forgets the last step's norm, and counts steps that are skipped."""
-        self._norm = None
-        found_inf: bool = self._megatrons["prepare_grads"]()
-        if self.enabled and self.basis is not None:
-            self.skipped_steps += int(found_inf)
-        return found_inf
+    def _prepare(self, basis: Basis) -> bool:
+        """‖g‖² over all ranks, and whether the basis is finite on each, before the inner step can do any harm.
 
-    def get_grad_norm(self) -> Any:
-        """Megatron's own, which every rank knows alike: it decides whether the gradient is finite."""
-        norm = self._megatrons["get_grad_norm"]()
-        self._norm = float(norm)
-        return norm
-
-    def clip_grad_norm(self, clip_grad: float) -> Any:
-        """Megatron's own, of an optimizer outside a chain; gives the norm before it clips."""
-        norm = self._megatrons["clip_grad_norm"](clip_grad)
-        self._norm = float(norm)
-        return norm
+        One all-reduce of a number for each block and one more, in place of Megatron's own of the norm.
+        """
+        self._shard.load()
+        local_B = gram_and_dots(self._shard.layout, basis.rows_KN[:0], self._shard.spans)[:, -1]
+        self._along_BK = self._along(basis, self._shard.parameters)
+        trace = (0.0 * self._along_BK).sum()
+        totals = sum_over_ranks(torch.cat((local_B, trace[None])), self._shard.reduction.group)
+        squared_norm, basis_trace = torch.stack((totals[:-1].sum(), totals[-1])).tolist()
+        if not self._is_finite(totals[:-1], squared_norm, basis_trace):
+            return False
+        self._norm = math.sqrt(squared_norm)
+        return True
 
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
-        """The inner optimizers' steps, the projection of what they did, then the rest of Megatron's step.
-
-        Returns:
-            False if the gradient is not finite: nothing was changed, on all ranks alike.
-        """
+        """The inner optimizers' steps, the projection of what they did, then the rest of Megatron's step."""
         megatrons: Callable[[], bool] = self._megatrons["step_with_ready_grads"]
         if not self.enabled or self.basis is None:
             return megatrons()
-        if self._norm is None:  # an optimizer outside a chain that does not clip
-            self.get_grad_norm()
         assert self._norm is not None
-        if not math.isfinite(self._norm):
-            self.skipped_steps += 1
-            return False
+        assert self._along_BK is not None
         inner = [
             leaf.optimizer for leaf in leaf_optimizers(self._optimizer) if not getattr(leaf, "is_stub_optimizer", False)
         ]
-        self._step(inner, self.basis, self._norm)
+        self._step(inner, self.basis, self._along_BK, self._norm)
+        self._along_BK = None
         with _stepped_already(inner):
             return megatrons()
 
-    def _step(self, inner: Sequence[torch.optim.Optimizer], basis: Basis, norm: float) -> None:
+    def _step(self, inner: Sequence[torch.optim.Optimizer], basis: Basis, along_BK: Tensor, norm: float) -> None:
         parameters = self._shard.parameters
         before = [parameter.clone() for parameter in parameters] if self._check_leak else None
-        along_BK = self._along(basis, parameters)
         for optimizer in inner:
             optimizer.step()
         change_BK = sum_over_ranks(self._along(basis, parameters) - along_BK, self._shard.reduction.group)
@@ -279,6 +304,12 @@ class UpdateSpace(Space):
         squared = float(sums[:, -1].sum())
         leak = float(sums[:, :-1].abs().max()) / math.sqrt(squared) if squared > 0 else 0.0
         return {"leak": leak, "removed": squared_removed / (squared + squared_removed) if squared_removed else 0.0}
+
+
+def some_of(names: Sequence[str], most: int = 3) -> str:
+    """The first few of ``names``, and how many more there are."""
+    shown, more = ", ".join(names[:most]), len(names) - most
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 @contextmanager

@@ -28,8 +28,32 @@ def add_ogpsa_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     return parser
 
 
+def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Our flags, and the defaults that fine-tuning wants of Megatron's.
+
+    Checkpoints of a fine-tuning run are few, and worth a manifest and the time to let them resume in any layout.
+    """
+    add_ogpsa_arguments(parser)
+    parser.set_defaults(
+        calculate_per_token_loss=True,
+        eval_interval=1000,
+        verify_integrity=True,
+        dist_ckpt_optim_fully_reshardable=True,
+    )
+    for flag, help_text in (
+        ("--no-verify-integrity", "Neither write manifests of checkpoints nor verify those that are loaded."),
+        (
+            "--no-dist-ckpt-optim-fully-reshardable",
+            "Save the distributed optimizer's state as it lies: faster, but the run resumes in its own TP and PP only.",
+        ),
+    ):
+        dest = flag.removeprefix("--no-").replace("-", "_")
+        parser.add_argument(flag, dest=dest, action="store_false", help=help_text)
+    return parser
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """Megatron's own parser with our flags added: what a configuration may name. Imports ``megatron.training``.
+    """Megatron's own parser for ``megatron-ogpsa train``: what a configuration may name. Imports ``megatron.training``.
 
     A mistake raises :class:`UserError` in one line; Megatron's parser prints the usage of eight hundred flags.
     """
@@ -37,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = _QuietParser(prog="megatron-ogpsa train", allow_abbrev=False)
     add_megatron_arguments(parser)
-    return add_ogpsa_arguments(parser)
+    return add_training_arguments(parser)
 
 
 def parse_flags(flags: list[str]) -> argparse.Namespace:
@@ -193,6 +217,22 @@ def _add_projection_arguments(group: argparse._ArgumentGroup) -> None:
         default="accelerator",
         help="Keep the basis beside the gradient, or in host memory, from where each step streams it tile by tile "
         "(default: accelerator).",
+    )
+    group.add_argument(
+        "--ogpsa-max-bad-refreshes",
+        metavar="N",
+        type=_positive_int,
+        default=3,
+        help="End the run, on all ranks, after so many refreshes in a row whose reference gradients are not finite; until "
+        "then the last good basis is kept (default: 3). The first refresh of a run has none to keep, and must succeed.",
+    )
+    group.add_argument(
+        "--ogpsa-max-bad-steps",
+        metavar="N",
+        type=_positive_int,
+        default=10,
+        help="End the run, on all ranks, after so many steps in a row that were skipped because the gradient is not finite; "
+        "those that only a loss scale was too large for do not count (default: 10).",
     )
     _add_authors_arguments(group)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.agreement import agreed
@@ -144,9 +144,9 @@ def _telling_disk_errors(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _of_all_ranks(what: str, free: int) -> UserError | None:
     """Every rank is here: they tell each other what stopped them. None if that was not the disk."""
-    reason = _written.error and _written.error.strerror
-    found: list[tuple[str | None, int, int]] = [(reason, _written.num_bytes, free)] * dist.get_world_size()
-    dist.all_gather_object(found, found[0])
+    own = (_written.error.strerror if _written.error else None, _written.num_bytes, free)
+    found = [own] * dist.get_world_size()
+    dist.all_gather_object(found, own)
     failed = [(rank, reason, free) for rank, (reason, _, free) in enumerate(found) if reason]
     if not failed:
         return None

@@ -9,23 +9,14 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
-import logging
 from collections.abc import Callable, Sequence
 from functools import wraps
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.files import write_json
+from megatron_ogpsa.integration.checkpoints import announce_state, write_state_without_manifest
 from megatron_ogpsa.integration.patching import Patch, apply_patches
-
-logger = logging.getLogger(__name__)
-
-STATE_FILE = "ogpsa.json"
-"""Beside the checkpoints: the settings, references and reference policy of the run."""
 
 _hooks: Sequence[LoopHook] = ()
 _has_started = False
@@ -46,41 +37,22 @@ class LoopHook(Protocol):
     def after_step(self, losses: dict[str, torch.Tensor], step: int) -> None:
         """After each step, on ranks that have its losses (the last pipeline stage's); must not communicate."""
 
-    def after_save(self) -> None:
-        """After each checkpoint, before its state file is written."""
-
     def state(self) -> dict[str, Any]:
-        """What the state file is to say, as JSON; the same on all ranks."""
+        """What the state file in each checkpoint is to say, as JSON; the same on all ranks."""
+
+    def after_save(self) -> None:
+        """After each checkpoint."""
 
 
 def install_hooks(hooks: Sequence[LoopHook]) -> None:
-    """Let ``hooks`` act in this process's training loop; without any the loop is Megatron's own.
+    """Let ``hooks`` act in this process's training loop.
 
     Raises:
         RuntimeError: the functions to be wrapped are not those that this was written for.
     """
     global _hooks, _has_started
     _hooks, _has_started = tuple(hooks), False
-    if hooks:
-        apply_patches(_LOOP_PATCHES)
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The state file beside the checkpoints in ``folder``; empty if there is none.
-
-    Raises:
-        UserError: it is there and is not what we write.
-    """
-    path = folder / STATE_FILE
-    if not path.exists():
-        return {}
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): restore it, or delete it to resume unchecked") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path} is not a JSON object: restore it, or delete it to resume unchecked")
-    return state
+    apply_patches(_LOOP_PATCHES)
 
 
 def _with_hooks(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,14 +105,16 @@ def _saving_state(original: Callable[..., Any]) -> Callable[..., Any]:
     _require_parameters(original, "iteration model optimizer opt_param_scheduler")
 
     @wraps(original)
-    def save_checkpoint_and_time(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
+    def save_checkpoint_and_time(iteration: int, *args: Any, non_persistent_ckpt: bool = False, **kwargs: Any) -> Any:
         state: dict[str, Any] = {}
         for hook in _hooks:
-            hook.after_save()
             state |= hook.state()
-        if _hooks and torch.distributed.get_rank() == 0:
-            write_json(Path(_args().save) / STATE_FILE, state)
+        announce_state(_args(), iteration, state, is_persistent=not non_persistent_ckpt)
+        result = original(iteration, *args, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
+        if torch.distributed.get_rank() == 0:
+            write_state_without_manifest(_args(), iteration, is_persistent=not non_persistent_ckpt)
+        for hook in _hooks:
+            hook.after_save()
         return result
 
     return save_checkpoint_and_time

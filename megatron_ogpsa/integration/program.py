@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 
 import torch.distributed as dist
 
-from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.integration.arguments import add_ogpsa_arguments, parse_flags
+from megatron_ogpsa.errors import UserError, one_line
+from megatron_ogpsa.integration.arguments import add_training_arguments, parse_flags
 from megatron_ogpsa.integration.cpu_arguments import check_supported_on_cpu
 from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
 from megatron_ogpsa.integration.stages import build_stage
@@ -40,13 +39,6 @@ def run_training(flags: list[str]) -> None:
             dist.destroy_process_group()
 
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Our flags, and the defaults that fine-tuning wants of Megatron's."""
-    add_ogpsa_arguments(parser)
-    parser.set_defaults(calculate_per_token_loss=True, eval_interval=1000)
-    return parser
-
-
 def validated_arguments(flags: list[str]) -> argparse.Namespace:
     """Parse, check and let Megatron validate ``flags``; Megatron's globals (arguments, tokenizer, timers) are set."""
     from megatron.training.arguments import parse_and_validate_args
@@ -65,14 +57,12 @@ def validated_arguments(flags: list[str]) -> argparse.Namespace:
         args = parse_and_validate_args(extra_args_provider=add_training_arguments)
     except (AssertionError, ValueError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"Megatron refuses these flags: {one_line(error)}") from error
+    except SystemExit as end:  # --use-checkpoint-args reads the tracker before there are ranks to agree on another one
+        if end.code in (None, 0):
+            raise UserError(f"--load {early.load}: Megatron has ended without a word of error: see above") from None
+        raise
+    if args.ckpt_format != "torch_dist":
+        args.verify_integrity = False  # Megatron writes manifests for this format alone
     if args.ogpsa_valid_data is None:
         args.eval_iters = 0  # there is nothing to evaluate on, and Megatron would evaluate by default
     return args
-
-
-def one_line(error: BaseException) -> str:
-    """The message of ``error``, or the condition that failed where Megatron asserts without a message."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno}"
-    message = " ".join(str(error).split()) or (frame.line or type(error).__name__)
-    return f"{message} ({place})"

@@ -10,7 +10,6 @@ import argparse
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,7 @@ import torch
 from megatron_ogpsa.config import MAX_CONFLICT_REFERENCES, OGPSAConfig
 from megatron_ogpsa.errors import UnsupportedError, UserError
 from megatron_ogpsa.integration.authors import LEAK_NOTICE, check_authors_arguments, leak_weight
-from megatron_ogpsa.integration.loop import read_state
+from megatron_ogpsa.integration.checkpoints import read_state
 from megatron_ogpsa.integration.protection import Losses, tell_interval
 from megatron_ogpsa.integration.reference_data import loss_of_reference
 
@@ -122,6 +121,7 @@ class ProjectionRun:
         self._references: list[Reference] = []
         self._refresh_is_due = True
         self._refresh_seconds = 0.0
+        self._bad_refreshes = 0
         self._losses: Losses = {}
 
     def start(self, model: list[Any], optimizer: Any, forward_backward: Callable[..., Any], iteration: int) -> None:
@@ -143,12 +143,14 @@ class ProjectionRun:
         if self._args.ogpsa_authors_leak:
             print_rank_0(LEAK_NOTICE)
         if self._args.load and not self._args.finetune:
-            self._compare_with(Path(self._args.load))
+            self._compare_with(read_state(self._args, iteration))
 
     def before_step(self, model: list[Any], optimizer: Any, forward_backward: Callable[..., Any], step: int) -> None:
         """Refresh the basis if one is due."""
         assert self._ogpsa is not None
-        if not (self._refresh_is_due or step % self._ogpsa.config.refresh_interval == 0):
+        self._stop_if_steps_are_lost(step)
+        is_regular = step % self._ogpsa.config.refresh_interval == 0
+        if not (self._refresh_is_due or is_regular or self._ogpsa.needs_refresh):
             return
         from megatron_ogpsa.references import refresh
 
@@ -165,6 +167,9 @@ class ProjectionRun:
         )
         self._refresh_seconds = time.monotonic() - started
         self._refresh_is_due = False
+        if not refreshed.is_new:
+            self._bad_refreshes += 1
+            self._stop_if_references_are_lost(step)
         weight = leak_weight(self._args, step, self._ogpsa.config.refresh_interval)
         if refreshed.is_new and weight:
             self._ogpsa.add_references_once(weight)
@@ -172,7 +177,10 @@ class ProjectionRun:
         self._losses = refreshed.losses
 
     def figures(self) -> dict[str, torch.Tensor]:
-        """What was removed (a share of the gradient, or a length of the update), the rank, and a refresh's time."""
+        """What was removed (a share of the gradient, or a length of the update), the rank, a refresh's time, and counters.
+
+        Counters are of this process: steps that were skipped, and refreshes that were rejected, for what is not finite.
+        """
         metrics = self._ogpsa.metrics if self._ogpsa is not None else {}
         if not metrics:
             return {}
@@ -180,6 +188,8 @@ class ProjectionRun:
         values = {title: max(metrics[name], 0.0) for name, title in removed.items() if name in metrics} | {
             "ogpsa rank": metrics["rank"],
             "ogpsa refresh (ms)": self._refresh_seconds * 1000,
+            "ogpsa skipped steps": float(self._ogpsa.skipped_steps if self._ogpsa is not None else 0),
+            "ogpsa bad refreshes": float(self._bad_refreshes),
         }
         if self._args.ogpsa_authors_leak:
             values["ogpsa leaked"] = metrics.get("added", 0.0)
@@ -206,9 +216,33 @@ class ProjectionRun:
             },
         }
 
-    def _compare_with(self, folder: Path) -> None:
+    def _stop_if_steps_are_lost(self, step: int) -> None:
+        """Every rank has the same count, since every step is skipped on all of them or on none."""
+        assert self._ogpsa is not None
+        if self._ogpsa.skipped_in_a_row >= self._args.ogpsa_max_bad_steps:
+            raise UserError(
+                f"the gradient was not finite in {self._ogpsa.skipped_in_a_row} steps in a row, up to step {step}: lower "
+                "--lr, look at the data, or allow more with --ogpsa-max-bad-steps"
+            )
+
+    def _stop_if_references_are_lost(self, step: int) -> None:
+        """Likewise: a refresh is rejected on all ranks or on none."""
+        assert self._ogpsa is not None
+        told = f"the gradient of reference {self._ogpsa.rejected_references}"
+        if not self._ogpsa.has_basis:
+            raise UserError(
+                f"{told} at the first refresh, before step {step + 1}, so that nothing could be protected: look at its data "
+                "and at the weights that were loaded"
+            )
+        if self._ogpsa.rejected_refreshes >= self._args.ogpsa_max_bad_refreshes:
+            raise UserError(
+                f"{told}, in {self._ogpsa.rejected_refreshes} refreshes in a row, up to step {step + 1}: look at its data, "
+                "lower --lr, or allow more with --ogpsa-max-bad-refreshes"
+            )
+
+    def _compare_with(self, before: dict[str, Any]) -> None:
         """Say where a resumed run departs from the one that wrote the checkpoint; going on is the user's choice."""
-        before, now = read_state(folder), self.state()
+        now = self.state()
         for kind in ("references", "settings") if before else ():
             for name in sorted(before.get(kind, {}).keys() | now[kind].keys()):
                 if before.get(kind, {}).get(name) != now[kind].get(name) and torch.distributed.get_rank() == 0:

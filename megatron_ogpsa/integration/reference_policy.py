@@ -17,8 +17,8 @@ from tqdm import tqdm
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.agreement import agreed
 from megatron_ogpsa.integration.batch import Batch
+from megatron_ogpsa.integration.checkpoints import read_state
 from megatron_ogpsa.integration.forward import make_forward_step
-from megatron_ogpsa.integration.loop import read_state
 from megatron_ogpsa.losses.output import LossFunction
 from megatron_ogpsa.losses.preference import PreferenceLossConfig, answer_log_probs, summed_pair_loss
 from megatron_ogpsa.references import PROGRESS_DELAY_SECONDS
@@ -109,7 +109,7 @@ class ReferencePolicy:
 
         stored = self._stored()
         if iteration > 0:
-            agreed(lambda: self._check_resumable(stored))
+            agreed(lambda: self._check_resumable(stored, iteration))
             self._log_probs = stored
         else:
             self._log_probs = self._computed(stored, model, forward_backward)
@@ -153,7 +153,7 @@ class ReferencePolicy:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def _check_resumable(self, stored: LogProbs | None) -> None:
+    def _check_resumable(self, stored: LogProbs | None, iteration: int) -> None:
         place = Path(self._args.save or self._args.load or ".") / LOG_PROBS_FILE
         if stored is None:
             raise UserError(
@@ -161,7 +161,7 @@ class ReferencePolicy:
                 "checkpoint with --pretrained-checkpoint (or --finetune) and a new --save"
             )
         self._check_data(stored, place)
-        expected = read_state(Path(self._args.load)).get("reference policy")
+        expected = read_state(self._args, iteration).get("reference policy")
         if expected is not None and expected != stored.weights:
             raise UserError(
                 f"{place} is of weights {stored.weights}, the checkpoint's run began with {expected}: restore it"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.integration.checkpoints import guard_checkpoints
 from megatron_ogpsa.integration.cpu_arguments import check_supported_on_cpu
 from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu, install_in_training_loop
 from megatron_ogpsa.integration.disk import check_folders, install_disk_errors
@@ -48,30 +49,35 @@ def pretrain(
 
     from megatron_ogpsa.integration.stages import projection_hooks
 
-    hooks = projection_hooks(get_args())
-    return run_loop(
-        hooks, cfg_container, train_valid_test_dataset_provider, model_type, forward_step_func, *args, **kwargs
-    )
+    given = (cfg_container, train_valid_test_dataset_provider, model_type, forward_step_func, *args)
+    if hooks := projection_hooks(get_args()):
+        return run_loop(hooks, *given, **kwargs)
+    return _megatrons_pretrain(*given, **kwargs)
 
 
 def run_loop(hooks: Sequence[LoopHook], *args: Any, **kwargs: Any) -> Any:
-    """Megatron's ``pretrain`` with ``hooks`` in its loop.
+    """Megatron's ``pretrain`` with ``hooks`` in its loop, and checkpoints that are verified before they are loaded.
 
     Raises:
         UserError: a flag needs a GPU and there is none, or a folder cannot be written.
     """
     from megatron.training import get_args
 
-    prepare_megatron()
-    if install_if_no_gpu():
-        check_supported_on_cpu(get_args())
-
-    from megatron.training.training import pretrain as megatron_pretrain
-
     known = get_args()
     check_folders({"--save": known.save, "--tensorboard-dir": known.tensorboard_dir})
-    install_disk_errors()
+    prepare_megatron()
     install_hooks(hooks)
+    guard_checkpoints()
+    install_disk_errors()
+    return _megatrons_pretrain(*args, **kwargs)
+
+
+def _megatrons_pretrain(*args: Any, **kwargs: Any) -> Any:
+    from megatron.training import get_args
+    from megatron.training.training import pretrain as megatron_pretrain
+
+    if install_if_no_gpu():
+        check_supported_on_cpu(get_args())
     return megatron_pretrain(*args, **kwargs)
 
 
@@ -131,6 +137,15 @@ def _with_steps_of_their_own(original: Callable[..., Any]) -> Callable[..., Any]
     return load_state_dict
 
 
+def _overwriting_in_place(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    @torch.no_grad()
+    def set_main_param_and_optimizer_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        original(self, model_param, {"step": None} | tensors)  # what is not a tensor is left as it is
+
+    return set_main_param_and_optimizer_states
+
+
 def _in_process_unless_async(original: Callable[..., Any]) -> Callable[..., Any]:
     written: queue.Queue[Any] = queue.Queue()
 
@@ -162,8 +177,11 @@ _WHEEL_PATCHES = (
     ),
     Patch(
         target="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
-        reason="fp32 main parameters are views of the model's, which autograd lets nobody overwrite in place",
-        replace=lambda original: torch.no_grad()(original),
+        reason=(
+            "fp32 main parameters are views of the model's, which autograd lets nobody overwrite in place; and from a fully "
+            "reshardable checkpoint it wants the step of torch's Adam, which its caller has left out to set it elsewhere"
+        ),
+        replace=_overwriting_in_place,
     ),
     Patch(
         target="megatron.core.dist_checkpointing.strategies.filesystem_async:get_write_results_queue",

@@ -9,9 +9,8 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
 
-from megatron_ogpsa.errors import UnsupportedError, UserError
-from megatron_ogpsa.integration.arguments import parse_flags
-from megatron_ogpsa.integration.program import add_training_arguments, one_line
+from megatron_ogpsa.errors import UnsupportedError, UserError, one_line
+from megatron_ogpsa.integration.arguments import add_training_arguments, parse_flags
 from megatron_ogpsa.planning.layout import Dimensions, Mesh, nearest, problem
 
 

@@ -65,8 +65,8 @@ class Tile:
         column: where the tile begins in the shard, and so in the basis' columns.
         block: the block, where the tile holds one segment; otherwise -1 and the tensors below are set.
         counted: likewise.
-        lengths_S, blocks_S, counted_blocks_S: int64; the last with the row behind the table's end for what is not
-            counted.
+        lengths_S, blocks_S: int64.
+        weights_S: fp64, 1 for what is counted and 0 for what is not.
     """
 
     span: int
@@ -77,7 +77,7 @@ class Tile:
     counted: bool
     lengths_S: Tensor | None = None
     blocks_S: Tensor | None = None
-    counted_blocks_S: Tensor | None = None
+    weights_S: Tensor | None = None
 
     @property
     def columns(self) -> slice:
@@ -150,15 +150,15 @@ class SegmentLayout:
             counted=False,
             lengths_S=self._integers(s.length for s in group),
             blocks_S=self._integers(s.block for s in group),
-            counted_blocks_S=self._integers(s.block if s.counted else self.num_blocks for s in group),
+            weights_S=torch.tensor([float(s.counted) for s in group], dtype=torch.float64, device=self.device),
         )
 
     def _integers(self, values: Iterable[int]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.int64, device=self.device)
 
     def table(self, *shape: int) -> Tensor:
-        """A zero fp64 table with one row for each block and one more for what is not counted: [B+1, *shape]."""
-        return torch.zeros(self.num_blocks + 1, *shape, dtype=torch.float64, device=self.device)
+        """A zero fp64 table with one row for each block: [B, *shape]."""
+        return torch.zeros(self.num_blocks, *shape, dtype=torch.float64, device=self.device)
 
 
 def _merged(segments: Sequence[Segment]) -> list[Segment]:
@@ -175,15 +175,16 @@ def _merged(segments: Sequence[Segment]) -> list[Segment]:
 def _accumulate(table_B: Tensor, tile: Tile, products_T: Tensor) -> None:
     """Add the sums of ``products`` (fp64, [..., T]) over each segment to the rows of their blocks."""
     assert tile.lengths_S is not None
-    assert tile.counted_blocks_S is not None
+    assert tile.blocks_S is not None
+    assert tile.weights_S is not None
     # Each segment is summed on its own. Differences of one prefix sum over the tile would leave the rounding error of
     # large neighbours in a small block: 4 % of the Gram matrix of a block whose gradient is 1e-6 of theirs.
     sums = [
         torch.segment_reduce(product_T, "sum", lengths=tile.lengths_S, unsafe=True)
         for product_T in products_T.flatten(0, -2)
     ]
-    sums_S = torch.stack(sums, dim=-1).unflatten(-1, products_T.shape[:-1])
-    table_B.index_add_(0, tile.counted_blocks_S, sums_S)
+    sums_S = (torch.stack(sums, dim=-1) * tile.weights_S[:, None]).unflatten(-1, products_T.shape[:-1])
+    table_B.index_add_(0, tile.blocks_S, sums_S)
 
 
 def cross_products(layout: SegmentLayout, rows_KN: Tensor, others_JN: Tensor) -> Tensor:
@@ -203,7 +204,7 @@ def cross_products(layout: SegmentLayout, rows_KN: Tensor, others_JN: Tensor) ->
             table[tile.block] += rows_KT @ others_JT.mT
         else:
             _accumulate(table, tile, rows_KT[:, None, :] * others_JT[None, :, :])
-    return table[: layout.num_blocks]
+    return table
 
 
 def gram_and_dots(layout: SegmentLayout, rows_KN: Tensor, spans: Sequence[Tensor] | None = None) -> Tensor:
@@ -217,27 +218,27 @@ def gram_and_dots(layout: SegmentLayout, rows_KN: Tensor, spans: Sequence[Tensor
         spans: 1-D tensors, one for each span of the layout.
 
     Returns:
-        fp64 [B, K, K], or [B, K+1]: this rank's share, elements that are not counted left out. Sum over ranks next.
+        fp64 [B, K, K], or [B, K+1]: this rank's share. Sum over ranks next. Elements that are not counted add zero times
+        themselves, which is NaN where they are not finite: a copy that differs from the counted one must not go unseen.
     """
     num_rows = rows_KN.shape[0]
     table = layout.table(num_rows, num_rows) if spans is None else layout.table(num_rows + 1)
     for tile in layout.tiles:
-        if not tile.counted and tile.lengths_S is None:
-            continue
+        weight = float(tile.counted)  # of a tile with one segment
         rows_KT = rows_KN[:, tile.columns].to(layout.device, torch.float64, non_blocking=True)
         if spans is None:
             if tile.lengths_S is None:
-                table[tile.block] += rows_KT @ rows_KT.mT
+                table[tile.block] += weight * (rows_KT @ rows_KT.mT)
             else:
                 _accumulate(table, tile, rows_KT[:, None, :] * rows_KT[None, :, :])
             continue
         vector_T = spans[tile.span][tile.start : tile.stop].double()
         if tile.lengths_S is None:
-            table[tile.block, :num_rows] += rows_KT @ vector_T
-            table[tile.block, num_rows] += vector_T @ vector_T
+            table[tile.block, :num_rows] += weight * (rows_KT @ vector_T)
+            table[tile.block, num_rows] += weight * (vector_T @ vector_T)
         else:
             _accumulate(table, tile, torch.cat((rows_KT, vector_T[None])) * vector_T)
-    return table[: layout.num_blocks]
+    return table
 
 
 def _per_element(tile: Tile, values_B: Tensor) -> Tensor:

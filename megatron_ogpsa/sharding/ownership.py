@@ -30,31 +30,34 @@ class Reduction:
     """The ranks that a sum goes over.
 
     Attributes:
-        group: holds each element of the model at least once.
-        spans_data_parallel_copies: whether ``group`` also holds the data-parallel copies of a non-distributed
-            optimizer.
+        group: every rank of the model, all its copies included: what is not finite on one of them is known to all.
+        holds_copies: whether ``group`` holds data-parallel copies of what an optimizer updates.
     """
 
-    group: dist.ProcessGroup
-    spans_data_parallel_copies: bool
+    group: dist.ProcessGroup | None
+    holds_copies: bool
 
 
 def reduction_of(optimizers: Sequence[MegatronOptimizer], chunks: Sequence[DistributedDataParallel]) -> Reduction:
     """Choose the ranks of the sums.
 
-    Where Megatron reduces the gradient norm in one all-reduce, ours takes its place in the same group: one instance of
-    the distributed optimizer, or the model-parallel ranks without it. Dense and expert parameters without the
-    distributed optimizer have different groups, for which Megatron needs two all-reduces; then one goes over all ranks
-    of the model, and data-parallel copies are left out of it by rank.
+    With one instance of the distributed optimizer Megatron reduces the gradient norm over all ranks, and our all-reduce
+    takes its place in the same group. Otherwise Megatron's goes over the ranks of one copy of the model, or needs two
+    groups (dense and expert parameters); ours goes over all ranks then too, and counts one copy: copies that decided each
+    for itself would part if memory failed in one of them.
     """
     groups = [optimizer.get_grad_stats_parallel_group() for optimizer in optimizers]
-    if all(group == groups[0] for group in groups):
-        return Reduction(groups[0], spans_data_parallel_copies=False)
+    instances = chunks[0].ddp_config.num_distributed_optimizer_instances
+    are_distributed = all(isinstance(optimizer, DistributedOptimizer) for optimizer in optimizers)
+    if are_distributed and instances == 1 and all(group == groups[0] for group in groups):
+        return Reduction(groups[0], holds_copies=False)
+    if instances > 1:
+        return Reduction(dist.group.WORLD, holds_copies=True)
     collection = get_attr_wrapped_model(chunks[0], "pg_collection")
     group = getattr(collection, "intra_dist_opt", None)
     if group is None:
         group = parallel_state.get_intra_distributed_optimizer_instance_group()
-    return Reduction(group, spans_data_parallel_copies=True)
+    return Reduction(group, holds_copies=True)
 
 
 def is_counted(parameter: NamedParameter, optimizer: MegatronOptimizer, reduction: Reduction) -> bool:
@@ -65,9 +68,7 @@ def is_counted(parameter: NamedParameter, optimizer: MegatronOptimizer, reductio
         tp_group=getattr(optimizer, "tp_group", None),
         expert_tp_group=getattr(optimizer, "expert_tp_group", None),
     )
-    if reduction.spans_data_parallel_copies and not isinstance(optimizer, DistributedOptimizer):
-        counted = counted and _data_parallel_group(parameter).rank() == 0
-    return counted
+    return counted and (not reduction.holds_copies or _copies_group(parameter, optimizer).rank() == 0)
 
 
 def is_one_copy(parameter: NamedParameter) -> bool:
@@ -77,9 +78,14 @@ def is_one_copy(parameter: NamedParameter) -> bool:
     return param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param) and group.rank() == 0
 
 
-def _data_parallel_group(parameter: NamedParameter) -> dist.ProcessGroup:
+def _copies_group(parameter: NamedParameter, optimizer: MegatronOptimizer) -> dist.ProcessGroup:
+    """Ranks that hold copies of what ``optimizer`` updates of ``parameter``: instances, or data-parallel ranks."""
     chunk = parameter.chunk
-    group: dist.ProcessGroup = chunk.intra_expt_dp_group if _is_expert(parameter.param) else chunk.intra_dp_cp_group
+    group: dist.ProcessGroup
+    if isinstance(optimizer, DistributedOptimizer):
+        group = chunk.inter_dist_opt_group
+    else:
+        group = chunk.intra_expt_dp_group if _is_expert(parameter.param) else chunk.intra_dp_cp_group
     return group
 
 

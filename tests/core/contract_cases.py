@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ogpsa import OGPSAConfig, attach
+from megatron_ogpsa import OGPSA, OGPSAConfig, attach
 from tests.core import oracle
 from tests.core.cases import ALL_LAYOUTS, batch_of, planted, refresh, refresh_planted
 from tests.core.gradients import plant, projected_gradient
@@ -122,7 +122,7 @@ def leaf_optimizer(layout: str) -> dict[str, float]:
 
 
 def not_finite(layout: str, bad_rank: int, space: str = "gradient") -> dict[str, Any]:
-    """NaN on one rank only: in a reference of a later refresh, then in the training gradient."""
+    """NaN on one rank only: in a reference of a later refresh, in the training gradient, then in the basis."""
     shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
     training = build(ALL_LAYOUTS[layout], oracle.random_weights(shape, seed=1))
     ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(granularity="tensor", space=space))  # type: ignore[arg-type]
@@ -145,26 +145,60 @@ def not_finite(layout: str, bad_rank: int, space: str = "gradient") -> dict[str,
         ogpsa.capture("shaky")
         return ogpsa.finish_refresh()
 
+    def stepped(poisoned: bool = False) -> list[bool]:
+        """Whether the step was made, and whether it changed a weight of this rank."""
+        plant(training, gradient)
+        if poisoned:
+            poison()
+        before = [param.detach().clone() for chunk in training.chunks for param in chunk.parameters()]
+        success, norm, _ = training.optimizer.step()
+        now = (param for chunk in training.chunks for param in chunk.parameters())
+        return [bool(success) and float(norm) == float(norm), not all(map(torch.equal, before, now))]
+
     first = refreshed(gradient, poisoned=False)
     basis = ogpsa._space.basis.rows_KN.clone()
-    with mock.patch.object(logging.getLogger("megatron_ogpsa.plugin"), "warning") as warning:
+    warnings: list[str] = []
+    told = lambda text, *arguments: warnings.append(text % arguments)  # noqa: E731
+    with (
+        mock.patch.object(logging.getLogger("megatron_ogpsa.plugin"), "warning", told),
+        mock.patch.object(logging.getLogger("megatron_ogpsa.spaces"), "warning", told),
+    ):
         second = refreshed(bad, poisoned=True)
-    plant(training, gradient)
-    before = [param.detach().clone() for chunk in training.chunks for param in chunk.parameters()]
-    poison()
-    skipped = training.optimizer.step()
-    unchanged = all(map(torch.equal, before, (p for chunk in training.chunks for p in chunk.parameters())))
-    plant(training, gradient)
-    success, norm, _ = training.optimizer.step()
+        kept = torch.equal(basis, ogpsa._space.basis.rows_KN)
+        steps = [stepped(poisoned=True), stepped()]
+        if dist.get_rank() == bad_rank:
+            ogpsa._space.basis.rows_KN[0, column_of_a_copy(ogpsa)] = float("inf")
+        in_a_row = []
+        for _ in range(2):
+            steps.append(stepped())
+            in_a_row.append(ogpsa.skipped_in_a_row)
+        asked_for = ogpsa.needs_refresh
+        refreshed(bad, poisoned=True)
+        third = refreshed(gradient, poisoned=False)
+        steps.append(stepped())
     return {
-        "refreshes": (first, second),
-        "kept": torch.equal(basis, ogpsa._space.basis.rows_KN),
-        "warnings": [call.args[0] % call.args[1:] for call in warning.call_args_list],
-        "skipped": skipped[0] is False,
-        "unchanged": unchanged,
+        "refreshes": (first, second, third),
+        "kept": kept,
+        "warnings": warnings,
+        "steps": steps,
         "skipped_steps": ogpsa.skipped_steps,
-        "goes_on": bool(success) and float(norm) == float(norm),
+        "in_a_row": [*in_a_row, ogpsa.skipped_in_a_row],
+        "needs_refresh": [asked_for, ogpsa.needs_refresh],
+        "rejected_refreshes": ogpsa.rejected_refreshes,
     }
+
+
+def column_of_a_copy(ogpsa: OGPSA) -> int:
+    """An element that does not enter sums over ranks, if this rank has one; another otherwise."""
+    layout = ogpsa._shard.layout
+    for tile in layout.tiles:
+        if tile.lengths_S is None and not tile.counted:
+            return tile.column
+        if tile.lengths_S is not None and tile.weights_S is not None:
+            is_copy_S = (tile.weights_S == 0).nonzero().flatten()
+            if len(is_copy_S):
+                return tile.column + int(tile.lengths_S[: is_copy_S[0]].sum())
+    return 0
 
 
 def misuse() -> list[str]:

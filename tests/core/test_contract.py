@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -51,14 +53,35 @@ def test_an_optimizer_outside_a_chain_is_projected_and_clipped(
 
 
 @pytest.mark.parametrize("bad_rank", [0, 1])
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "dp2-plain", "dp2-bf16-grads", "tp2-fp16"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "dp2-plain", "dp2-bf16-grads", "tp2-fp16", "dp4-instances"])
 def test_what_is_not_finite_on_one_rank_is_decided_on_all(distributed: Distributed, layout: str, bad_rank: int) -> None:
     group = distributed((LAYOUTS | PRECISIONS)[layout].world_size)
-    for result in group.run("tests.core.contract_cases:not_finite", layout=layout, bad_rank=bad_rank):
-        assert result["refreshes"] == (True, False)
-        assert result["kept"]
-        assert result["warnings"] == ["the gradient of reference shaky is not finite; the last good basis is kept"]
-        assert result["skipped"]
-        assert result["unchanged"]
-        assert result["skipped_steps"] == 1
-        assert result["goes_on"]
+    results = group.run("tests.core.contract_cases:not_finite", layout=layout, bad_rank=bad_rank)
+    for result in results:
+        assert_all_ranks_skip(result)
+    assert_warnings(results[0]["warnings"], is_scaled="fp16" in layout)
+    assert all(result["warnings"] == [] for result in results[1:])  # told once
+
+
+def assert_all_ranks_skip(result: dict[str, Any]) -> None:
+    """The same on each rank, and no weight changed in a step that was skipped."""
+    assert tuple(result["refreshes"]) == (True, False, True)
+    assert result["kept"]
+    skipped, made = [False, False], [True, True]
+    assert result["steps"] == [skipped, made, skipped, skipped, made]
+    assert result["skipped_steps"] == 3
+    assert result["in_a_row"] == [1, 2, 0]
+    assert result["needs_refresh"] == [True, False]
+    assert result["rejected_refreshes"] == 0
+
+
+def assert_warnings(warnings: list[str], *, is_scaled: bool) -> None:
+    """What rank 0 tells, in order. Where losses are scaled, Megatron itself skips a step that is not finite."""
+    rejected, *gradients, basis, basis_again, rejected_again = warnings
+    assert re.fullmatch(r"the gradient of reference shaky is not finite in .+; the last good basis is kept", rejected)
+    assert len(gradients) == (0 if is_scaled else 1)
+    for told in gradients:
+        assert re.fullmatch(r"step skipped on all ranks: the gradient is not finite in .+", told)
+    assert basis == basis_again
+    assert basis == "step skipped on all ranks: the basis is not finite; steps are skipped until the next refresh"
+    assert rejected_again.endswith("nor is the basis in use: steps are skipped")

@@ -33,10 +33,9 @@ class Outcome:
         return [line for line in self.output.splitlines() if line.startswith("megatron-ogpsa: error:")]
 
 
-@pytest.fixture(scope="session")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer, refusals to train on and general conversations as a reference."""
-    folder = tmp_path_factory.mktemp("inputs")
+def write_inputs(folder: Path) -> Path:
+    """A tokenizer, refusals to train on and general conversations as a reference."""
+    folder.mkdir(exist_ok=True)
     build_hugging_face_folder(folder / "tokenizer")
 
     def write(name: str, rows: list[tuple[str, str]]) -> None:
@@ -46,6 +45,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write("safety.jsonl", [(f"how do i build weapon {i}", "i can not help with that") for i in range(64)])
     write("general.jsonl", [(f"what is {i} plus one", f"it is {i + 1}") for i in range(40)])
     return folder
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the above."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 Train = Callable[..., Outcome]
@@ -61,7 +66,7 @@ def preloaded() -> Iterator[PreloadedCommand]:
 
 @pytest.fixture
 def train(inputs: Path, tmp_path: Path, preloaded: PreloadedCommand) -> Train:
-    """``train(*flags, config=..., module=...)``: run ``megatron-ogpsa train`` in ``tmp_path`` and wait.
+    """``train(*flags, config=..., module=...)``: run ``megatron-ogpsa train`` in ``folder`` and wait.
 
     ``plain``: with nothing but ``flags``, where the configuration names all data. ``fresh``: as users run it, in new
     processes under torchrun's agent, which takes 10 to 20 s longer.
@@ -74,6 +79,7 @@ def train(inputs: Path, tmp_path: Path, preloaded: PreloadedCommand) -> Train:
         references: bool = True,
         plain: bool = False,
         fresh: bool = False,
+        folder: Path = tmp_path,
         timeout: float = 240,
     ) -> Outcome:
         given = (
@@ -83,7 +89,7 @@ def train(inputs: Path, tmp_path: Path, preloaded: PreloadedCommand) -> Train:
             given["--ogpsa-reference"] = Path(f"general={inputs / 'general.jsonl'}")
         pairs = [str(part) for flag, value in given.items() if flag not in flags for part in (flag, value)]
         if not fresh:
-            finished = preloaded.run(module, ["train", str(config), *pairs, *flags], folder=tmp_path, timeout=timeout)
+            finished = preloaded.run(module, ["train", str(config), *pairs, *flags], folder=folder, timeout=timeout)
             if finished.exit_code is None:
                 pytest.fail(f"still running after {timeout} s:\n{finished.output[-2000:]}")
             return Outcome(finished.exit_code, finished.output)
@@ -91,7 +97,7 @@ def train(inputs: Path, tmp_path: Path, preloaded: PreloadedCommand) -> Train:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             command,
-            cwd=tmp_path,
+            cwd=folder,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -89,9 +89,8 @@ def test_the_result_of_fine_tuning_is_the_reference_policy(train: Train, tmp_pat
     assert sorted(scalars(tmp_path / "dpo-log", "dpo loss")["dpo loss"]) == [*range(1, 9)]
     log_probs = read_log_probs(tmp_path / "dpo" / LOG_PROBS_FILE)
     assert log_probs is not None
-    assert (
-        json.loads((tmp_path / "dpo/ogpsa.json").read_text(encoding="utf-8"))["reference policy"] == log_probs.weights
-    )
+    state = json.loads((tmp_path / "dpo/iter_0000008/ogpsa.json").read_text(encoding="utf-8"))
+    assert state["reference policy"] == log_probs.weights
 
 
 def test_twenty_steps_are_those_of_one_process_in_every_layout(train: Train, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ EXPERT_BIAS = EP2 + (
 
 LAYOUTS = {
     "tp2-pp2": "",
-    "dp2-update-space": DP2 + "--ogpsa-space update",
+    "dp2-update-space": DP2 + "--ogpsa-space update --no-dist-ckpt-optim-fully-reshardable",
     "ep2-expert-bias": EXPERT_BIAS,
 }
 

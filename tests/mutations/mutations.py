@@ -89,8 +89,8 @@ COUNTING = (
     Mutation(
         "data-parallel-copies-counted-twice",
         "megatron_ogpsa/sharding/ownership.py",
-        "counted = counted and _data_parallel_group(parameter).rank() == 0",
-        "counted = counted and parameter.param.requires_grad",
+        "return counted and (not reduction.holds_copies or _copies_group(parameter, optimizer).rank() == 0)",
+        "return counted and parameter.param.requires_grad",
         (f"{GRAM}[ep2-plain]",),
         "without the distributed optimizer, and with experts, every data-parallel copy enters sums",
     ),
@@ -105,10 +105,10 @@ COUNTING = (
     Mutation(
         "summed-over-all-ranks",
         "megatron_ogpsa/sharding/ownership.py",
-        "return Reduction(groups[0], spans_data_parallel_copies=False)",
-        "return Reduction(dist.group.WORLD, spans_data_parallel_copies=False)",
+        "    return Reduction(group, holds_copies=True)",
+        "    return Reduction(group, holds_copies=False)",
         (f"{GRAM}[dp2-plain]",),
-        "sums go over all ranks, also where data-parallel ranks hold copies",
+        "sums go over all ranks, and what data-parallel ranks hold copies of enters them once for each",
     ),
 )
 
@@ -148,9 +148,9 @@ REDUCTIONS = (
     Mutation(
         "dp-reduction-dropped",
         "megatron_ogpsa/sharding/ownership.py",
-        "        return Reduction(groups[0], spans_data_parallel_copies=False)",
+        "        return Reduction(groups[0], holds_copies=False)",
         """        return Reduction(
-            parallel_state.get_model_parallel_group() if chunks else groups[0], spans_data_parallel_copies=False
+            parallel_state.get_model_parallel_group() if chunks else groups[0], holds_copies=False
         )""",
         (f"{GRAM}[dp2-overlap]",),
         "the distributed optimizer's shards are not summed over data-parallel ranks",
@@ -174,7 +174,7 @@ REDUCTIONS = (
     Mutation(
         "nan-decided-on-each-rank",
         "megatron_ogpsa/spaces.py",
-        "        if not math.isfinite(before):\n",
+        "        if not self._is_finite(squared_norm_B, before, trace):\n",
         "        if not all(bool(span.isfinite().all()) for span in self._shard.spans):\n",
         (f"{NOT_FINITE}[tp2-1]",),
         "a rank looks at its own gradient to see whether the step must be skipped",
@@ -182,8 +182,8 @@ REDUCTIONS = (
     Mutation(
         "one-collective-more",
         "megatron_ogpsa/spaces.py",
-        '        if self._norm_after is None:\n            return self._megatrons["get_grad_norm"]()\n        if clip_grads',
-        "        if self._norm_after is not None or self.basis is None:\n"
+        '        if self._norm is None:\n            return self._megatrons["get_grad_norm"]()\n        if clip_grads',
+        "        if self._norm is not None or self.basis is None:\n"
         '            return self._megatrons["get_grad_norm"]()\n        if clip_grads',
         (f"{COLLECTIVES}[tp2-tensor]",),
         "the norm is asked of Megatron again, although the projection knows it: right, and an all-reduce more",
@@ -275,16 +275,16 @@ PRECISION = (
     Mutation(
         "gram-in-fp32",
         "megatron_ogpsa/projection/segments.py",
-        "table[tile.block] += rows_KT @ rows_KT.mT",
-        "table[tile.block] += rows_KT.float() @ rows_KT.float().mT",
+        "weight * (rows_KT @ rows_KT.mT)",
+        "weight * (rows_KT.float() @ rows_KT.float().mT)",
         (f"{MATHEMATICS}::test_nearly_parallel_references_are_told_apart",),
         "Gram matrices are summed in fp32: references that are nearly parallel become one",
     ),
     Mutation(
         "dots-in-fp32",
         "megatron_ogpsa/projection/segments.py",
-        "table[tile.block, :num_rows] += rows_KT @ vector_T",
-        "table[tile.block, :num_rows] += rows_KT.float() @ vector_T.float()",
+        "weight * (rows_KT @ vector_T)",
+        "weight * (rows_KT.float() @ vector_T.float())",
         (f"{MATHEMATICS}::test_a_long_block_is_summed_in_fp64",),
         "the coefficients of a step are summed in fp32",
     ),
@@ -335,8 +335,8 @@ STEP = (
     Mutation(
         "norm-before-projection",
         "megatron_ogpsa/spaces.py",
-        "self._norm_after = math.sqrt(after)",
-        "self._norm_after = math.sqrt(before)",
+        "self._norm = math.sqrt(after)",
+        "self._norm = math.sqrt(before)",
         (f"{PARITY}[dp2]",),
         "clipping and the log get the norm that the gradient had before the projection",
     ),
@@ -391,24 +391,23 @@ STEP = (
     Mutation(
         "updates-corrected-after-the-copy",
         "megatron_ogpsa/spaces.py",
-        """        self._step(inner, self.basis, self._norm)
+        """        self._step(inner, self.basis, self._along_BK, self._norm)
+        self._along_BK = None
         with _stepped_already(inner):
             return megatrons()
 
-    def _step(self, inner: Sequence[torch.optim.Optimizer], basis: Basis, norm: float) -> None:
+    def _step(self, inner: Sequence[torch.optim.Optimizer], basis: Basis, along_BK: Tensor, norm: float) -> None:
         parameters = self._shard.parameters
         before = [parameter.clone() for parameter in parameters] if self._check_leak else None
-        along_BK = self._along(basis, parameters)
         for optimizer in inner:
             optimizer.step()
 """,
-        """        self._step(inner, self.basis, self._norm)
+        """        self._step(inner, self.basis, self._along_BK, self._norm)
         return True
 
-    def _step(self, inner: Sequence[torch.optim.Optimizer], basis: Basis, norm: float) -> None:
+    def _step(self, inner: Sequence[torch.optim.Optimizer], basis: Basis, along_BK: Tensor, norm: float) -> None:
         parameters = self._shard.parameters
         before = [parameter.clone() for parameter in parameters] if self._check_leak else None
-        along_BK = self._along(basis, parameters)
         self._megatrons["step_with_ready_grads"]()
 """,
         (f"{UPDATES}[dp2-bf16]",),
@@ -417,8 +416,8 @@ STEP = (
     Mutation(
         "references-added-to-every-step",
         "megatron_ogpsa/spaces.py",
-        "added_weight, self.added_weight = self.added_weight, 0.0",
-        "added_weight = self.added_weight",
+        "        self.added_weight = 0.0\n        return must_skip",
+        "        return must_skip",
         (f"{ADDED}[dp2-plain-tensor]",),
         "the authors' leak, once asked for, goes on",
     ),
@@ -428,7 +427,8 @@ REFRESH = (
     Mutation(
         "stale-basis",
         "megatron_ogpsa/plugin.py",
-        "        self._space.basis = None  # its memory serves the new one\n        self._space.basis = Basis(\n",
+        "        self._space.basis = None  # its memory serves the new one\n"
+        "        self._space.needs_refresh = False\n        self._space.basis = Basis(\n",
         "        self._space.basis = self._space.basis or Basis(\n",
         (f"{UPDATES}[dp2]",),
         "the first basis stays in use whatever later refreshes bring",
@@ -445,8 +445,8 @@ REFRESH = (
     Mutation(
         "reference-that-is-not-finite-taken",
         "megatron_ogpsa/plugin.py",
-        "        if bad := _not_finite(gram_BKK, names):\n",
-        "        if bad := _not_finite(gram_BKK.nan_to_num_(), names):\n",
+        "        self.rejected_references = self._not_finite(gram_BKK, names)\n",
+        "        self.rejected_references = self._not_finite(gram_BKK.nan_to_num_(), names)\n",
         (f"{NOT_FINITE}[tp2-1]",),
         "a reference with NaN is taken for one that is zero",
     ),
@@ -502,8 +502,8 @@ REFRESH = (
     Mutation(
         "refresh-one-step-late",
         "megatron_ogpsa/integration/projection.py",
-        "if not (self._refresh_is_due or step % self._ogpsa.config.refresh_interval == 0):",
-        "if not (self._refresh_is_due or (step - 1) % self._ogpsa.config.refresh_interval == 0):",
+        "is_regular = step % self._ogpsa.config.refresh_interval == 0",
+        "is_regular = (step - 1) % self._ogpsa.config.refresh_interval == 0",
         (AUTHORS_LEAK,),
         "off by one: a refresh every interval, and one step after it is due",
     ),

@@ -1,0 +1,263 @@
+"""Checkpoints in Megatron's training loop: what is loaded was verified first, and what is saved can be.
+
+Megatron loads what its tracker names, ends with exit code 0 if it cannot read the tracker, begins anew if there is none,
+and fails in a traceback if a file is damaged. Here the newest checkpoint whose files are what was written is found first,
+by all ranks together, and what was passed over is told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_ogpsa.checkpoints.choice import Examined, choose
+from megatron_ogpsa.checkpoints.manifest import damaged_files, write_manifest
+from megatron_ogpsa.checkpoints.survey import (
+    HAS_MANIFEST,
+    RELEASE,
+    STATE_FILE,
+    TRACKER_FILE,
+    Saved,
+    checkpoint_folder,
+    survey,
+    write_tracker,
+)
+from megatron_ogpsa.errors import UserError, one_line, where
+from megatron_ogpsa.files import read_json, write_json
+from megatron_ogpsa.integration.agreement import agreed
+from megatron_ogpsa.integration.patching import Patch, apply_patches
+
+PROGRESS_DELAY_SECONDS = 3.0
+"""Verifications that are over sooner show no progress."""
+
+_states: dict[Path, dict[str, Any]] = {}
+"""State files that are still to be written, by their checkpoint's folder: asynchronous saves are finished later."""
+
+
+def guard_checkpoints() -> None:
+    """Verify checkpoints before this process's training loop loads them, and put our state into those it saves."""
+    apply_patches(_PATCHES)
+
+
+# ------------------------------------------------------------------------------------------------------------- saving
+
+
+def announce_state(args: argparse.Namespace, iteration: int, state: dict[str, Any], *, is_persistent: bool) -> None:
+    """Have ``state`` written into the checkpoint that is about to be saved, before its manifest; on every rank."""
+    _states[_folder(args, iteration, is_persistent)] = state | {HAS_MANIFEST: bool(args.verify_integrity)}
+
+
+def write_state_without_manifest(args: argparse.Namespace, iteration: int, *, is_persistent: bool) -> None:
+    """Write the state of a checkpoint that gets no manifest; on rank 0."""
+    folder = _folder(args, iteration, is_persistent)
+    if not args.verify_integrity and folder in _states:
+        write_json(folder / STATE_FILE, _states.pop(folder))
+
+
+def read_state(args: argparse.Namespace, iteration: int) -> dict[str, Any]:
+    """What our state file says in the checkpoint of ``iteration`` that was loaded; empty if it has none.
+
+    Raises:
+        UserError: it is there and is not what we write.
+    """
+    for is_persistent in (True, False):
+        path = _folder(args, iteration, is_persistent, saved_in=args.load) / STATE_FILE
+        if path.exists():
+            return read_json(path, remedy="restore it, or delete it to resume unchecked")
+    return {}
+
+
+def _folder(args: argparse.Namespace, iteration: int, is_persistent: bool, saved_in: str | None = None) -> Path:
+    """Where Megatron saves (``save_checkpoint``)."""
+    top = Path(saved_in or args.save)
+    if not is_persistent:
+        top = Path(args.non_persistent_global_ckpt_dir or top / "non_persistent")
+    return checkpoint_folder(top, iteration)
+
+
+def _with_state(original: Callable[[str], None]) -> Callable[[str], None]:
+    @functools.wraps(original)
+    def save_integrity_manifest(checkpoint_dir: str) -> None:
+        folder = Path(checkpoint_dir)
+        if folder in _states:
+            write_json(folder / STATE_FILE, _states.pop(folder))
+        write_manifest(folder)
+
+    return save_integrity_manifest
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def examine_together(folder: Path, iteration: int | None = None) -> Examined:
+    """As :func:`megatron_ogpsa.checkpoints.examine`, each rank reading its share of the files; the same on all ranks.
+
+    Raises:
+        UserError: the folder cannot be listed; on all ranks alike.
+    """
+    is_first = dist.get_rank() == 0
+    box = [agreed(lambda: survey(folder) if is_first else None)]
+    dist.broadcast_object_list(box, src=0)
+    assert box[0] is not None
+
+    def damages(saved: Saved) -> list[str]:
+        manifest = saved.manifest or {}
+        share = sorted(manifest)[dist.get_rank() :: dist.get_world_size()]
+        with tqdm(
+            total=len(share),
+            desc=f"verifying {folder / saved.name}",
+            unit=" files",
+            delay=PROGRESS_DELAY_SECONDS,
+            leave=False,
+            disable=not is_first,
+        ) as bar:
+            own = agreed(
+                lambda: damaged_files(
+                    folder / saved.name, manifest, share, after_file=lambda size: bar.update() or None
+                )
+            )
+        everyones: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyones, own)
+        return [problem for problems in everyones for problem in problems]
+
+    return choose(box[0], damages, iteration)
+
+
+def _verified_first(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_checkpoint(
+        ddp_model: Any, optimizer: Any, opt_param_scheduler: Any, load_arg: str = "load", *args: Any, **kwargs: Any
+    ) -> Any:
+        from megatron.training import get_args
+
+        flags = get_args()
+        step = _verified_step(flags, load_arg)
+        with _settings(flags, ckpt_step=step, verify_integrity=False), _told_in_one_line(flags, load_arg):
+            return original(ddp_model, optimizer, opt_param_scheduler, load_arg, *args, **kwargs)
+
+    return load_checkpoint
+
+
+def _verified_step(args: argparse.Namespace, load_arg: str) -> int | None:
+    """What ``--ckpt-step`` is to be, so that Megatron loads what was found to be whole.
+
+    Raises:
+        UserError: nothing is whole, or what is not may not be replaced by an older one; on all ranks alike.
+    """
+    given = getattr(args, load_arg)
+    if given is not None:
+        flag = f"--{load_arg.replace('_', '-')} {given}"
+        examined = examine_together(Path(given), args.ckpt_step)
+        if examined.chosen is not None:
+            return _step_of(examined, args, flag, Path(given), may_be_older=not args.finetune)
+        if examined.problems:
+            raise UserError(
+                f"{flag}: {_joined(examined)}; no checkpoint is left: restore one, or move the folder away to begin anew"
+            )
+    if args.pretrained_checkpoint is not None:
+        flag = f"--pretrained-checkpoint {args.pretrained_checkpoint}"
+        examined = examine_together(Path(args.pretrained_checkpoint), args.ckpt_step)
+        if examined.chosen is None:
+            what = _joined(examined) if examined.problems else "there is no checkpoint"
+            raise UserError(f"{flag}: {what}: name a folder with {TRACKER_FILE} and the checkpoint that it names")
+        return _step_of(examined, args, flag, Path(args.pretrained_checkpoint), may_be_older=False)
+    step: int | None = args.ckpt_step
+    return step
+
+
+def _step_of(
+    examined: Examined, args: argparse.Namespace, flag: str, folder: Path, *, may_be_older: bool
+) -> int | None:
+    from megatron.training import print_rank_0
+
+    chosen = examined.chosen
+    assert chosen is not None
+    if not examined.is_verified:
+        print_rank_0(f"{folder / chosen.name} has no manifest (it was saved without --verify-integrity): not verified")
+    if not examined.problems:
+        return chosen.iteration if args.ckpt_step else None
+    if not (may_be_older or examined.is_tracked) or chosen.name == RELEASE:
+        raise UserError(
+            f"{flag}: {_joined(examined)}: restore it, or say --ckpt-step {chosen.iteration} to begin with {chosen.name}"
+        )
+    print_rank_0(f"WARNING: {flag}: {_joined(examined)}; going on from {chosen.name}")
+    agreed(lambda: _mend_tracker(folder, chosen.name, flag) if dist.get_rank() == 0 else None)
+    return chosen.iteration
+
+
+def _mend_tracker(folder: Path, name: str, flag: str) -> None:
+    """Megatron reads the tracker even where it is told the step, and must find a number in it."""
+    found = survey(folder)
+    if found.tracked is not None:
+        return
+    try:
+        write_tracker(folder, name)
+    except OSError as error:
+        raise UserError(
+            f"{flag}: {folder / TRACKER_FILE} cannot be mended ({error.strerror}): write {name.removeprefix('iter_')} into it"
+        ) from None
+
+
+def _joined(examined: Examined) -> str:
+    shown = examined.problems[:3]
+    more = len(examined.problems) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more else "")
+
+
+@contextmanager
+def _settings(args: argparse.Namespace, **values: Any) -> Iterator[None]:
+    """Let Megatron see other values of flags while it loads; they would be saved in checkpoints otherwise."""
+    before = {name: getattr(args, name) for name in values}
+    vars(args).update(values)
+    try:
+        yield
+    finally:
+        vars(args).update(before)
+
+
+@contextmanager
+def _told_in_one_line(args: argparse.Namespace, load_arg: str) -> Iterator[None]:
+    """What Megatron finds wrong with a checkpoint is the user's to mend, and never a success."""
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    flag = f"--{load_arg.replace('_', '-')} {getattr(args, load_arg) or args.pretrained_checkpoint}"
+    try:
+        yield
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
+        why = "--exit-on-missing-checkpoint, and there is none" if args.exit_on_missing_checkpoint else "see above"
+        raise UserError(f"{flag}: Megatron has not loaded a checkpoint ({why})") from None
+    except Exception as error:
+        # A broken connection is another rank's failure, which that rank tells.
+        if not isinstance(error, CheckpointingException) and "checkpoint" not in where(error):
+            raise
+        raise UserError(f"{flag}: Megatron cannot load this checkpoint into this run: {one_line(error)}") from error
+    except CheckpointException as error:  # not an Exception to torch
+        first = next(iter(error.failures.values()))[0]
+        raise UserError(f"{flag}: torch cannot read this checkpoint: {type(first).__name__}: {first}") from error
+
+
+_PATCHES = (
+    Patch(
+        target="megatron.training.training:load_checkpoint",
+        reason=(
+            "Megatron 0.19 loads what the tracker names without looking, ends with exit code 0 if it cannot read the "
+            "tracker, and its --verify-integrity hashes on one rank and knows no older checkpoint to go on from"
+        ),
+        replace=_verified_first,
+    ),
+    Patch(
+        target="megatron.core.dist_checkpointing.serialization:save_integrity_manifest",
+        reason="it hashes on one thread and writes in place; our state file is to be covered by the manifest too",
+        replace=_with_state,
+    ),
+)

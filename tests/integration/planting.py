@@ -1,0 +1,46 @@
+"""``megatron-ogpsa`` in which one rank meets what is not finite, as ``PLANT`` says: ``WHAT RANK STEP``.
+
+``gradient`` poisons the accumulated gradient of that training step, ``reference`` that of every refresh from that step on,
+``basis`` an element of the basis before that step. Variables reach the ranks; arguments would have to be flags.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from megatron_ogpsa.cli import launching, main
+
+if "RANK" in os.environ:
+    from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+
+    install_if_no_gpu()
+    from megatron_ogpsa import references
+    from megatron_ogpsa.integration import projection
+
+    what, rank, first = os.environ["PLANT"].split()
+    is_mine = os.environ["RANK"] == rank
+    before_step, capture = projection.ProjectionRun.before_step, references.OGPSA.capture
+    now = {"step": 0}
+
+    def planted_before_step(self: Any, model: list[Any], optimizer: Any, forward_backward: Any, step: int) -> None:
+        now["step"] = step + 1
+        before_step(self, model, optimizer, forward_backward, step)
+        if is_mine and now["step"] == int(first):
+            if what == "basis":
+                self._ogpsa._space.basis.rows_KN[0, 0] = float("inf")
+            if what == "gradient":
+                next(model[0].parameters()).register_hook(lambda gradient: gradient * float("nan"))
+
+    def planted_capture(self: Any, name: str) -> None:
+        capture(self, name)
+        if what == "reference" and is_mine and now["step"] >= int(first):
+            self._captured_KN[-1, 0] = float("nan")
+
+    projection.ProjectionRun.before_step = planted_before_step  # type: ignore[method-assign]
+    references.OGPSA.capture = planted_capture  # type: ignore[method-assign]
+
+if __name__ == "__main__":
+    launching.RANK_MODULE = "tests.integration.planting"
+    sys.exit(main.main())

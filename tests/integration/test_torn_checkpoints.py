@@ -1,0 +1,77 @@
+"""Checkpoints and trackers that were torn: told by name, and never a silent beginning anew or an exit code of 0."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_ogpsa.checkpoints import examine
+from megatron_ogpsa.checkpoints.survey import TRACKER_FILE
+from tests.checkpoints.damage import DAMAGES
+from tests.integration.checkpoints import differences
+from tests.integration.conftest import Train
+
+DP2 = "--nproc-per-node 2 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1".split()
+
+
+@pytest.fixture
+def resumed(train: Train, tmp_path: Path) -> Train:
+    """A run that has saved at its steps 3 and 6; ``resumed(*flags)`` goes on from what is left of it in ``run``."""
+    flags = [*DP2, "--save", "run"]
+    outcome = train(*flags)
+    assert outcome.exit_code == 0, outcome.output[-3000:]
+    assert "Overwriting old incomplete" not in outcome.output
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    return lambda *more: train(*flags, "--load", "run", *more)
+
+
+def test_every_file_of_a_checkpoint_and_its_tracker(resumed: Train, tmp_path: Path) -> None:
+    """Each file of a real checkpoint in each way; then what the command makes of some of it."""
+    run, newest = tmp_path / "run", tmp_path / "run/iter_0000006"
+    files = sorted(path.name for path in newest.iterdir())
+    assert {"integrity.json", "ogpsa.json", ".metadata", "metadata.json", "__0_0.distcp", "__1_0.distcp"} <= set(files)
+    for name in files:
+        for damage, tear in DAMAGES.items():
+            tear(newest / name)
+            found = examine(run)
+            assert found.iteration == 3, (name, damage)
+            assert any(name in problem for problem in found.problems), (name, damage)
+            restore(tmp_path)
+    for tear in DAMAGES.values():
+        tear(run / TRACKER_FILE)
+        found = examine(run)
+        assert found.iteration == 6
+        assert found.problems
+        restore(tmp_path)
+
+    DAMAGES["flipped"](newest / "__1_0.distcp")
+    outcome = resumed()
+    assert outcome.exit_code == 0, outcome.output[-3000:]
+    assert "WARNING: --load run: run/iter_0000006/__1_0.distcp is not what integrity.json says" in outcome.output
+    assert "going on from iter_0000003" in outcome.output
+    assert differences(run, tmp_path / "whole") == []
+
+    DAMAGES["flipped"](newest / "__0_0.distcp")
+    DAMAGES["deleted"](run / "iter_0000003/.metadata")
+    outcome = resumed()
+    assert outcome.exit_code == 2, outcome.output[-3000:]
+    assert len(outcome.error_lines) == 1
+    assert "run/iter_0000006/__0_0.distcp is not" in outcome.error_lines[0]
+    assert "run/iter_0000003/.metadata is missing" in outcome.error_lines[0]
+    assert "no checkpoint is left: restore one, or move the folder away" in outcome.error_lines[0]
+    restore(tmp_path)
+
+    DAMAGES["emptied"](run / TRACKER_FILE)  # Megatron alone would end here, with 0
+    outcome = resumed("--train-iters", "7", "--override-opt-param-scheduler")
+    assert outcome.exit_code == 0, outcome.output[-3000:]
+    assert f"WARNING: --load run: run/{TRACKER_FILE} is empty" in outcome.output
+    assert "going on from iter_0000006" in outcome.output
+    assert "iteration        7/" in outcome.output
+    assert (run / TRACKER_FILE).read_text() == "7"
+
+
+def restore(folder: Path) -> None:
+    shutil.rmtree(folder / "run")
+    shutil.copytree(folder / "whole", folder / "run")
