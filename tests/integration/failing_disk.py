@@ -30,19 +30,16 @@ def _failing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _remounting(original: Callable[..., Any]) -> Callable[..., Any]:
-    def train_step(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        if _args().curr_iteration == 1:  # the second step; the first has been saved
+    calls = 0
+
+    def training_log(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # of the second step; the first has been saved
             subprocess.run(["mount", "-o", "remount,ro", _FOLDER], check=True)
-        return result
+        return original(*args, **kwargs)
 
-    return train_step
-
-
-def _args() -> Any:
-    from megatron.training import get_args
-
-    return get_args()
+    return training_log
 
 
 if os.environ.get("RANK") == "0":
@@ -52,7 +49,7 @@ if os.environ.get("RANK") == "0":
     from megatron_ogpsa.integration.patching import Patch, apply_patches
 
     if _PLACE == "read-only":
-        target, replace = "megatron.training.training:train_step", _remounting
+        target, replace = "megatron.training.training:training_log", _remounting
     else:
         target, replace = _RANK_0_ONLY[_PLACE], _failing
     apply_patches([Patch(target=target, reason="a disk that fails", replace=replace)])
