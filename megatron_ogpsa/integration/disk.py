@@ -61,14 +61,18 @@ def check_folders(folders: dict[str, str | None]) -> None:
     Raises:
         UserError: naming flag, folder and remedy; on the ranks that have looked.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        return
     for flag, folder in folders.items():
         if folder:
-            try:
-                probe(Path(folder))
-            except OSError as error:
-                raise UserError(f"{flag} {folder}: cannot be written ({error.strerror}): {_remedy}") from None
+            _check_folder(f"{flag} {folder}: cannot be written", folder)
+
+
+def _check_folder(what: str, folder: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    try:
+        probe(Path(folder))
+    except OSError as error:
+        raise UserError(f"{what} ({error.strerror}): {_remedy}") from None
 
 
 def probe(folder: Path) -> None:
@@ -126,7 +130,7 @@ def _telling_disk_errors(original: Callable[..., Any]) -> Callable[..., Any]:
 
         folder = str(get_args().save)
         what = f"--save {folder}: the checkpoint of step {iteration} could not be written"
-        agreed(lambda: check_folders({f"{what}, --save": folder}))
+        agreed(lambda: _check_folder(what, folder))
         free = shutil.disk_usage(_nearest(Path(folder))).free
         _written.num_bytes, _written.error = 0, None
         _store = dist.distributed_c10d._get_default_store()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ogpsa.checkpoints import examine
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.disk import check_folders
 from tests.integration.conftest import Outcome, Train
@@ -75,7 +76,7 @@ def test_a_target_that_cannot_be_written_is_refused_before_training(train: Train
         f"--save {disk / 'run'}: cannot be written (Read-only file system): free space there, or name another folder"
         in told(outcome)
     )
-    assert "training ..." not in outcome.output
+    assert "[before the start of training step]" not in outcome.output
 
 
 FAILURES = {
@@ -100,6 +101,9 @@ def test_a_disk_that_fails_under_rank_0_is_told_by_all(
         timeout=100,
     )
     assert FAILURES[place].format(run=disk / "run") in told(outcome)
+    if place == "read-only":
+        assert (disk / "run/latest_checkpointed_iteration.txt").read_text(encoding="utf-8") == "1"
+        assert examine(disk / "run").problems == ()
 
 
 def test_folders_are_looked_at_and_not_made(tmp_path: Path) -> None:
