@@ -9,8 +9,10 @@ import tempfile
 import uuid
 from collections.abc import Callable, Mapping
 
+from megatron_ogpsa.cli.failures import first_failure, last_word
 from megatron_ogpsa.cli.main import ERRORS_VARIABLE
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.watchdog import HANG_EXIT_CODE
 
 RANK_MODULE = "megatron_ogpsa.cli.main"
 """What each rank runs."""
@@ -61,13 +63,9 @@ def _run(start: Callable[[], object]) -> int:
         exit_codes = [failure.exitcode for failure in error.failures.values()]
         if UserError.exit_code in exit_codes:
             return UserError.exit_code
-        rank, first = error.get_first_failure()
-        print(
-            f"megatron-ogpsa: rank {rank} ended with {_described(first.exitcode)}; its output is above", file=sys.stderr
-        )
+        rank, first = first_failure(error.failures)
+        if first.exitcode == HANG_EXIT_CODE or (first.exitcode < 0 and HANG_EXIT_CODE in exit_codes):
+            return HANG_EXIT_CODE
+        print(f"megatron-ogpsa: {last_word(rank, first)}", file=sys.stderr)
         return first.exitcode if first.exitcode > 0 else 1
     return 0
-
-
-def _described(exit_code: int) -> str:
-    return f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"

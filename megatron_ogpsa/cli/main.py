@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
 import sys
-import time
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 
+from megatron_ogpsa.cli.failures import record_failure
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.telling import ERRORS_VARIABLE as ERRORS_VARIABLE
+from megatron_ogpsa.telling import tell_once
 
 VERBS = {
     "train": ("megatron_ogpsa.cli.train", "fine-tune from a configuration file"),
     "plan": ("megatron_ogpsa.cli.plan", "what the projection adds to a run on a cluster, without the cluster"),
+    "doctor": ("megatron_ogpsa.cli.doctor", "what is wrong with this machine, a configuration and its data"),
     "demo": ("megatron_ogpsa.cli.demo", "see the alignment tax, and what projection recovers of it, on a small model"),
     "study": ("megatron_ogpsa.cli.study", "compare settings of the projection at equal safety, over seeds"),
 }
 """Verb → module with ``add_arguments(parser)`` and ``run(args) -> int``, and what ``--help`` says of it."""
 
-OTHER_RANK_DELAY = 3.0
-"""Seconds that ranks other than 0 wait before they tell their error: if rank 0 has the same one, torchrun ends them first,
-and the user reads it once. Ranks that this command has started know better, see :data:`ERRORS_VARIABLE`."""
-
-ERRORS_VARIABLE = "MEGATRON_OGPSA_ERRORS"
-"""Folder in which the ranks of one launch note the errors that one of them has told."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0, or 2 for a mistake of the user's, which is told in one line."""
+    """Run one verb; returns the exit code: 0, or 2 for a mistake of the user's, which is told in one line.
+
+    (Ranks that hang end with 3, without coming here: see :mod:`megatron_ogpsa.watchdog`.)
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     summary = "Safety post-training on Megatron-Core with orthogonal gradient projection (OGPSA)."
     parser = argparse.ArgumentParser(prog="megatron-ogpsa", description=summary)
@@ -43,19 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(import_module(VERBS[args.verb][0]).run(args))
     except UserError as error:
-        _tell(str(error))
+        tell_once(str(error))
         return error.exit_code
-
-
-def _tell(message: str) -> None:
-    if folder := os.environ.get(ERRORS_VARIABLE):
-        try:
-            Path(folder, hashlib.sha256(message.encode()).hexdigest()).touch(exist_ok=False)
-        except FileExistsError:
-            return
-    elif os.environ.get("RANK", "0") != "0":
-        time.sleep(OTHER_RANK_DELAY)
-    print(f"megatron-ogpsa: error: {message}", file=sys.stderr, flush=True)
+    except Exception as error:
+        record_failure(error)
+        raise
 
 
 if __name__ == "__main__":

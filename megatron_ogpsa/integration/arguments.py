@@ -23,6 +23,7 @@ def add_ogpsa_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     _add_data_arguments(parser.add_argument_group("ogpsa data", "What is trained, and on what"))
     _add_preference_arguments(parser.add_argument_group("ogpsa dpo", "The loss on preference pairs"))
     _add_projection_arguments(parser.add_argument_group("ogpsa projection", "Orthogonal gradient projection"))
+    _add_watch_arguments(parser.add_argument_group("ogpsa watch", "Ranks that hang"))
     if install_if_no_gpu():  # before Megatron validates: it asks the GPU for its generation
         set_cpu_defaults(parser)
     return parser
@@ -252,6 +253,16 @@ def _add_authors_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_watch_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--ogpsa-hang-timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        help="End the run, with exit code 3 and a line that names the rank that is behind, when a rank has waited for so "
+        "long in one collective; 0 for never (default: nine tenths of --distributed-timeout-minutes).",
+    )
+
+
 def _named_source(text: str) -> tuple[str, str]:
     name, separator, source = text.partition("=")
     if not (separator and name and source):
@@ -270,4 +281,14 @@ def _positive_int(text: str) -> int:
     value = int(text) if text.lstrip("+-").isdigit() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds of at least 0")
     return value

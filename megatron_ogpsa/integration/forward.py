@@ -9,6 +9,7 @@ import torch
 
 from megatron_ogpsa.integration.batch import Batch, next_batch
 from megatron_ogpsa.losses.output import LossFunction, validated
+from megatron_ogpsa.watchdog import progress
 
 BatchLoss = Callable[[Batch], LossFunction]
 """Binds what a loss takes beside the model's output (masks, pairs) to one micro-batch."""
@@ -32,6 +33,7 @@ def make_forward_step(loss_of: BatchLoss, *, packed: bool, validate: bool = True
         from megatron.core.utils import get_attr_wrapped_model
         from megatron.training import get_args, get_timers
 
+        progress.pulse()
         args, timers = get_args(), get_timers()
         timers("batch-generator", log_level=2).start()
         batch = None

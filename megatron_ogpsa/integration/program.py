@@ -32,10 +32,16 @@ def run_training(flags: list[str]) -> None:
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    ends_alike = True
     try:
         run_loop(stage.hooks, config, stage.datasets_provider, ModelType.encoder_or_decoder, stage.forward_step)
+    except UserError:
+        raise
+    except Exception:  # of this rank alone: it must not wait for the others before it has told why
+        ends_alike = False
+        raise
     finally:
-        if dist.is_initialized():
+        if ends_alike and dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -20,6 +20,7 @@ from megatron_ogpsa.integration.authors import LEAK_NOTICE, check_authors_argume
 from megatron_ogpsa.integration.checkpoints import read_state
 from megatron_ogpsa.integration.protection import Losses, tell_interval
 from megatron_ogpsa.integration.reference_data import loss_of_reference
+from megatron_ogpsa.watchdog import progress
 
 if TYPE_CHECKING:
     from megatron_ogpsa.plugin import OGPSA
@@ -109,6 +110,10 @@ def check_projection_arguments(args: argparse.Namespace) -> None:
             raise UnsupportedError(f"{flag} with --ogpsa-reference is not supported: {reason}; {remedy}")
 
 
+NOT_SETTINGS = ("ogpsa_reference", "ogpsa_train_data", "ogpsa_valid_data", "ogpsa_hang_timeout")
+"""Flags that a resumed run may change without departing from the one that it goes on with."""
+
+
 class ProjectionRun:
     """The plugin in one run of Megatron's loop: a hook that is attached at the start and refreshed when due."""
 
@@ -155,16 +160,17 @@ class ProjectionRun:
         from megatron_ogpsa.references import refresh
 
         started = time.monotonic()
-        refreshed = refresh(
-            self._ogpsa,
-            self._references,
-            optimizer=optimizer,
-            chunks=model,
-            forward_backward=forward_backward,
-            seq_length=self._args.seq_length,
-            micro_batch_size=self._args.micro_batch_size,
-            decoder_seq_length=self._args.decoder_seq_length,
-        )
+        with progress.during("refresh"):
+            refreshed = refresh(
+                self._ogpsa,
+                self._references,
+                optimizer=optimizer,
+                chunks=model,
+                forward_backward=forward_backward,
+                seq_length=self._args.seq_length,
+                micro_batch_size=self._args.micro_batch_size,
+                decoder_seq_length=self._args.decoder_seq_length,
+            )
         self._refresh_seconds = time.monotonic() - started
         self._refresh_is_due = False
         if not refreshed.is_new:
@@ -212,7 +218,7 @@ class ProjectionRun:
             "settings": {
                 name.removeprefix("ogpsa_"): getattr(self._args, name)
                 for name in sorted(vars(self._args))
-                if name.startswith("ogpsa_") and name not in ("ogpsa_reference", "ogpsa_train_data", "ogpsa_valid_data")
+                if name.startswith("ogpsa_") and name not in NOT_SETTINGS
             },
         }
 

@@ -22,6 +22,7 @@ from megatron_ogpsa.integration.forward import make_forward_step
 from megatron_ogpsa.losses.output import LossFunction
 from megatron_ogpsa.losses.preference import PreferenceLossConfig, answer_log_probs, summed_pair_loss
 from megatron_ogpsa.references import PROGRESS_DELAY_SECONDS
+from megatron_ogpsa.watchdog import progress
 
 if TYPE_CHECKING:
     from megatron_ogpsa.data import TokenizedPreferenceDataset
@@ -112,7 +113,8 @@ class ReferencePolicy:
             agreed(lambda: self._check_resumable(stored, iteration))
             self._log_probs = stored
         else:
-            self._log_probs = self._computed(stored, model, forward_backward)
+            with progress.during("reference log-probabilities"):
+                self._log_probs = self._computed(stored, model, forward_backward)
         assert self._log_probs is not None
         self._table_N2 = self._log_probs.values_N2
         print_rank_0(f"DPO: reference log-probabilities of {self._num_pairs} pairs, weights {self._log_probs.weights}")

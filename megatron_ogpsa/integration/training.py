@@ -16,6 +16,7 @@ from megatron_ogpsa.integration.checkpoints import guard_checkpoints
 from megatron_ogpsa.integration.cpu_arguments import check_supported_on_cpu
 from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu, install_in_training_loop
 from megatron_ogpsa.integration.disk import check_folders, install_disk_errors
+from megatron_ogpsa.integration.hang_watch import pulsing, watched
 from megatron_ogpsa.integration.loop import LoopHook, install_hooks
 from megatron_ogpsa.integration.patching import Patch, apply_patches, require_supported_megatron
 
@@ -49,17 +50,20 @@ def pretrain(
 
     from megatron_ogpsa.integration.stages import projection_hooks
 
-    given = (cfg_container, train_valid_test_dataset_provider, model_type, forward_step_func, *args)
     if hooks := projection_hooks(get_args()):
+        given = (cfg_container, train_valid_test_dataset_provider, model_type, pulsing(forward_step_func), *args)
         return run_loop(hooks, *given, **kwargs)
+    given = (cfg_container, train_valid_test_dataset_provider, model_type, forward_step_func, *args)
     return _megatrons_pretrain(*given, **kwargs)
 
 
 def run_loop(hooks: Sequence[LoopHook], *args: Any, **kwargs: Any) -> Any:
-    """Megatron's ``pretrain`` with ``hooks`` in its loop, and checkpoints that are verified before they are loaded.
+    """Megatron's ``pretrain`` with ``hooks`` in its loop.
+
+    Checkpoints are verified before they are loaded, and hangs are watched for.
 
     Raises:
-        UserError: a flag needs a GPU and there is none, or a folder cannot be written.
+        UserError: a flag needs a GPU and there is none, a folder cannot be written, or the watch's timeout cannot be.
     """
     from megatron.training import get_args
 
@@ -69,7 +73,8 @@ def run_loop(hooks: Sequence[LoopHook], *args: Any, **kwargs: Any) -> Any:
     install_hooks(hooks)
     guard_checkpoints()
     install_disk_errors()
-    return _megatrons_pretrain(*args, **kwargs)
+    with watched(known):
+        return _megatrons_pretrain(*args, **kwargs)
 
 
 def _megatrons_pretrain(*args: Any, **kwargs: Any) -> Any:

@@ -19,6 +19,7 @@ from types import FrameType
 
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.processes import end_with_parent
+from megatron_ogpsa.watchdog.board import STORE_VARIABLE
 
 PARENT_VARIABLE = "MEGATRON_OGPSA_PARENT"
 """Process id of the rank of the job, in the environment of its stage's process."""
@@ -69,6 +70,7 @@ class JobRank:
             "MASTER_PORT": str(port),
             "TORCHELASTIC_USE_AGENT_STORE": "False",  # rank 0 of the stage holds a store of its own
             PARENT_VARIABLE: str(os.getpid()),
+            STORE_VARIABLE: f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",  # that of the job lives longer
         }
         process = subprocess.Popen([sys.executable, *arguments], env=os.environ | environment | own)
 

@@ -6,7 +6,8 @@ import argparse
 import io
 import os
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 
 from megatron_ogpsa.errors import UnsupportedError, UserError, one_line
@@ -21,8 +22,6 @@ def cluster_arguments(flags: list[str], world_size: int) -> argparse.Namespace:
         UserError: a wrong flag, or a layout that does not come out even, with the nearest that does.
         UnsupportedError: a model that is no GPT, or a flag with which projection is refused.
     """
-    from megatron.training.arguments import parse_args, validate_args
-
     from megatron_ogpsa.integration.projection import check_projection_arguments
     from megatron_ogpsa.integration.stages import check_arguments
 
@@ -34,18 +33,46 @@ def cluster_arguments(flags: list[str], world_size: int) -> argparse.Namespace:
             "--hybrid-layer-pattern and --spec: only Megatron's GPT models are planned; train unplanned"
         )
     require_even_layout(early, world_size)
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
-    sys.argv = [sys.argv[0], *flags]  # Megatron's parser reads the command line
-    try:
-        with redirect_stdout(io.StringIO()):  # it prints all arguments
-            args = parse_args(extra_args_provider=add_training_arguments)
-            validate_args(args, {})
-    except (AssertionError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"Megatron refuses these flags on {world_size} ranks: {one_line(error)}") from error
+    args = megatron_arguments(flags, world_size)
     args.vocab_size = _vocabulary(args)
     check_arguments(args)
     check_projection_arguments(args)
     return args
+
+
+def megatron_arguments(flags: list[str], world_size: int) -> argparse.Namespace:
+    """What Megatron's own parser and validation make of ``flags`` on ``world_size`` ranks; no globals are set.
+
+    Raises:
+        UserError: Megatron refuses them.
+    """
+    from megatron.training.arguments import parse_args, validate_args
+
+    try:
+        # Megatron's parser reads the command line and the ranks' variables, and prints all arguments.
+        with _as_first_rank(flags, world_size), redirect_stdout(io.StringIO()):
+            args = parse_args(extra_args_provider=add_training_arguments)
+            validate_args(args, {})
+    except (AssertionError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"Megatron refuses these flags on {world_size} ranks: {one_line(error)}") from error
+    return args
+
+
+@contextmanager
+def _as_first_rank(flags: list[str], world_size: int) -> Iterator[None]:
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
+    before, argv = {name: os.environ.get(name) for name in variables}, sys.argv
+    os.environ |= variables
+    sys.argv = [argv[0], *flags]
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def require_even_layout(args: argparse.Namespace, world_size: int) -> None:
@@ -57,13 +84,17 @@ def require_even_layout(args: argparse.Namespace, world_size: int) -> None:
     Raises:
         UserError: the reason, and the flags of the nearest layout on the same number of ranks.
     """
-    model, mesh = _dimensions(args), _mesh(args, world_size)
+    model, mesh = dimensions(args), mesh_of(args, world_size)
     reason = problem(model, mesh)
-    if reason is None:
-        return
+    if reason is not None:
+        raise UserError(f"{reason}; {nearest_in_words(model, mesh)}")
+
+
+def nearest_in_words(model: Dimensions, mesh: Mesh) -> str:
+    """The flags of the nearest layout on the same number of ranks that comes out even, as a remedy."""
     near = nearest(model, mesh)
     if near is None:
-        raise UserError(f"{reason}; no layout on {world_size} GPUs comes out even: change the model or the cluster")
+        return f"no layout on {mesh.world} GPUs comes out even: change the model or the cluster"
     other_model, other = near
     changes = [
         f"--{flag} {getattr(other, name)}"
@@ -80,13 +111,20 @@ def require_even_layout(args: argparse.Namespace, world_size: int) -> None:
         changes.append("no virtual stages")
     if other_model.global_batch != model.global_batch:
         changes.append(f"--global-batch-size {other_model.global_batch}")
-    raise UserError(f"{reason}; the nearest that works: {', '.join(changes)} (data parallel {other.data})")
+    return f"the nearest that works: {', '.join(changes)} (data parallel {other.data})"
 
 
-def _dimensions(args: argparse.Namespace) -> Dimensions:
+def dimensions(args: argparse.Namespace) -> Dimensions:
+    """Of the model and its batch, from parsed arguments.
+
+    Raises:
+        UserError: a size without a default is missing.
+    """
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"):
         if getattr(args, name) is None:
-            raise UserError(f"--{name.replace('_', '-')} is missing: the plan needs the model's and the batch's sizes")
+            raise UserError(
+                f"--{name.replace('_', '-')} is missing: the model's and the batch's sizes have no defaults"
+            )
     ffn = args.ffn_hidden_size or _default_ffn(args)
     uneven = (
         args.decoder_first_pipeline_num_layers,
@@ -114,7 +152,8 @@ def _default_ffn(args: argparse.Namespace) -> int:
     return int(4 * args.hidden_size * 2 / 3) // 64 * 64 if args.swiglu else 4 * args.hidden_size
 
 
-def _mesh(args: argparse.Namespace, world_size: int) -> Mesh:
+def mesh_of(args: argparse.Namespace, world_size: int) -> Mesh:
+    """The layout of ``world_size`` ranks that parsed arguments ask for."""
     mesh = Mesh(
         world=world_size,
         tensor=args.tensor_model_parallel_size,

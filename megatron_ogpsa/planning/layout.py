@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,55 +49,80 @@ class Mesh:
         return self.world // (self.tensor * self.pipeline * self.context)
 
 
+Subject = Literal["world size", "attention heads", "widths", "layers", "sequence length", "experts", "batch"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that does not come out even, and why, by the flag's name."""
+
+    subject: Subject
+    reason: str
+
+
 def problem(model: Dimensions, mesh: Mesh) -> str | None:
     """The first thing that does not come out even, by the flag's name; None if all does."""
+    return next((found.reason for found in problems(model, mesh)), None)
+
+
+def problems(model: Dimensions, mesh: Mesh) -> Iterator[Problem]:
+    """Everything that does not come out even. The batch is judged only where the ranks can be laid out at all."""
     ranks = mesh.tensor * mesh.pipeline * mesh.context
     if mesh.world % ranks:
-        return (
+        yield Problem(
+            "world size",
             f"--tensor-model-parallel-size {mesh.tensor}, --pipeline-model-parallel-size {mesh.pipeline} and "
-            f"--context-parallel-size {mesh.context} need a multiple of {ranks} GPUs, and there are {mesh.world}"
+            f"--context-parallel-size {mesh.context} need a multiple of {ranks} GPUs, and there are {mesh.world}",
         )
+    yield from _uneven_model(model, mesh)
+    rows = model.micro_batch * mesh.data
+    if not mesh.world % ranks and model.global_batch is not None and model.global_batch % rows:
+        yield Problem(
+            "batch",
+            f"--global-batch-size {model.global_batch} is not a multiple of {rows}, which is --micro-batch-size "
+            f"{model.micro_batch} times {mesh.data} data-parallel ranks",
+        )
+
+
+def _uneven_model(model: Dimensions, mesh: Mesh) -> Iterator[Problem]:
     tensor, expert = f"--tensor-model-parallel-size {mesh.tensor}", f"--expert-model-parallel-size {mesh.expert}"
     sliced = mesh.pipeline * mesh.virtual
-    for is_uneven, reason in (
-        (model.heads % mesh.tensor, f"{tensor} does not divide {model.heads} attention heads"),
+    cases: tuple[tuple[int | bool, Subject, str], ...] = (
+        (model.heads % mesh.tensor, "attention heads", f"{tensor} does not divide {model.heads} attention heads"),
         (
             model.query_groups % mesh.tensor and mesh.tensor % model.query_groups,
+            "attention heads",
             f"{tensor} and {model.query_groups} query groups do not divide each other",
         ),
-        (model.ffn % mesh.tensor, f"{tensor} does not divide the MLP's width {model.ffn}"),
+        (model.ffn % mesh.tensor, "widths", f"{tensor} does not divide the MLP's width {model.ffn}"),
         (
             model.even_stages and model.layers % sliced,
+            "layers",
             f"--pipeline-model-parallel-size {mesh.pipeline}"
             + (f" with {mesh.virtual} chunks each" if mesh.virtual > 1 else "")
             + f" does not divide {model.layers} layers",
         ),
         (
             mesh.context > 1 and model.seq_length % (2 * mesh.context),
+            "sequence length",
             f"--context-parallel-size {mesh.context} does not cut {model.seq_length} tokens in {2 * mesh.context} parts",
         ),
-        (mesh.expert > 1 and not model.experts, f"{expert} without experts: leave it out"),
-        (model.experts % mesh.expert, f"{expert} does not divide {model.experts} experts"),
+        (mesh.expert > 1 and not model.experts, "experts", f"{expert} without experts: leave it out"),
+        (model.experts % mesh.expert, "experts", f"{expert} does not divide {model.experts} experts"),
         (
             model.experts and mesh.world % (mesh.expert * mesh.expert_tensor * mesh.pipeline),
+            "experts",
             f"{expert}, --expert-tensor-parallel-size {mesh.expert_tensor} and --pipeline-model-parallel-size "
             f"{mesh.pipeline} need a multiple of {mesh.expert * mesh.expert_tensor * mesh.pipeline} GPUs, and there are "
             f"{mesh.world}",
         ),
         (
             model.experts and model.expert_ffn % mesh.expert_tensor,
+            "experts",
             f"--expert-tensor-parallel-size {mesh.expert_tensor} does not divide an expert's width {model.expert_ffn}",
         ),
-    ):
-        if is_uneven:
-            return reason
-    rows = model.micro_batch * mesh.data
-    if model.global_batch is not None and model.global_batch % rows:
-        return (
-            f"--global-batch-size {model.global_batch} is not a multiple of {rows}, which is --micro-batch-size "
-            f"{model.micro_batch} times {mesh.data} data-parallel ranks"
-        )
-    return None
+    )
+    yield from (Problem(subject, reason) for is_uneven, subject, reason in cases if is_uneven)
 
 
 def nearest(model: Dimensions, mesh: Mesh) -> tuple[Dimensions, Mesh] | None:

@@ -150,9 +150,13 @@ def _run_as_main(module: str, arguments: Sequence[str]) -> NoReturn:
 
 def _launch_by_forking(arguments: list[str], *, num_ranks: int, environment: Mapping[str, str] | None = None) -> int:
     """In place of :func:`megatron_ogpsa.cli.launching.launch`: the same variables, output and exit codes."""
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
     from megatron_ogpsa.cli import launching
+    from megatron_ogpsa.cli.failures import first_failure, last_word
     from megatron_ogpsa.cli.main import ERRORS_VARIABLE
     from megatron_ogpsa.errors import UserError
+    from megatron_ogpsa.watchdog import HANG_EXIT_CODE
 
     if num_ranks < 1:
         raise UserError(f"--nproc-per-node {num_ranks}: use 1 or more")
@@ -166,17 +170,20 @@ def _launch_by_forking(arguments: list[str], *, num_ranks: int, environment: Map
             end_with_parent(command)
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
             os.environ.update(WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks))
+            os.environ.update(TORCHELASTIC_ERROR_FILE=f"{errors}/{rank}.json")
             _run_as_main(launching.RANK_MODULE, arguments)
         ranks[process_id] = rank
     codes = _wait(ranks)
+    failures = {rank: ProcessFailure(rank, 0, code, f"{errors}/{rank}.json") for rank, code in codes.items() if code}
     shutil.rmtree(errors)
-    if UserError.exit_code in codes.values():
-        return UserError.exit_code
-    for rank, code in codes.items():
-        if code:
-            print(f"megatron-ogpsa: rank {rank} ended with {launching._described(code)}", file=sys.stderr)
-            return code if code > 0 else 1
-    return 0
+    for told_already in (UserError.exit_code, HANG_EXIT_CODE):
+        if told_already in codes.values():
+            return told_already
+    if not failures:
+        return 0
+    rank, first = first_failure(failures)
+    print(f"megatron-ogpsa: {last_word(rank, first)}", file=sys.stderr)
+    return max(first.exitcode, 1)
 
 
 def _wait(ranks: dict[int, int]) -> dict[int, int]:
@@ -191,6 +198,7 @@ def _wait(ranks: dict[int, int]) -> dict[int, int]:
                 deadline = time.monotonic() + END_SECONDS
                 for other in ranks:
                     os.kill(other, signal.SIGTERM)
+                    os.kill(other, signal.SIGCONT)  # a stopped one would not see the other signal
         elif time.monotonic() > deadline:
             deadline = float("inf")
             for other in ranks:

@@ -27,6 +27,7 @@ class Outcome:
 
     exit_code: int
     output: str
+    folder: Path = Path()
 
     @property
     def error_lines(self) -> list[str]:
@@ -92,7 +93,7 @@ def train(inputs: Path, tmp_path: Path, preloaded: PreloadedCommand) -> Train:
             finished = preloaded.run(module, ["train", str(config), *pairs, *flags], folder=folder, timeout=timeout)
             if finished.exit_code is None:
                 pytest.fail(f"still running after {timeout} s:\n{finished.output[-2000:]}")
-            return Outcome(finished.exit_code, finished.output)
+            return Outcome(finished.exit_code, finished.output, folder)
         command = [sys.executable, "-m", module, "train", str(config), *pairs, *flags]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
@@ -110,7 +111,7 @@ def train(inputs: Path, tmp_path: Path, preloaded: PreloadedCommand) -> Train:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
             pytest.fail(f"still running after {timeout} s:\n{output[-2000:]}")
-        return Outcome(process.returncode, output)
+        return Outcome(process.returncode, output, folder)
 
     return run
 

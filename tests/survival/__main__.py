@@ -1,7 +1,8 @@
 """Kill runs many times over and keep the account: ``python -m tests.survival --kills 60 --json docs/kills.json``.
 
-Half of the kills fall on SFT, half on DPO, a few on each chain of starts. Ends with 0 if every start's figures and every
-last checkpoint were bitwise those of the undisturbed run.
+Half of the kills fall on SFT, half on DPO, a few on each chain of starts. A chain ends early if a start comes to its end
+before its kill, so that some fewer kills than asked for come. Ends with 0 if every start's figures and every last checkpoint
+were bitwise those of the undisturbed run.
 """
 
 from __future__ import annotations

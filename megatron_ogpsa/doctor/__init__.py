@@ -1,0 +1,1 @@
+"""What can be known of a run before it is started: the machine, the configuration, the data, the ranks' connections."""

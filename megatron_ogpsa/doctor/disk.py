@@ -1,0 +1,136 @@
+"""How large a model and its checkpoints are, and whether the disk can take those that the run will write."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ogpsa.checkpoints import examine
+from megatron_ogpsa.doctor.findings import Finding, fail, ok, size_in_words, warn
+
+_FP32 = 4
+
+_ESTIMATED_BYTES = 18
+"""What Megatron's estimate takes for each parameter without the distributed optimizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """What one run will write.
+
+    Attributes:
+        folder: of ``--save``.
+        size: bytes of one checkpoint.
+        number: of checkpoints until the run's end, at least 1.
+    """
+
+    folder: Path
+    size: int
+    number: int
+
+
+def elements_of(args: argparse.Namespace, vocabulary: int) -> int:
+    """Parameters of the model, by Megatron's own estimate (training/theoretical_memory_usage.py): biases are left out.
+
+    Args:
+        args: validated.
+        vocabulary: tokens, before padding.
+    """
+    from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
+    from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
+
+    whole = copy.copy(args)  # the estimate is of one rank, and changes what it is given
+    whole.padded_vocab_size = args.padded_vocab_size or vocab_size_with_padding(vocabulary, args, logging_enabled=False)
+    for axis in ("tensor_model", "pipeline_model", "expert_tensor", "expert_model"):
+        setattr(whole, f"{axis}_parallel_size", 1)
+    whole.use_distributed_optimizer = False
+    return round(compute_weight_and_optimizer_memory(whole) / _ESTIMATED_BYTES)
+
+
+def bytes_per_element(args: argparse.Namespace) -> int:
+    """Of a checkpoint with the optimizer: weights, their fp32 copy, and the optimizer's moments."""
+    weight = int(args.params_dtype.itemsize)
+    if args.no_save_optim:
+        return weight
+    moments = (1 if args.sgd_momentum else 0) if args.optimizer == "sgd" else 2
+    has_copy = args.use_distributed_optimizer or weight < _FP32
+    return weight + _FP32 * (moments + has_copy)
+
+
+def training_bytes(args: argparse.Namespace, elements: int) -> int:
+    """Memory of all ranks for weights, gradients, optimizer state and basis; activations are left out.
+
+    Args:
+        args: validated.
+        elements: of :func:`elements_of`.
+    """
+    copies = int(args.data_parallel_size * args.context_parallel_size)
+    weights, gradients = int(args.params_dtype.itemsize), _FP32
+    has_copy = weights < _FP32
+    moments = (1 if args.sgd_momentum else 0) if args.optimizer == "sgd" else 2
+    references = len(args.ogpsa_reference) * args.ogpsa_rank_per_reference
+    basis = references * (2 if args.ogpsa_basis_dtype == "bf16" else _FP32)
+    shards = 1 if args.use_distributed_optimizer else copies
+    return elements * (copies * (weights + gradients) + shards * (_FP32 * (moments + has_copy) + basis))
+
+
+def saving_of(args: argparse.Namespace, elements: int) -> Saving | None:
+    """What the run will write until its end; None if it saves nothing.
+
+    Args:
+        args: validated.
+        elements: of :func:`elements_of`.
+    """
+    if not args.save or args.skip_train:
+        return None
+    folder = Path(args.save)
+    left = max((args.train_iters or 0) - _iteration(folder), 1)
+    number = -(-left // args.save_interval) if args.save_interval else 1
+    return Saving(folder=folder, size=elements * bytes_per_element(args), number=number)
+
+
+def _iteration(folder: Path) -> int:
+    chosen = examine(folder, contents=False).iteration
+    return chosen or 0
+
+
+def check_disk(
+    savings: Sequence[Saving], free_of: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free
+) -> list[Finding]:
+    """Free space of each file system against what will be written there; and whether it can be written at all.
+
+    Args:
+        savings: of all runs of the job.
+        free_of: bytes that are free where a folder lies.
+    """
+    by_device: dict[int, list[Saving]] = {}
+    for saving in savings:
+        by_device.setdefault(_existing(saving.folder).stat().st_dev, []).append(saving)
+    return [_check_file_system(group, free_of(_existing(group[0].folder))) for group in by_device.values()]
+
+
+def _check_file_system(savings: Sequence[Saving], free: int) -> Finding:
+    largest, total = max(s.size for s in savings), sum(s.size * s.number for s in savings)
+    number = sum(s.number for s in savings)
+    where = os.path.commonpath([saving.folder for saving in savings])
+    planned = f"{number} checkpoint{'s' * (number > 1)} of about {size_in_words(largest)}"
+    text = f"{where}: {size_in_words(free)} free for {planned}"
+    refused = [str(folder) for s in savings if not os.access(folder := _existing(s.folder), os.W_OK | os.X_OK)]
+    if refused:
+        return fail("disk space", f"{refused[0]} cannot be written by this user", "name another --save")
+    if free < largest:
+        return fail("disk space", f"{text}: not one fits", "free space, or name another --save")
+    if free < total:
+        remedy = "free space, raise --save-interval, delete old checkpoints while it runs, or --no-save-optim"
+        return warn("disk space", f"{text}: not all of them fit", remedy)
+    return ok("disk space", text)
+
+
+def _existing(folder: Path) -> Path:
+    """The nearest folder that is there already."""
+    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())

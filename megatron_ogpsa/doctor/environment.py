@@ -1,0 +1,157 @@
+"""Python, torch, Megatron and the libraries beside them: versions, and whether they can be imported."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+
+from megatron_ogpsa.doctor.findings import Finding, described, fail, ok, warn
+
+MINIMUM_PYTHON = (3, 12)
+MINIMUM_TORCH = (2, 6)
+
+LIBRARIES = (
+    "datasets",
+    "sentencepiece",
+    "transformers",
+    "safetensors",
+    "jinja2",
+    "pyyaml",
+    "einops",
+    "psutil",
+    "matplotlib",
+    "tqdm",
+)
+"""What setup.cfg requires beside torch and Megatron."""
+
+
+def check_python(found: tuple[int, ...] = sys.version_info[:3]) -> Finding:
+    """The interpreter's version."""
+    shown = ".".join(map(str, found))
+    if found[:2] < MINIMUM_PYTHON:
+        wanted = ".".join(map(str, MINIMUM_PYTHON))
+        return fail(
+            "Python", f"{shown}, older than {wanted}", f"install Python {wanted} or later and start again with it"
+        )
+    return ok("Python", f"{shown} ({sys.executable})")
+
+
+def check_torch() -> Finding:
+    """Whether torch is recent enough and can be imported."""
+    wanted = ".".join(map(str, MINIMUM_TORCH))
+    installed = installed_version("torch")
+    if installed is None:
+        return fail("torch", "not installed", f"pip install 'torch>={wanted}'")
+    if _numbers(installed) < MINIMUM_TORCH:
+        return fail("torch", f"{installed}, older than {wanted}", f"pip install 'torch>={wanted}'")
+    try:
+        torch = importlib.import_module("torch")
+    except Exception as error:  # a missing shared library is an OSError, another one an ImportError
+        return fail("torch", f"{installed}, which cannot be imported: {described(error)}", "install torch again")
+    cuda = getattr(torch.version, "cuda", None)
+    return ok("torch", f"{torch.__version__}, built {f'for CUDA {cuda}' if cuda else 'without CUDA'}")
+
+
+def check_megatron() -> Finding:
+    """Whether Megatron is of the series that this project knows, can be imported, and is the one that was installed.
+
+    Raises:
+        UserError: it is absent, or of another series.
+    """
+    from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+    from megatron_ogpsa.integration.patching import MEGATRON_SERIES, require_supported_megatron
+
+    require_supported_megatron()
+    install_if_no_gpu()
+    installed = version("megatron-core")
+    again = f"pip install 'megatron-core=={MEGATRON_SERIES}*'"
+    try:
+        core = importlib.import_module("megatron.core")
+        importlib.import_module("megatron.training")
+    except Exception as error:  # its optional libraries raise anything when they are broken
+        return fail("megatron-core", f"{installed}, which cannot be imported: {described(error)}", again)
+    if core.__version__.partition("+")[0] != installed:  # it may add a commit
+        return fail(
+            "megatron-core",
+            f"{installed} is installed, but {core.__version__} is imported from {_folder(core)}",
+            "take the other Megatron off PYTHONPATH",
+        )
+    return ok("megatron-core", str(installed))
+
+
+def check_transformer_engine(*, has_gpu: bool) -> Finding:
+    """Whether Transformer Engine is there and can be imported; without a GPU nothing uses it."""
+    name = "Transformer Engine"
+    installed = installed_version("transformer-engine")
+    if installed is None and not has_gpu:
+        return ok(name, "not installed; not used without a GPU")
+    if installed is None:
+        return warn(
+            name,
+            "not installed: Megatron's default layers, FP8 and context parallelism are its own",
+            "pip install 'transformer-engine[pytorch]', or train with --transformer-impl local",
+        )
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:
+        # Megatron does without it after an ImportError, and ends with any other exception.
+        text, remedy = f"{installed}, which cannot be imported: {described(error)}", "install a build for this torch"
+        is_survived = isinstance(error, ImportError) and not has_gpu
+        return warn(name, text, remedy) if is_survived else fail(name, text, remedy)
+    return ok(name, installed)
+
+
+def check_apex() -> Finding:
+    """Whether what is called ``apex`` is NVIDIA's, whose name an unrelated project has on PyPI.
+
+    Looks for a package that only NVIDIA's has, and imports nothing.
+    """
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return ok("Apex", "not installed; not needed")
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    shown = installed_version("apex") or "of unknown version"
+    place = folders[0] if folders else spec.origin
+    if not any((folder / "multi_tensor_apply").is_dir() for folder in folders):
+        return fail(
+            "Apex",
+            f"apex {shown} ({place}) is not NVIDIA Apex, which Megatron would take it for",
+            "pip uninstall apex: the project of that name on PyPI is another one",
+        )
+    if importlib.util.find_spec("amp_C") is None:
+        return fail(
+            "Apex",
+            f"NVIDIA Apex {shown} without its CUDA kernels (amp_C), whose optimizer Megatron would take",
+            "build it with its C++ and CUDA extensions, or uninstall it",
+        )
+    return ok("Apex", f"NVIDIA Apex {shown}")
+
+
+def check_libraries() -> Finding:
+    """The other libraries that are required, with their versions."""
+    versions = {name: installed_version(name) for name in LIBRARIES}
+    missing = [name for name, found in versions.items() if found is None]
+    if missing:
+        return fail("libraries", f"not installed: {', '.join(missing)}", f"pip install {' '.join(missing)}")
+    return ok("libraries", ", ".join(f"{name} {found}" for name, found in versions.items()))
+
+
+def installed_version(distribution: str) -> str | None:
+    """Of an installed distribution, or None."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
+
+
+def _folder(module: ModuleType) -> Path:
+    return Path(str(module.__file__)).parent
