@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import traceback
 
+_MOST_CHARACTERS = 2000
+
 
 class UserError(Exception):
     """A mistake in flags, configuration or data that the user can mend.
@@ -14,6 +16,10 @@ class UserError(Exception):
     """
 
     exit_code: int = 2
+
+    def __init__(self, message: str) -> None:
+        """``message`` may quote names and data that nobody has checked; see :func:`shown`."""
+        super().__init__(shown(message))
 
 
 class UnsupportedError(UserError):
@@ -31,3 +37,14 @@ def where(error: BaseException) -> str:
     """``file:line`` at which ``error`` was raised; a library's file as seen from where libraries are installed."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno}"
+
+
+def shown(text: str) -> str:
+    """Text that a terminal shows as one line whatever was quoted in it: no line ends, no control characters, no novel.
+
+    White space becomes spaces, and other characters that cannot be printed are spelt as Python does. Of a long text the
+    start (the place) and the end (the remedy) are kept.
+    """
+    if len(text) > _MOST_CHARACTERS:
+        text = f"{text[: _MOST_CHARACTERS // 2]} ... {text[-_MOST_CHARACTERS // 2 :]}"
+    return "".join(" " if c.isspace() else c if c.isprintable() else ascii(c)[1:-1] for c in text)

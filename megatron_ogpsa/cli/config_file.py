@@ -14,12 +14,14 @@ from typing import Any
 
 import yaml
 
+from megatron_ogpsa.cli.yaml_nodes import MERGE_TAG, compose, line_of, value_of
 from megatron_ogpsa.cluster.settings import FILE_KEYS, OF_ONE_NODE
 from megatron_ogpsa.errors import UserError
 
 LAUNCH = "launch"
 STAGES = "stages"
 
+_NEGATIVE = re.compile(r"-[0-9.][0-9.eE+-]*|-")
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -54,27 +56,18 @@ class ConfigFile:
         Raises:
             UserError: no such file, not YAML, not a mapping, or a key twice; with the line.
         """
-        try:
-            node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        except FileNotFoundError:
-            raise UserError(
-                f"{path}: no such file: give the path of a configuration, such as configs/example/sft.yaml"
-            ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read as UTF-8 text ({error}): save it as UTF-8") from None
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f":{mark.line + 1}" if mark else ""
-            raise UserError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)}): mend the line") from None
+        node = compose(path)
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{path}: not a mapping: write one flag a line, such as 'num-layers: 4'")
-        nodes = {key.value: value for key, value in node.value if isinstance(key, yaml.ScalarNode)}
-        entries = _entries(path, node)
+        own = {name: [(key, value) for key, value in node.value if _is_key(key, name)] for name in (LAUNCH, STAGES)}
+        for name, pairs in own.items():
+            if len(pairs) > 1:
+                raise UserError(f"{path}:{line_of(pairs[1][0])}: {name} stands there twice: keep one of them")
         return cls(
             path,
-            tuple(entry for entry in entries if entry.key not in (LAUNCH, STAGES)),
-            _launch_settings(path, nodes[LAUNCH]) if LAUNCH in nodes else {},
-            _stages(path, nodes[STAGES]) if STAGES in nodes else {},
+            tuple(_entries(path, [pair for pair in node.value if not any(pair in pairs for pairs in own.values())])),
+            _launch_settings(path, own[LAUNCH][0][1]) if own[LAUNCH] else {},
+            _stages(path, own[STAGES][0][1]) if own[STAGES] else {},
         )
 
     def stage(self, name: str) -> ConfigFile:
@@ -94,6 +87,7 @@ class ConfigFile:
         options = {
             option.removeprefix("--").replace("_", "-"): action
             for action in parser._actions
+            if not isinstance(action, argparse._HelpAction)  # it would end the run, with exit code 0
             for option in action.option_strings
         }
         flags: list[str] = []
@@ -112,8 +106,8 @@ class ConfigFile:
         return flags + overrides
 
 
-def _entries(path: Path, node: yaml.MappingNode) -> list[Entry]:
-    entries = [_entry(path, key, value) for key, value in node.value]
+def _entries(path: Path, pairs: list[tuple[yaml.Node, yaml.Node]]) -> list[Entry]:
+    entries = [_entry(path, key, value) for key, value in pairs]
     lines: dict[str, int] = {}
     for entry in entries:
         if entry.key in lines:
@@ -138,42 +132,40 @@ def _stages(path: Path, node: yaml.Node) -> dict[str, tuple[Entry, ...]]:
             raise UserError(f"{place}: {name} stands there twice: give each stage a name of its own")
         if not isinstance(value, yaml.MappingNode):
             raise UserError(f"{place}: {name}: {example}")
-        stages[name] = tuple(_entries(path, value))
+        stages[name] = tuple(_entries(path, value.value))
     return stages
 
 
 def _entry(path: Path, key: yaml.Node, value: yaml.Node) -> Entry:
+    place = f"{path}:{line_of(key)}"
     if not isinstance(key, yaml.ScalarNode):
-        raise UserError(f"{path}:{key.start_mark.line + 1}: not a flag's name: write 'flag: value'")
-    constructor = yaml.SafeLoader("")
-    return Entry(
-        key=key.value.removeprefix("--").replace("_", "-"),
-        # Numbers stay as they were written: 1e-6 is a string to YAML 1.1, and a float to every flag.
-        value=_as_written(value) if _is_number(value) else constructor.construct_object(value, deep=True),
-        line=key.start_mark.line + 1,
-    )
+        raise UserError(f"{place}: not a flag's name: write 'flag: value'")
+    if key.tag == MERGE_TAG:
+        raise UserError(f"{place}: merging ('<<') is not supported: write the flags themselves")
+    name = _normal(key)
+    return Entry(name, value_of(f"{place}: {name}", value), line_of(key))
 
 
-def _is_number(node: yaml.Node) -> bool:
-    return isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float"))
+def _is_key(node: yaml.Node, name: str) -> bool:
+    return isinstance(node, yaml.ScalarNode) and _normal(node) == name
 
 
-def _as_written(node: yaml.Node) -> str:
-    return str(node.value)
+def _normal(key: yaml.ScalarNode) -> str:
+    return str(key.value).removeprefix("--").replace("_", "-")
 
 
 def _launch_settings(path: Path, node: yaml.Node) -> dict[str, str]:
     """Key → value as it was written: to YAML 1.1 the range 2:4 is a number, in base 60."""
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     if not pairs or not all(isinstance(part, yaml.ScalarNode) for pair in pairs for part in pair):
-        raise UserError(f"{path}:{node.start_mark.line + 1}: launch: write a mapping, such as 'nproc-per-node: 8'")
+        raise UserError(f"{path}:{line_of(node)}: launch: write a mapping, such as 'nproc-per-node: 8'")
     settings: dict[str, str] = {}
     for key, value in pairs:
-        name = key.value.replace("_", "-")
+        name = _normal(key)
         if name not in FILE_KEYS:
             from megatron_ogpsa.integration.arguments import nearest
 
-            place = f"{path}:{key.start_mark.line + 1}: launch: "
+            place = f"{path}:{line_of(key)}: launch: "
             if name in OF_ONE_NODE:
                 raise UserError(f"{place}{name} is each node's own: give --{name} there")
             raise UserError(f"{place}unknown key '{key.value}'{nearest(name, FILE_KEYS) or _known(FILE_KEYS)}")
@@ -199,12 +191,22 @@ def _as_flags(entry: Entry, action: argparse.Action, parser: argparse.ArgumentPa
         raise ValueError(f"takes a value, not {str(value).lower()}")
     if isinstance(action, argparse._AppendAction):
         items = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else _as_list(value)
-        return [part for item in items for part in (option, str(item))]
+        return [part for item in items for part in (option, _no_flag(item))]
     if isinstance(value, dict):
         raise ValueError("takes a value, not a mapping")
     if isinstance(value, list) and action.nargs is None:
         raise ValueError("takes one value, not a list")
-    return [option, *(str(item) for item in _as_list(value))]
+    return [option, *(_no_flag(item) for item in _as_list(value))]
+
+
+def _no_flag(value: Any) -> str:
+    """As text; what stands for a value must not act as one more flag."""
+    if value is None:
+        raise ValueError("holds an empty value: give one, or leave it out")
+    text = str(value)
+    if text.startswith("-") and not _NEGATIVE.fullmatch(text):
+        raise ValueError(f"{text!r} is a flag, not a value: give flags lines of their own")
+    return text
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -11,12 +11,14 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import cast
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets import packaged_modules
 
 from megatron_ogpsa.errors import UserError
 
@@ -24,6 +26,8 @@ LocatedRow = tuple[str, object]
 
 _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<split>[^/]+))?")
 _CHUNK_BYTES = 1 << 20
+_PARQUET_ROWS = 256
+_MOST_LINE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,16 +79,27 @@ def require_source(source: str) -> None:
     Raises:
         UserError: no such file or folder.
     """
-    if not Path(source).exists():
+    try:
+        is_there = Path(source).exists()
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({error.strerror}); check the path") from error
+    if not is_there:
         _name_on_hub(source)
 
 
 def _name_on_hub(source: str) -> tuple[str, str]:
     """Name and split."""
+    if Path(source).exists():  # a pipe would keep us waiting, /dev/zero would never end
+        raise UserError(f"{source}: not a regular file; give a .jsonl, .json or .parquet file")
     match = _HUB_NAME.fullmatch(source)
     if match is None or Path(source).suffix.lower() in (".jsonl", ".json", ".parquet"):
         raise UserError(f"{source}: no such file; check the path (it is relative to {Path.cwd()})")
-    return match["name"], match["split"] or "train"
+    name, split = match["name"], match["split"] or "train"
+    if Path(name).exists():  # datasets would take the folder for a set, with whatever kinds of file it finds there
+        raise UserError(f"{source}: {name} is here and not on the Hub; give a file in it or a folder of save_to_disk")
+    if name in packaged_modules._PACKAGED_DATASETS_MODULES:  # such as "json": datasets would read the current folder
+        raise UserError(f"{source}: {name} is a kind of file, not a set of the Hub; give the path of a file")
+    return name, split
 
 
 def _open_json(source: str, path: Path, suffix: str) -> RowSource:
@@ -153,7 +168,12 @@ def _json_array_rows(source: str, path: Path) -> Iterator[LocatedRow]:
 def _decoded_lines(source: str, path: Path) -> Iterator[str]:
     offset = 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number in count(1):
+            line = file.readline(_MOST_LINE_BYTES + 1)
+            if not line:
+                return
+            if len(line) > _MOST_LINE_BYTES:
+                raise UserError(f"{source}:{number}: a line of more than {_MOST_LINE_BYTES >> 20} MiB; remove the row")
             yield _decode(line, f"{source}:{number}", offset)
             offset += len(line)
 
@@ -170,22 +190,19 @@ def _decode(line: bytes, where: str, offset: int) -> str:
 def _open_parquet(source: str, path: Path) -> RowSource:
     try:
         num_rows = pq.ParquetFile(path).metadata.num_rows
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: not a parquet file ({_first_line(error)}); write it again") from error
     return RowSource(
         name=source,
         content_hash=_hash_files([path]),
         num_rows=num_rows,
-        rows=lambda: _located(source, _parquet_rows(source, path)),
+        rows=lambda: _located(source, _parquet_rows(path)),
     )
 
 
-def _parquet_rows(source: str, path: Path) -> Iterator[object]:
-    try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
-            yield from batch.to_pylist()
-    except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{source}: broken parquet data ({_first_line(error)}); write the file again") from error
+def _parquet_rows(path: Path) -> Iterator[object]:
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=_PARQUET_ROWS):
+        yield from batch.to_pylist()
 
 
 def _open_folder(source: str, path: Path) -> RowSource:
@@ -197,10 +214,15 @@ def _open_folder(source: str, path: Path) -> RowSource:
     if not (path / "state.json").is_file():
         raise UserError(f"{source}: is a directory; give a file in it or a folder written by datasets' save_to_disk")
     try:
-        dataset = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
+        dataset = cast(datasets.Dataset, datasets.load_from_disk(str(path)))
+        for table in (dataset.data, dataset._indices):
+            if (
+                table is not None
+            ):  # Arrow trusts offsets and lengths that it has not looked at, even beyond the file's end
+                table.validate(full=True)
+        return _source_of_dataset(source, dataset)
+    except Exception as error:  # the library lets through whatever the descriptions of features and files make it raise
         raise UserError(f"{source}: broken datasets folder ({_first_line(error)}); save it again") from error
-    return _source_of_dataset(source, cast(datasets.Dataset, dataset))
 
 
 def _open_hub(source: str, name: str, split: str) -> RowSource:
@@ -223,7 +245,14 @@ def _source_of_dataset(source: str, dataset: datasets.Dataset) -> RowSource:
 
 
 def _located(source: str, rows: Iterable[object]) -> Iterator[LocatedRow]:
-    return ((f"{source}: row {number}", row) for number, row in enumerate(rows, start=1))
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield f"{source}: row {number}", row
+    except Exception as error:  # Arrow's and Python's own, of any kind: text that is no UTF-8, dates that are none
+        raise UserError(
+            f"{source}: row {number + 1} cannot be read ({_first_line(error)}); write the file again"
+        ) from error
 
 
 def _hash_files(paths: list[Path], seed: str = "") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,20 @@ from typing import Any
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from megatron_ogpsa.data.limits import limited
 from megatron_ogpsa.data.messages import Message
 from megatron_ogpsa.errors import UserError
 
 Span = tuple[int, int]  # characters, [begin, end)
 
 _GENERATION_TAG = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
+
+_POWER = ("operator", "**")
+
+# For one conversation, which takes milliseconds and kilobytes.
+_SECONDS = 5.0
+_BYTES = 4 << 30
+_MOST_CHARACTERS = 1 << 26
 
 # Llama 3 templates print today's date unless told one. Data must not depend on the day it is tokenized; this is the
 # date those templates themselves fall back to.
@@ -26,7 +35,8 @@ _FIXED_DATE = "26 Jul 2024"
 class ChatTemplate:
     """A Jinja chat template and the variables it sees (``bos_token``, ``eos_token``, ...).
 
-    Rendered by transformers' sandboxed environment, so a template means here what it means to every other user of it.
+    Rendered by transformers' sandboxed environment, so a template means here what it means to every other user of it: it
+    sees the conversation and nothing else of this process. Time and memory are limited as well.
     """
 
     source: str
@@ -41,9 +51,17 @@ class ChatTemplate:
             UserError: not valid Jinja, with the line.
         """
         try:
-            render_jinja_template(conversations=[], chat_template=self.source)
+            powers = [line for line, kind, token in jinja2.Environment().lex(self.source) if (kind, token) == _POWER]
+            if powers:  # Jinja computes constants when it compiles, and nothing interrupts 9 ** 9 ** 9
+                raise UserError(f"{self.name}:{powers[0]}: '**' has no place in a chat template; write the number")
+            with _limited():
+                render_jinja_template(conversations=[], chat_template=self.source)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{self.name}:{error.lineno}: {error.message}; mend the chat template") from error
+        except UserError:
+            raise
+        except Exception as error:  # Python compiles what Jinja makes of a template, and refuses in its own ways
+            raise UserError(f"{self.name}: {_fault(error)}; mend the chat template") from error
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
         """The text of a conversation; with ``add_generation_prompt`` up to where the assistant is to go on.
@@ -51,7 +69,8 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the conversation or is itself broken.
         """
-        return self._render(messages, add_generation_prompt)[0]
+        with _limited():
+            return self._render(messages, add_generation_prompt)[0]
 
     def render_with_spans(self, messages: list[Message], *, answer_from: int = 0) -> tuple[str, list[Span]]:
         """The text of a conversation and the spans the assistant wrote, the end of its turns included.
@@ -67,14 +86,18 @@ class ChatTemplate:
             UserError: the template refuses the conversation, or what it writes for a turn (or for the prompt) changes
                 when later turns follow, so that the spans cannot be known.
         """
-        if _GENERATION_TAG.search(self.source):
-            return self._marked_spans(messages, answer_from)
-        text = self.render(messages)
+        with _limited():
+            if _GENERATION_TAG.search(self.source):
+                return self._marked_spans(messages, answer_from)
+            return self._added_spans(messages, answer_from)
+
+    def _added_spans(self, messages: list[Message], answer_from: int) -> tuple[str, list[Span]]:
+        text = self._render(messages, False)[0]
         spans = []
         for index, message in enumerate(messages):
             if message["role"] == "assistant" and index >= answer_from:
-                before = self.render(messages[:index], add_generation_prompt=True)
-                through = self.render(messages[: index + 1])
+                before = self._render(messages[:index], True)[0]
+                through = self._render(messages[: index + 1], False)[0]
                 if not (text.startswith(through) and through.startswith(before)):
                     raise UserError(
                         f"the chat template writes message {index + 1} differently when others follow, so the"
@@ -89,7 +112,7 @@ class ChatTemplate:
         text, spans = self._render(messages, False)
         if not any(message["role"] == "assistant" for message in messages[:answer_from]):
             return text, spans
-        prompt = self.render(messages[:answer_from])
+        prompt = self._render(messages[:answer_from], False)[0]
         if not text.startswith(prompt):
             raise UserError(
                 "the chat template writes the prompt differently when an answer follows, so the answer cannot be told"
@@ -108,12 +131,26 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **variables,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            fault = " ".join(str(error).split())
+            texts[0].encode("utf-8")
+        except UnicodeEncodeError as error:
             raise UserError(
-                f"the chat template refuses the conversation ({fault}); mend the row or the template"
+                f"the chat template writes half of a surrogate pair (character {error.start}); mend the row or the template"
             ) from error
+        except Exception as error:  # a template may raise whatever Python raises
+            raise UserError(
+                f"the chat template refuses the conversation ({_fault(error)}); mend the row or the template"
+            ) from error
+        if len(texts[0]) > _MOST_CHARACTERS:
+            raise UserError(f"the chat template writes {len(texts[0])} characters; mend the row or the template")
         return texts[0], spans[0] if tracking else []
+
+
+def _limited() -> AbstractContextManager[None]:
+    return limited(seconds=_SECONDS, num_bytes=_BYTES)
+
+
+def _fault(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_template_file(path: str) -> str:

@@ -15,6 +15,7 @@ from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.checkpoints import guard_checkpoints
 from megatron_ogpsa.integration.cpu_arguments import check_supported_on_cpu
 from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu, install_in_training_loop
+from megatron_ogpsa.integration.disk import check_folders, install_disk_errors
 from megatron_ogpsa.integration.hang_watch import pulsing, watched
 from megatron_ogpsa.integration.loop import LoopHook, install_hooks
 from megatron_ogpsa.integration.patching import Patch, apply_patches, require_supported_megatron
@@ -62,14 +63,17 @@ def run_loop(hooks: Sequence[LoopHook], *args: Any, **kwargs: Any) -> Any:
     Checkpoints are verified before they are loaded, and hangs are watched for.
 
     Raises:
-        UserError: a flag needs a GPU and there is none, or the watch's timeout cannot be.
+        UserError: a flag needs a GPU and there is none, a folder cannot be written, or the watch's timeout cannot be.
     """
     from megatron.training import get_args
 
+    known = get_args()
+    check_folders({"--save": known.save, "--tensorboard-dir": known.tensorboard_dir})
     prepare_megatron()
     install_hooks(hooks)
     guard_checkpoints()
-    with watched(get_args()):
+    install_disk_errors()
+    with watched(known):
         return _megatrons_pretrain(*args, **kwargs)
 
 

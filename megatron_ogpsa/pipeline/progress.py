@@ -6,13 +6,12 @@ deleted result is noticed by that result's name, which is drawn anew.
 
 from __future__ import annotations
 
-import json
 import uuid
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.files import write_json
+from megatron_ogpsa.files import read_sealed_json, write_sealed_json
 from megatron_ogpsa.pipeline.plan import Stage
 
 RECORD_FILE = "stage.json"
@@ -109,20 +108,15 @@ def _result_before(stage: Stage) -> str | None:
 
 def _read(stage: Stage) -> Record | None:
     path = stage.folder / RECORD_FILE
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        settings, began_with, result = dict(fields["settings"]), fields["began_with"], fields["result"]
-    except FileNotFoundError:
+    remedy = f"restore it, or delete {stage.folder} to train the stage again"
+    fields = read_sealed_json(path, remedy=remedy)
+    if fields is None:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): restore it, or delete {stage.folder} to train the stage again"
-        ) from None
-    return Record(settings, began_with, result)
+    try:
+        return Record(dict(fields["settings"]), fields["began_with"], fields["result"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is another program's ({error!r}): {remedy}") from None
 
 
 def _write(stage: Stage, record: Record) -> None:
-    try:
-        write_json(stage.folder / RECORD_FILE, asdict(record))
-    except OSError as error:
-        raise UserError(f"{stage.folder}: cannot be written ({error}): name another 'save'") from None
+    write_sealed_json(stage.folder / RECORD_FILE, asdict(record), remedy="free space, or name another 'save'")

@@ -77,17 +77,25 @@ def read_log_probs(path: Path) -> LogProbs | None:
     if not path.exists():
         return None
     damaged = f"{path} is damaged: delete it (a new run computes it again) or restore it"
+    if not path.is_file():  # a pipe would keep us waiting
+        raise UserError(damaged)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in ("log_probs", "is_known")}
-    except (SafetensorError, OSError) as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+        weights, data = metadata["weights"], tuple(json.loads(metadata["data"]))
+    except (SafetensorError, OSError, MemoryError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{damaged} ({error})") from None
     digest = metadata.pop("sha256", "")
-    if digest != _digest(metadata, tensors) or metadata["format"] != _FORMAT:
+    if not _are_log_probs(tensors) or digest != _digest(metadata, tensors) or metadata.get("format") != _FORMAT:
         raise UserError(damaged)
-    return LogProbs(
-        tensors["log_probs"], tensors["is_known"].bool(), metadata["weights"], tuple(json.loads(metadata["data"]))
+    return LogProbs(tensors["log_probs"], tensors["is_known"].bool(), weights, data)
+
+
+def _are_log_probs(tensors: dict[str, Tensor]) -> bool:
+    found = {name: (tensor.dtype, list(tensor.shape[1:])) for name, tensor in tensors.items()}
+    return found == {"log_probs": (torch.float64, [2]), "is_known": (torch.uint8, [])} and (
+        len(tensors["log_probs"]) == len(tensors["is_known"])
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ogpsa.data import ChatTokenizer, build_chat_dataset, build_preference_dataset, source_kind
@@ -105,6 +105,7 @@ def test_a_document_is_what_fine_tuning_on_it_would_see(
         assert item["loss_mask"][mine][-1] == 0  # the last position's label belongs to the next document
 
 
+@settings(deadline=None)
 @given(prompt=st.integers(1, 40), chosen=st.integers(1, 40), rejected=st.integers(1, 40), limit=st.integers(2, 50))
 def test_truncation_keeps_both_answers(prompt: int, chosen: int, rejected: int, limit: int) -> None:
     def document(answer: int, mark: int) -> Document:

@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_an_error(stages: Stages) -> None:
     with pytest.raises(UserError, match=r"stage\.json cannot be read"):
         state_of(sft)
     (run_folder / RECORD_FILE).write_text(json.dumps(["settings"]), encoding="utf-8")
-    with pytest.raises(UserError, match=r"stage\.json cannot be read"):
+    with pytest.raises(UserError, match=r"stage\.json is not a JSON object: restore it, or delete .*out/sft"):
         state_of(sft)
 
 

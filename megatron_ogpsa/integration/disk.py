@@ -1,0 +1,230 @@
+"""A full, read-only or failing disk under ``--save``: one line on every rank, and the checkpoints before it as they were.
+
+Megatron's ``torch_dist`` format (core/dist_checkpointing/strategies/filesystem_async.py) is written by each rank, which
+then agree: if one could not write, all raise CheckpointException, which no longer says why. Folders, metadata and the
+tracker are written by rank 0 alone. If that fails the others wait for it in the next collective, until it has gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.integration.agreement import agreed
+from megatron_ogpsa.integration.patching import Patch, apply_patches
+
+logger = logging.getLogger(__name__)
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO, errno.ESTALE)
+_PROBE_BYTES = 4096
+_TOLD_KEY = "megatron-ogpsa/disk"
+_PATIENCE = timedelta(seconds=10)
+"""For the message of a rank that has gone; it is set before that rank goes."""
+
+_remedy = "free space there, or name another folder"
+
+
+@dataclass
+class _Written:
+    """What this rank's writers have been given since the last checkpoint, and what stopped them."""
+
+    num_bytes: int = 0
+    error: OSError | None = None
+
+
+_written = _Written()
+_has_lost_figures = False
+_store: Any = None  # held on to: a rank that fails may be the one that keeps it for the others
+
+
+def check_folders(folders: dict[str, str | None]) -> None:
+    """Write a few bytes where a run will write, before it has trained for hours; on the first rank of each node.
+
+    Args:
+        folders: flag → folder, or None if the flag was not given. A folder that is not there yet is not made: whether it
+            can be is seen from the nearest one above it.
+
+    Raises:
+        UserError: naming flag, folder and remedy; on the ranks that have looked.
+    """
+    for flag, folder in folders.items():
+        if folder:
+            _check_folder(f"{flag} {folder}: cannot be written", folder)
+
+
+def _check_folder(what: str, folder: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    try:
+        probe(Path(folder))
+    except OSError as error:
+        raise UserError(f"{what} ({error.strerror}): {_remedy}") from None
+
+
+def probe(folder: Path) -> None:
+    """Write and remove a small file in ``folder``, or in the nearest folder above it that is there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    file = _nearest(folder) / f".{uuid.uuid4().hex}.tmp"
+    try:
+        with file.open("wb") as stream:
+            stream.write(bytes(_PROBE_BYTES))
+            stream.flush()
+            os.fsync(stream.fileno())
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the one above it that is there."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return place
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """What the file system said, if that is what ``error`` comes from.
+
+    torch's writer fails once more while it handles the first failure, with a RuntimeError about positions in a file.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def install_disk_errors() -> None:
+    """Let this process's checkpoints, and its TensorBoard, tell what a disk does to them. Idempotent.
+
+    Raises:
+        RuntimeError: the functions to be wrapped are not there.
+    """
+    apply_patches(_CHECKPOINT_PATCHES)
+    if importlib.util.find_spec("tensorboard") is not None:
+        apply_patches(_TENSORBOARD_PATCHES)
+
+
+def _telling_disk_errors(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        global _store
+        from megatron.training import get_args
+
+        folder = str(get_args().save)
+        what = f"--save {folder}: the checkpoint of step {iteration} could not be written"
+        agreed(lambda: _check_folder(what, folder))
+        free = shutil.disk_usage(_nearest(Path(folder))).free
+        _written.num_bytes, _written.error = 0, None
+        _store = dist.distributed_c10d._get_default_store()
+        try:
+            return original(iteration, *args, **kwargs)
+        except CheckpointException as error:
+            raise _of_all_ranks(what, free) or error from None
+        except (OSError, RuntimeError) as error:
+            if (found := disk_error(error)) is not None:
+                raise _of_this_rank(f"{what} ({found.strerror} on rank {dist.get_rank()}): {_remedy}") from None
+            raise _told_by_another() or error from None  # a collective fails if another rank has gone
+
+    return save_checkpoint
+
+
+def _of_all_ranks(what: str, free: int) -> UserError | None:
+    """Every rank is here: they tell each other what stopped them. None if that was not the disk."""
+    own = (_written.error.strerror if _written.error else None, _written.num_bytes, free)
+    found = [own] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    failed = [(rank, reason, free) for rank, (reason, _, free) in enumerate(found) if reason]
+    if not failed:
+        return None
+    rank, reason, free = failed[0]
+    needed = sum(num_bytes for _, num_bytes, _ in found)
+    return UserError(
+        f"{what} ({reason} on rank {rank}; it takes at least {_megabytes(needed)}, {_megabytes(free)} were free): {_remedy}; "
+        "what was saved before is as it was"
+    )
+
+
+def _of_this_rank(message: str) -> UserError:
+    """The other ranks are in a collective, which fails once this one has gone; they find the message in the store."""
+    _store.set(_TOLD_KEY, message)
+    return UserError(message)
+
+
+def _told_by_another() -> UserError | None:
+    try:
+        _store.wait([_TOLD_KEY], _PATIENCE)
+        return UserError(_store.get(_TOLD_KEY).decode())
+    except RuntimeError:  # there is no message, or the store has gone too
+        return None
+
+
+def _noting_errors(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def write_preloaded_data(transforms: Any, local_proc_idx: int, write_bucket: Any, *args: Any, **kwargs: Any) -> Any:
+        _, _, (_, tensors) = write_bucket
+        _written.num_bytes += sum(tensor.nbytes for _, tensor in tensors)
+        index, results = original(transforms, local_proc_idx, write_bucket, *args, **kwargs)
+        if isinstance(results, Exception):
+            _written.error = disk_error(results)
+        return index, results
+
+    return write_preloaded_data
+
+
+def _losing_figures(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def write(*args: Any, **kwargs: Any) -> None:
+        global _has_lost_figures
+        try:
+            original(*args, **kwargs)
+        except OSError as error:
+            if not _has_lost_figures:
+                logger.warning("TensorBoard's file cannot be written (%s): figures are lost from here on", error)
+            _has_lost_figures = True
+
+    return write
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB"
+
+
+_CHECKPOINT_PATCHES = (
+    Patch(
+        target="megatron.training.training:save_checkpoint",
+        reason="what a disk does to a checkpoint ends in a traceback that names neither folder nor remedy",
+        replace=_telling_disk_errors,
+    ),
+    Patch(
+        target="megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.write_preloaded_data",
+        reason="the error that stopped a writer is lost on the way: only its class is handed on",
+        replace=lambda original: staticmethod(_noting_errors(original)),
+    ),
+)
+
+_TENSORBOARD_PATCHES = tuple(
+    Patch(
+        target=f"tensorboard.summary.writer.record_writer:RecordWriter.{name}",
+        reason="its thread ends in a traceback on a full disk, and then the training step that logs next does",
+        replace=_losing_figures,
+    )
+    for name in ("write", "flush", "close")
+)

@@ -1,0 +1,114 @@
+"""A disk that is full, read-only or failing: one line, exit code 2 on every rank, and what was saved before stays."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_ogpsa.checkpoints import examine
+from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.integration.disk import check_folders
+from tests.integration.conftest import Outcome, Train
+
+DP2 = "--nproc-per-node 2 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1".split()
+TWO_STEPS = [*DP2, "--train-iters", "2", "--save-interval", "1", "--ogpsa-reference-samples", "8"]
+CHECKPOINT_KILOBYTES = 3075000 // 1024 + 50
+"""Of this configuration: 3 075 000 bytes in four files, and what a file system needs beside them."""
+
+Mount = Callable[[str], Path]
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Mount]:
+    """``mounted("size=4m")``: a file system in memory of its own; options of tmpfs."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        found = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True
+        )
+        if found.returncode:
+            pytest.skip(f"file systems cannot be mounted here: {found.stderr.strip()}")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", str(folder)], capture_output=True)
+
+
+def told(outcome: Outcome) -> str:
+    """The one line in which the command told its error."""
+    assert outcome.exit_code == 2, outcome.output[-3000:]
+    assert "Traceback" not in outcome.output, outcome.output[-3000:]
+    assert len(outcome.error_lines) == 1, outcome.error_lines
+    return outcome.error_lines[0]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_to_go_on_from(train: Train, mounted: Mount) -> None:
+    """The first checkpoint fits, the second does not; the log of TensorBoard is on the same disk."""
+    disk = mounted(f"size={CHECKPOINT_KILOBYTES * 3 // 2}k")
+    run = disk / "run"
+    flags = [*TWO_STEPS, "--save", str(run), "--load", str(run), "--tensorboard-dir", str(disk / "log")]
+    line = told(train(*flags))
+    assert f"--save {run}: the checkpoint of step 2 could not be written (No space left on device on rank" in line
+    assert "it takes at least 2.8 MB, 1." in line
+    assert "free space there, or name another folder; what was saved before is as it was" in line
+    began = (run / "iter_0000002").stat().st_mtime_ns
+    kept = [*(run / "iter_0000001").iterdir(), run / "latest_checkpointed_iteration.txt"]
+    assert all(file.stat().st_mtime_ns < began for file in kept)
+    assert kept[-1].read_text(encoding="utf-8") == "1"
+
+    subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+    again = train(*flags)
+    assert again.exit_code == 0, again.output[-3000:]
+    assert "successfully loaded checkpoint from" in again.output
+    assert (run / "iter_0000002/metadata.json").exists()
+    assert kept[-1].read_text(encoding="utf-8") == "2"
+
+
+def test_a_target_that_cannot_be_written_is_refused_before_training(train: Train, mounted: Mount) -> None:
+    disk = mounted("size=4m,ro")
+    outcome = train(*TWO_STEPS, "--save", str(disk / "run"))
+    assert (
+        f"--save {disk / 'run'}: cannot be written (Read-only file system): free space there, or name another folder"
+        in told(outcome)
+    )
+    assert "[before the start of training step]" not in outcome.output
+
+
+FAILURES = {
+    "read-only": "--save {run}: the checkpoint of step 2 could not be written (Read-only file system",
+    "metadata": "--save {run}: the checkpoint of step 1 could not be written (Input/output error on rank 0)",
+    "configuration": "--save {run}: the checkpoint of step 1 could not be written (Input/output error on rank 0)",
+    "tracker": "--save {run}: the checkpoint of step 1 could not be written (Input/output error on rank 0)",
+}
+
+
+@pytest.mark.parametrize("place", FAILURES)
+def test_a_disk_that_fails_under_rank_0_is_told_by_all(
+    train: Train, mounted: Mount, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """While the other rank waits in a collective of Megatron's own."""
+    disk = mounted("size=20m")
+    monkeypatch.setenv("FAIL", f"{place} {disk}")
+    outcome = train(
+        *TWO_STEPS,
+        *("--save", str(disk / "run"), "--tensorboard-dir", str(disk.parent / "log")),
+        module="tests.integration.failing_disk",
+        timeout=100,
+    )
+    assert FAILURES[place].format(run=disk / "run") in told(outcome)
+    if place == "read-only":
+        assert (disk / "run/latest_checkpointed_iteration.txt").read_text(encoding="utf-8") == "1"
+        assert examine(disk / "run").problems == ()
+
+
+def test_folders_are_looked_at_and_not_made(tmp_path: Path) -> None:
+    check_folders({"--save": str(tmp_path / "a/b"), "--tensorboard-dir": None})
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^--save .*/file/run: cannot be written \(Not a directory\): free space"):
+        check_folders({"--save": str(tmp_path / "file/run")})
