@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 from megatron_ogpsa.cli.failures import first_failure, last_word
 from megatron_ogpsa.cli.main import ERRORS_VARIABLE
+from megatron_ogpsa.cli.thawing import stopped_processes_end
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.watchdog import HANG_EXIT_CODE
 
@@ -49,7 +50,7 @@ def launch(arguments: list[str], *, num_ranks: int, environment: Mapping[str, st
         max_restarts=0,
         monitor_interval=0.1,
     )
-    with tempfile.TemporaryDirectory() as errors:
+    with tempfile.TemporaryDirectory() as errors, stopped_processes_end():
         os.environ.update({**(environment or {}), ERRORS_VARIABLE: errors})  # torchrun's agent hands them on
         return _run(lambda: elastic_launch(config, sys.executable)("-u", "-m", RANK_MODULE, *arguments))
 
