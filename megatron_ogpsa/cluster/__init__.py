@@ -4,5 +4,6 @@
 * :mod:`.slurm` reads what SLURM says of a job step. Pure.
 * :mod:`.restarts` refuses restarts that would begin anew.
 * :mod:`.agent` is torchrun's agent with what training needs beyond it.
+* :mod:`.failures` says which rank failed first, and with what words; :mod:`.thawing` lets frozen ranks end.
 * :mod:`.node` runs the agent of this node and says in one line how it went.
 """

@@ -24,6 +24,7 @@ from torch.distributed.run import determine_local_world_size
 
 from megatron_ogpsa.cluster.agent import HANDED_ON, NodeAgent, Verdict
 from megatron_ogpsa.cluster.settings import LaunchSettings
+from megatron_ogpsa.cluster.thawing import stopped_processes_end
 from megatron_ogpsa.cluster.words import say
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.watchdog import HANG_EXIT_CODE
@@ -64,7 +65,7 @@ def run_node(command: Sequence[str], settings: LaunchSettings) -> int:
                 monitor_interval=settings.monitor_interval,
                 local_addr=settings.local_addr,
             )
-            with _signals_restored():
+            with _signals_restored(), stopped_processes_end():
                 return _run(NodeAgent(spec, shutdown_timeout=settings.shutdown_timeout), settings)
         finally:
             rendezvous.shutdown()

@@ -70,7 +70,15 @@ def flags_of(stage: str, steps: int) -> list[str]:
         *("--ogpsa-stage", stage, "--ogpsa-train-data", f"{stage}.jsonl"),
         *("--ogpsa-reference", f"general={stage}_general.jsonl", "--save", f"out-{stage}"),
         *("--tensor-model-parallel-size", "2" if stage == "sft" else "1"),
-        *("--train-iters", str(steps), "--save-retain-interval", "1000000", "--log-interval", str(LOG_INTERVAL)),
+        # A few more: the last step's line comes while the run is being taken down.
+        *(
+            "--train-iters",
+            str(steps + LOG_INTERVAL),
+            "--save-retain-interval",
+            "1000000",
+            "--log-interval",
+            str(LOG_INTERVAL),
+        ),
     ]
 
 
@@ -93,7 +101,7 @@ def run(stage: str, folder: Path, steps: int) -> list[Sample]:
         assert launcher.stdout is not None
         for line in launcher.stdout:
             lines.append(line)
-            if found := STEP.search(line):
+            if (found := STEP.search(line)) and int(found[1]) <= steps:
                 step = int(found[1])
                 samples += [sample_of(rank, process, step) for rank, process in ranks_of(launcher.pid).items()]
                 bar.update(step - bar.n)

@@ -1,7 +1,7 @@
 """``megatron-ogpsa`` of which one rank misbehaves at a collective, as ``FREEZE`` says: ``RANK|STEP|PHASE|HOW``.
 
 ``stop``: it stops itself (SIGSTOP). ``loop``: it computes for ever. ``raise``: it raises. ``sleep``: it takes its time in
-each step before. Each rank leaves its process id in a file ``rank-N``, and the rank that
+its first step. Each rank leaves its process id in a file ``rank-N``, and the rank that
 misbehaves the time in a file ``frozen``.
 """
 
@@ -21,7 +21,7 @@ COLLECTIVES = ("all_reduce", "all_gather_object", "barrier", "broadcast_object_l
 SLEEP_SECONDS = 2.0
 
 _RANK, _STEP, _PHASE, _HOW = os.environ["FREEZE"].split("|")
-_slept_in: set[int | None] = set()
+_slept: list[bool] = []
 
 
 def compute_for_ever() -> None:
@@ -33,8 +33,8 @@ def compute_for_ever() -> None:
 def misbehave() -> None:
     from megatron_ogpsa.watchdog import progress
 
-    if "sleep" in _HOW and progress.phase == "step" and progress.step not in _slept_in:
-        _slept_in.add(progress.step)
+    if "sleep" in _HOW and progress.phase == "step" and not _slept:
+        _slept.append(True)
         time.sleep(SLEEP_SECONDS)
     if progress.phase != _PHASE or progress.step != int(_STEP):
         return
