@@ -23,10 +23,9 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
-from megatron_ogpsa.cluster.failures import first_failure, last_word
+from megatron_ogpsa.cluster.failures import judge
 from megatron_ogpsa.cluster.words import say
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.watchdog import HANG_EXIT_CODE
 
 HANDED_ON = {
     signal.SIGTERM: signal.SIGTERM,
@@ -50,11 +49,13 @@ class Verdict:
     Attributes:
         cause: such as ``rank 3 ended with exit code 1``.
         node: host name and process id of the agent that saw it.
+        is_told: whether ranks of that node have said why.
     """
 
     exit_code: int
     cause: str
     node: str
+    is_told: bool = False
 
 
 class NodeAgent(LocalElasticAgent):
@@ -122,19 +123,13 @@ class NodeAgent(LocalElasticAgent):
             self._end_run(worker_group, known or verdict)
         else:
             left = self._remaining_restarts - 1
-            say(f"{verdict.cause}; its output is above. All ranks are started again (after that, {left} more times)")
+            say(f"{verdict.cause}. All ranks are started again (after that, {left} more times)")
 
     def _own_verdict(self, result: RunResult) -> Verdict:
         if self._told is not None:
             return Verdict(128 + self._told, f"{self._told.name} ended the ranks", self.name)
-        codes = [failure.exitcode for failure in result.failures.values()]
-        rank, first = first_failure(result.failures)
-        cause = last_word(rank, first).removesuffix("; its output is above")
-        if UserError.exit_code in codes:
-            return Verdict(UserError.exit_code, cause, self.name)
-        if first.exitcode == HANG_EXIT_CODE or (first.exitcode < 0 and HANG_EXIT_CODE in codes):
-            return Verdict(HANG_EXIT_CODE, cause, self.name)
-        return Verdict(first.exitcode if first.exitcode > 0 else 1, cause, self.name)
+        judged = judge(result.failures)
+        return Verdict(judged.exit_code, judged.cause, self.name, is_told=judged.is_told)
 
     def _look_for_verdict(self) -> Verdict | None:
         now = time.monotonic()

@@ -23,11 +23,11 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.run import determine_local_world_size
 
 from megatron_ogpsa.cluster.agent import HANDED_ON, NodeAgent, Verdict
+from megatron_ogpsa.cluster.failures import ITS_OUTPUT
 from megatron_ogpsa.cluster.settings import LaunchSettings
 from megatron_ogpsa.cluster.thawing import stopped_processes_end
 from megatron_ogpsa.cluster.words import say
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.watchdog import HANG_EXIT_CODE
 
 _STORE_SECONDS = 60
 """For one answer from the store of the rendezvous."""
@@ -160,9 +160,9 @@ def _tell(agent: NodeAgent, verdict: Verdict | None) -> int:
             "the run has ended on another node, whose output says why; if this is to be a new run, give it another --rdzv-id"
         )
     if verdict.node != agent.name:
-        say(f"{verdict.cause} on {verdict.node}; its output is there")
-    elif verdict.exit_code not in (UserError.exit_code, HANG_EXIT_CODE):  # told by the ranks
-        say(f"{verdict.cause}; its output is above")
+        say(f"{verdict.cause.removesuffix('; ' + ITS_OUTPUT)} on {verdict.node}; its output is there")
+    elif not verdict.is_told:
+        say(verdict.cause)
     return verdict.exit_code
 
 

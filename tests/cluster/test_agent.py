@@ -118,7 +118,7 @@ CASES: dict[str, dict[str, Any]] = {
         "signal": "SIGTERM",
         "of node": 1,
         "codes": [143, 143],
-        "said": ["SIGTERM ended the ranks; its output is above", "SIGTERM ended the ranks on "],
+        "said": ["SIGTERM ended the ranks\n", "SIGTERM ended the ranks on "],
     },
     "the node of the rendezvous is killed": {
         "nodes": 2,

@@ -161,9 +161,7 @@ def _launch_by_forking(
 
     from megatron_ogpsa.cli import launching
     from megatron_ogpsa.cli.main import ERRORS_VARIABLE
-    from megatron_ogpsa.cluster.failures import first_failure, last_word
-    from megatron_ogpsa.errors import UserError
-    from megatron_ogpsa.watchdog import HANG_EXIT_CODE
+    from megatron_ogpsa.cluster.failures import judge
 
     if settings.max_nodes > 1 or settings.max_restarts:
         raise RuntimeError("several nodes and restarts need torchrun's agent: fresh=True")
@@ -193,14 +191,12 @@ def _launch_by_forking(
     shutil.rmtree(errors)
     if told and any(codes.values()):
         return 128 + told[0]
-    for told_already in (UserError.exit_code, HANG_EXIT_CODE):
-        if told_already in codes.values():
-            return told_already
     if not failures:
         return 0
-    rank, first = first_failure(failures)
-    print(f"megatron-ogpsa: {last_word(rank, first)}", file=sys.stderr)
-    return max(first.exitcode, 1)
+    judged = judge(failures)
+    if not judged.is_told:
+        print(f"megatron-ogpsa: {judged.cause}", file=sys.stderr)
+    return judged.exit_code
 
 
 def _wait(ranks: dict[int, int]) -> dict[int, int]:
