@@ -75,13 +75,15 @@ class NodeAgent(LocalElasticAgent):
         self._kill_at = float("inf")
         self._patience = shutdown_timeout
         self._last_look = 0.0
-        # Under nohup it is ignored, and stays so.
-        self._signals = [number for number in HANDED_ON if signal.getsignal(number) != signal.SIG_IGN]
+        self._ignored = [number for number in HANDED_ON if signal.getsignal(number) == signal.SIG_IGN]
 
     def take_signals(self) -> None:
-        """Let this agent decide what signals mean. torch's own handlers come with each start of ranks."""
-        for number in self._signals:
-            signal.signal(number, self._hand_on)
+        """Let this agent decide what signals mean. torch's own handlers come with each start of ranks.
+
+        What this process was started to ignore it goes on ignoring: SIGHUP under nohup, Ctrl-C in a script's background.
+        """
+        for number in HANDED_ON:
+            signal.signal(number, signal.SIG_IGN if number in self._ignored else self._hand_on)
 
     def find_verdict(self) -> Verdict | None:
         """Why the run has ended, as far as another node has said so.

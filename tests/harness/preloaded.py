@@ -132,6 +132,7 @@ def _preload() -> None:
 def _become_command(request: Mapping[str, Any]) -> NoReturn:
     os.environ.clear()
     os.environ.update(request["environment"], OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONUNBUFFERED="1")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a script has started in its background
     os.chdir(request["folder"])
     output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
