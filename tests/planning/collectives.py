@@ -54,6 +54,9 @@ def collectives(world: World, rank: int, space: str) -> dict[str, Any]:
     args = cluster_arguments(world.as_flags(), world.size)
     with fake_world(args, rank):
         chunks = build_chunks(args, CPU)
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.data.zero_()  # memory as it was found may hold NaN, and such a step is skipped
         optimizer = build_optimizer(args, chunks)
 
         def fill(seed: int) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,13 @@ def test_what_a_rank_of_1024_sends(world: str) -> None:
                 of_update=space == "update",
                 blocks=result["blocks"],
             )
-            own = ["all_reduce", costs.step_message(projection), 1]
-            megatrons = result["plain"]
-            if space == "gradient":  # ours stands in the place of all that Megatron needs for the norm
-                assert {name for name, *_ in megatrons} == {"all_reduce"}
-                assert result["projected"] == [own]
-            else:
-                assert result["projected"] == sorted([*megatrons, own])
+            sizes = [costs.step_message(projection)]
+            if space == "update":  # and before the step, the norm of each block and one number of the basis
+                sizes.append(8 * (result["blocks"] + 1))
+            # Ours stand in the place of all that Megatron needs for the norm.
+            assert {name for name, *_ in result["plain"]} == {"all_reduce"}
+            expected = sorted(["all_reduce", size, count] for size, count in Counter(sizes).items())
+            assert result["projected"] == expected
             first, second = result["refreshes"]
             assert first == [["all_reduce", 8 * result["blocks"] * REFERENCES**2, 1]]
             assert second == [["all_reduce", costs.refresh_message(projection), 1]]
