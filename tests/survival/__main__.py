@@ -1,8 +1,8 @@
 """Kill runs many times over and keep the account: ``python -m tests.survival --kills 60 --json docs/kills.json``.
 
 Half of the kills fall on SFT, half on DPO, a few on each chain of starts. A chain ends early if a start comes to its end
-before its kill, so that some fewer kills than asked for come. Ends with 0 if every start's figures and every last checkpoint
-were bitwise those of the undisturbed run.
+before its kill; then there are more chains. Ends with 0 if every start's figures and every last checkpoint were bitwise
+those of the undisturbed run.
 """
 
 from __future__ import annotations
@@ -55,16 +55,18 @@ def main() -> None:
                 raise AssertionError(f"still running after 300 s: {done.output[-2000:]}")
             return done.exit_code, done.output
 
-        for number, (stage, kills) in enumerate(_chains(args.kills)):
-            seed = args.seed + number
-            whole, folder = top / f"{stage}-whole", top / f"chain-{number}"
+        while (done := _num_kills(chains)) < args.kills:
+            stage, number = ("sft", "dpo")[done >= args.kills / 2], len(chains)
+            left = (args.kills + 1) // 2 - done if stage == "sft" else args.kills - done
+            seed, whole, folder = args.seed + number, top / f"{stage}-whole", top / f"chain-{number}"
             folder.mkdir()
             write_pairs(folder)
             if not whole.exists():
                 whole.mkdir()
                 write_pairs(whole)
-                figures = {stage: undisturbed(start, STAGES[stage], whole)}
-            attempts = killed(start, STAGES[stage], folder, whole, figures[stage], random.Random(seed), num_kills=kills)
+                figures = undisturbed(start, STAGES[stage], whole)
+            generator, kills = random.Random(seed), min(KILLS_IN_A_CHAIN, left)
+            attempts = killed(start, STAGES[stage], folder, whole, figures, generator, num_kills=kills)
             chains.append({"stage": stage, "seed": seed, "attempts": [asdict(attempt) for attempt in attempts]})
             _tell(stage, seed, attempts, chains, args.kills, time.monotonic() - started)
     command.close()
@@ -78,14 +80,6 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(account, indent=1) + "\n", encoding="utf-8")
     print(f"{account['kills']} kills, every start and every last checkpoint bitwise as undisturbed")
-
-
-def _chains(num_kills: int) -> list[tuple[str, int]]:
-    """Stages in blocks, so that each undisturbed run is made once."""
-    chains = []
-    for stage, share in (("sft", num_kills - num_kills // 2), ("dpo", num_kills // 2)):
-        chains += [(stage, min(KILLS_IN_A_CHAIN, share - done)) for done in range(0, share, KILLS_IN_A_CHAIN)]
-    return chains
 
 
 def _num_kills(chains: list[dict[str, object]]) -> int:
