@@ -43,7 +43,10 @@ def make_datasets_provider(load: Callable[[str], Rows]) -> Callable[..., tuple[A
         if args.dataloader_type == "cyclic":  # Megatron's random sampler counts epochs by itself
             train_stream: Any = train
         else:
-            train_stream = EpochStream(train, length=num_train, seed=args.seed, split=Split.train)
+            # A batch more than is trained on: Megatron refuses a loader of which everything was consumed, and so a run
+            # that is started again after its last step.
+            length = num_train + args.global_batch_size
+            train_stream = EpochStream(train, length=length, seed=args.seed, split=Split.train)
         if args.ogpsa_valid_data is None:
             return train_stream, None, None
         valid = load(args.ogpsa_valid_data)

@@ -63,6 +63,11 @@ def test_every_file_of_a_checkpoint_and_its_tracker(resumed: Train, tmp_path: Pa
     assert "no checkpoint is left: restore one, or move the folder away" in outcome.error_lines[0]
     restore(tmp_path)
 
+    finished = resumed()  # as after a kill between the last save and the end
+    assert finished.exit_code == 0, finished.output[-3000:]
+    assert "iteration        7/" not in finished.output
+    assert differences(run, tmp_path / "whole") == []
+
     DAMAGES["emptied"](run / TRACKER_FILE)  # Megatron alone would end here, with 0
     outcome = resumed("--train-iters", "7", "--override-opt-param-scheduler")
     assert outcome.exit_code == 0, outcome.output[-3000:]
