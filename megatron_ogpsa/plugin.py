@@ -27,9 +27,10 @@ from megatron_ogpsa.config import MAX_CONFLICT_REFERENCES, OGPSAConfig
 from megatron_ogpsa.errors import UnsupportedError
 from megatron_ogpsa.projection.basis import orthonormalise
 from megatron_ogpsa.projection.conflict import Cone
-from megatron_ogpsa.projection.segments import combine_rows, cross_products, gram_and_dots
+from megatron_ogpsa.projection.segments import Rows, combine_rows, cross_products, gram_and_dots
 from megatron_ogpsa.sharding.gradients import GradientShard
 from megatron_ogpsa.spaces import SPACES, Basis, GradientSpace, some_of
+from megatron_ogpsa.streaming import HostRows, host_rows
 from megatron_ogpsa.support import check_supported
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,8 @@ class OGPSA:
             )
         index = len(self._captured_names)
         if index == self._captured_KN.shape[0]:  # first refresh: the number of references is not known yet
-            self._captured_KN = torch.cat((self._captured_KN, self._rows(1)))
+            known_KN, self._captured_KN = self._captured_KN, self._rows(index + 1)
+            self._captured_KN[:index] = known_KN
         row_N = self._captured_KN[index]
         self._shard.read_main_grads(row_N)
         scale = self._optimizer.get_loss_scale().item()
@@ -146,9 +148,19 @@ class OGPSA:
             row_N.div_(scale)
         self._captured_names.append(name)
 
-    def _rows(self, num_rows: int) -> Tensor:
+    def _rows(self, num_rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
         layout = self._shard.layout
-        return torch.empty(num_rows, layout.num_elements, dtype=torch.float32, device=layout.device)
+        if self._is_on_host:
+            return host_rows(num_rows, layout.num_elements, dtype, layout.device)
+        return torch.empty(num_rows, layout.num_elements, dtype=dtype, device=layout.device)
+
+    @property
+    def _is_on_host(self) -> bool:
+        return self.config.basis_device == "cpu"
+
+    def _within_reach(self, rows_KN: Tensor) -> Rows:
+        """``rows_KN`` as passes on the gradient's device take it."""
+        return HostRows(rows_KN, self._shard.layout.device) if self._is_on_host else rows_KN
 
     @torch.no_grad()
     def finish_refresh(self) -> bool:
@@ -169,13 +181,14 @@ class OGPSA:
             raise RuntimeError("finish_refresh() without references: begin_refresh() and capture() come first")
         self._captured_names = self._captured_KN = None
         rows_KN = rows_KN[: len(names)]
+        references = self._within_reach(rows_KN)
         if self.config.mode == "conflict" and len(names) > MAX_CONFLICT_REFERENCES:
             raise UnsupportedError(
                 f"--ogpsa-mode conflict with {len(names)} references: it solves for up to {MAX_CONFLICT_REFERENCES}; "
                 "join some references into one, or use mode orthogonal"
             )
         layout = self._shard.layout
-        gram_BKK, with_old_BKJ, moved_BJ = self._summed_products(rows_KN)
+        gram_BKK, with_old_BKJ, moved_BJ = self._summed_products(references)
         self.rejected_references = self._not_finite(gram_BKK, names)
         if self.rejected_references:
             self.rejected_refreshes += 1
@@ -190,7 +203,7 @@ class OGPSA:
         self._space.basis = None  # its memory serves the new one
         self._space.needs_refresh = False
         self._space.basis = Basis(
-            rows_KN=self._stored(rows_KN, transform.weights_BKK.to(layout.device)),
+            rows_KN=self._stored(rows_KN, references, transform.weights_BKK.to(layout.device)),
             reference_BKK=reference_BKK,
             cone=Cone(reference_BKK) if self.config.mode == "conflict" else None,
             rank=int(transform.rank_B.max()),
@@ -200,7 +213,7 @@ class OGPSA:
         self._along_BK = self._along(self._space.basis)
         return True
 
-    def _summed_products(self, rows_KN: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _summed_products(self, rows_KN: Rows) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """In one all-reduce: A·Aᵀ, A·Qᵀ with the basis in use, and Q·(θ − θ at its refresh), fp64 on the host.
 
         [B, K, K], [B, K, J], [B, J]; the last two are None where there is no basis, or no way to the parameters.
@@ -255,15 +268,16 @@ class OGPSA:
             return "nor is the basis in use: steps are skipped"
         return "the last good basis is kept" if self.has_basis else "no basis yet: steps are not projected"
 
-    def _stored(self, rows_KN: Tensor, weights_BKK: Tensor) -> Tensor:
-        """Q = A·W in the dtype and on the device that the config asks for; in A's own memory where it can be."""
+    def _stored(self, rows_KN: Tensor, references: Rows, weights_BKK: Tensor) -> Tensor | HostRows:
+        """Q = A·W in the dtype and on the device that the config asks for; in A's own memory where it can be.
+
+        Args:
+            references: A, ``rows_KN``, as passes take it.
+        """
         dtype = self.config.torch_basis_dtype
-        device = torch.device("cpu") if self.config.basis_device == "cpu" else rows_KN.device
-        out_KN = rows_KN if (dtype, device) == (rows_KN.dtype, rows_KN.device) else None
-        if out_KN is None:
-            out_KN = torch.empty(rows_KN.shape, dtype=dtype, device=device, pin_memory=device != rows_KN.device)
-        combine_rows(self._shard.layout, rows_KN, weights_BKK, out_KN)
-        return out_KN
+        out_KN = rows_KN if dtype == rows_KN.dtype else self._rows(rows_KN.shape[0], dtype)
+        combine_rows(self._shard.layout, references, weights_BKK, out_KN)
+        return HostRows(out_KN, self._shard.layout.device) if self._is_on_host else out_KN
 
     def add_references_once(self, weight: float) -> None:
         """Add w·Σ_j a_j to the gradient of the next step, after its projection and before it is clipped.
@@ -295,7 +309,7 @@ class OGPSA:
     def basis_bytes(self) -> int:
         """Bytes of the basis on this rank."""
         basis = self._space.basis
-        return 0 if basis is None else basis.rows_KN.numel() * basis.rows_KN.element_size()
+        return 0 if basis is None else basis.rows_KN.nbytes
 
     @property
     def block_names(self) -> list[str]:

@@ -35,6 +35,7 @@ from megatron_ogpsa.projection import removal
 from megatron_ogpsa.projection.conflict import Cone
 from megatron_ogpsa.projection.segments import gram_and_dots, subtract_combination
 from megatron_ogpsa.sharding.gradients import GradientShard, leaf_optimizers
+from megatron_ogpsa.streaming import HostRows
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +45,14 @@ class Basis:
     """An orthonormal basis of every block's protected subspace, and the rule of what is removed along it.
 
     Attributes:
-        rows_KN: Q, this rank's columns.
+        rows_KN: Q, this rank's columns, on the gradient's device or in host memory.
         reference_BKK: QᵀA, fp64; column j holds reference j in the basis.
         cone: of ``mode="conflict"``; None removes the whole component.
         rank: dimension of the largest protected subspace of any block.
         rank_total: summed over blocks.
     """
 
-    rows_KN: Tensor
+    rows_KN: Tensor | HostRows
     reference_BKK: Tensor
     cone: Cone | None
     rank: int
@@ -250,7 +251,8 @@ class UpdateSpace(Space):
         One all-reduce of a number for each block and one more, in place of Megatron's own of the norm.
         """
         self._shard.load()
-        local_B = gram_and_dots(self._shard.layout, basis.rows_KN[:0], self._shard.spans)[:, -1]
+        no_rows = torch.empty(0, self._shard.layout.num_elements, device=self._shard.layout.device)
+        local_B = gram_and_dots(self._shard.layout, no_rows, self._shard.spans)[:, -1]
         self._along_BK = self._along(basis, self._shard.parameters)
         trace = (0.0 * self._along_BK).sum()
         totals = sum_over_ranks(torch.cat((local_B, trace[None])), self._shard.reduction.group)

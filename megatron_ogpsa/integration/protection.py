@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_ogpsa.plugin import ReferenceInterval
@@ -61,19 +61,22 @@ def as_line(step: int, figures: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def tell_interval(step: int, losses: Losses, before: Losses, interval: Mapping[str, ReferenceInterval]) -> None:
-    """Print and log the figures, on the rank that logs; others do nothing.
-
-    TensorBoard and Weights & Biases get ``ogpsa NAME/loss``, ``…/change``, ``…/predicted`` and ``…/captured``.
-    """
+    """Print and log the figures, on the rank that logs; others do nothing."""
     from megatron.training import get_tensorboard_writer, get_wandb_writer, print_rank_last
 
     figures = interval_figures(losses, before, interval)
-    if not figures:
-        return
-    print_rank_last(as_line(step, figures))
+    if figures:
+        print_rank_last(as_line(step, figures))
+        log_figures(step, figures, get_tensorboard_writer(), get_wandb_writer())
+
+
+def log_figures(step: int, figures: Mapping[str, Mapping[str, float]], tensorboard: Any, wandb: Any) -> None:
+    """TensorBoard and Weights & Biases, where there are, get ``ogpsa NAME/loss``, ``…/change``, ``…/predicted`` and
+    ``…/captured``.
+    """
     named = {f"ogpsa {name}/{key}": value for name, own in figures.items() for key, value in own.items()}
-    if writer := get_tensorboard_writer():
+    if tensorboard:
         for name, value in named.items():
-            writer.add_scalar(name, value, step)
-    if wandb := get_wandb_writer():
+            tensorboard.add_scalar(name, value, step)
+    if wandb:
         wandb.log(named, step)

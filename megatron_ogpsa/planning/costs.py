@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
+from megatron_ogpsa.projection.segments import TileLimits
+from megatron_ogpsa.streaming import NUM_BUFFERS
+
 FP32, FP64 = 4, 8
+
+LONGEST_TILE = TileLimits.for_device(torch.device("cuda")).tile
+"""Elements of a staging buffer's rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +56,7 @@ class Projection:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one rank beside Megatron's own: between refreshes, and what a refresh adds to that while it lasts."""
+    """Bytes of one rank beside Megatron's own: between refreshes, and what a refresh adds where the basis lies."""
 
     accelerator: int
     host: int
@@ -58,11 +66,14 @@ class Memory:
 def memory(projection: Projection, shard: ShardSize) -> Memory:
     """k·N·b for the basis; in a refresh k·N fp32 gradients beside it, which become the new basis or are freed.
 
+    A basis on the host takes staging buffers on the accelerator, which do not grow with N.
+
     bf16 training gradients are projected in one fp32 copy of the shard.
     """
     basis = projection.references * shard.elements * projection.basis_bytes
     copy = shard.packed * FP32
-    on_accelerator = 0 if projection.on_host else basis
+    staging = NUM_BUFFERS * projection.references * min(shard.elements, LONGEST_TILE) * projection.basis_bytes
+    on_accelerator = staging if projection.on_host else basis
     return Memory(
         accelerator=on_accelerator + copy,
         host=basis if projection.on_host else 0,

@@ -56,7 +56,7 @@ def _memory(plan: Plan) -> list[str]:
         f"optimizer state {_gb(size.state_bytes)}: {_gb(size.megatron_bytes)}",
         f"  OGPSA          {_references(plan)} of {size.elements:,} elements",
     ]
-    table = [("basis", "where", "GPU", "host", "a refresh adds")]
+    table = [("basis", "where", "GPU", "host", "a refresh adds there")]
     for dtype, bytes_, on_host in STORAGES:
         memory = plan.memory(bytes_, on_host=on_host)
         chosen = (bytes_, on_host) == (plan.projection.basis_bytes, plan.projection.on_host)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -161,6 +162,27 @@ class SegmentLayout:
         return torch.zeros(self.num_blocks, *shape, dtype=torch.float64, device=self.device)
 
 
+class TileSource(Protocol):
+    """K vectors over a shard that lie elsewhere and are brought to the layout's device, one tile at a time."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """[K, N]."""
+
+    def tiles(self, layout: SegmentLayout) -> Iterator[tuple[Tile, Tensor]]:
+        """Each tile of ``layout`` in order, with its columns [K, T], which hold until the next tile is asked for."""
+
+
+Rows = Tensor | TileSource
+"""K vectors over a shard, any float dtype: a tensor [K, N] on the layout's device, or what brings them there."""
+
+
+def _tiles_of(layout: SegmentLayout, rows_KN: Rows) -> Iterator[tuple[Tile, Tensor]]:
+    if isinstance(rows_KN, Tensor):
+        return ((tile, rows_KN[:, tile.columns]) for tile in layout.tiles)
+    return rows_KN.tiles(layout)
+
+
 def _merged(segments: Sequence[Segment]) -> list[Segment]:
     """Join neighbours of the same block and the same ownership."""
     merged: list[Segment] = []
@@ -187,19 +209,17 @@ def _accumulate(table_B: Tensor, tile: Tile, products_T: Tensor) -> None:
     table_B.index_add_(0, tile.blocks_S, sums_S)
 
 
-def cross_products(layout: SegmentLayout, rows_KN: Tensor, others_JN: Tensor) -> Tensor:
+def cross_products(layout: SegmentLayout, rows_KN: Rows, others_JN: Rows) -> Tensor:
     """Local inner products, block by block, of K vectors with J others: R·Oᵀ.
 
     Returns:
         fp64 [B, K, J]: this rank's share, elements that are not counted left out. Sum over ranks next.
     """
     table = layout.table(rows_KN.shape[0], others_JN.shape[0])
-    for tile in layout.tiles:
+    for (tile, rows_KT), (_, others_JT) in zip(_tiles_of(layout, rows_KN), _tiles_of(layout, others_JN), strict=True):
         if not tile.counted and tile.lengths_S is None:
             continue
-        rows_KT, others_JT = (
-            rows[:, tile.columns].to(layout.device, torch.float64, non_blocking=True) for rows in (rows_KN, others_JN)
-        )
+        rows_KT, others_JT = rows_KT.double(), others_JT.double()
         if tile.lengths_S is None:
             table[tile.block] += rows_KT @ others_JT.mT
         else:
@@ -207,14 +227,14 @@ def cross_products(layout: SegmentLayout, rows_KN: Tensor, others_JN: Tensor) ->
     return table
 
 
-def gram_and_dots(layout: SegmentLayout, rows_KN: Tensor, spans: Sequence[Tensor] | None = None) -> Tensor:
+def gram_and_dots(layout: SegmentLayout, rows_KN: Rows, spans: Sequence[Tensor] | None = None) -> Tensor:
     """Local inner products, block by block, of K vectors with each other or with one more vector.
 
     Without ``spans``: M = R·Rᵀ, the Gram matrices of the rows. With ``spans`` (a gradient g in Megatron's buffers): the
     coefficients c = R·g and, in the last column, ‖g‖².
 
     Args:
-        rows_KN: K vectors over the shard, any float dtype, on any device; each tile is brought to the layout's device.
+        rows_KN: K vectors over the shard.
         spans: 1-D tensors, one for each span of the layout.
 
     Returns:
@@ -223,9 +243,9 @@ def gram_and_dots(layout: SegmentLayout, rows_KN: Tensor, spans: Sequence[Tensor
     """
     num_rows = rows_KN.shape[0]
     table = layout.table(num_rows, num_rows) if spans is None else layout.table(num_rows + 1)
-    for tile in layout.tiles:
+    for tile, stored_KT in _tiles_of(layout, rows_KN):
         weight = float(tile.counted)  # of a tile with one segment
-        rows_KT = rows_KN[:, tile.columns].to(layout.device, torch.float64, non_blocking=True)
+        rows_KT = stored_KT.double()
         if spans is None:
             if tile.lengths_S is None:
                 table[tile.block] += weight * (rows_KT @ rows_KT.mT)
@@ -263,7 +283,7 @@ def _combination(tile: Tile, weights_BK: Tensor, rows_KT: Tensor) -> Tensor:
 
 
 def subtract_combination(
-    layout: SegmentLayout, spans: Sequence[Tensor], rows_KN: Tensor, coefficients_BK: Tensor
+    layout: SegmentLayout, spans: Sequence[Tensor], rows_KN: Rows, coefficients_BK: Tensor
 ) -> None:
     """g ← g − Σ_k r_bk·q_k in place, b being the block of each element; copies that are not counted are changed alike.
 
@@ -273,18 +293,18 @@ def subtract_combination(
         coefficients_BK: r, on the layout's device.
     """
     coefficients_BK = coefficients_BK.float()
-    for tile in layout.tiles:
-        rows_KT = rows_KN[:, tile.columns].to(layout.device, torch.float32, non_blocking=True)
-        spans[tile.span][tile.start : tile.stop].sub_(_combination(tile, coefficients_BK, rows_KT))
+    for tile, rows_KT in _tiles_of(layout, rows_KN):
+        spans[tile.span][tile.start : tile.stop].sub_(_combination(tile, coefficients_BK, rows_KT.float()))
 
 
-def combine_rows(layout: SegmentLayout, rows_KN: Tensor, weights_BKK: Tensor, out_KN: Tensor) -> None:
-    """out = Wᵀ·rows, block by block: turns reference gradients into basis vectors. ``out`` may be ``rows`` itself.
+def combine_rows(layout: SegmentLayout, rows_KN: Rows, weights_BKK: Tensor, out_KN: Tensor) -> None:
+    """out = Wᵀ·rows, block by block: turns reference gradients into basis vectors. ``out`` may be ``rows`` itself, or the
+    host memory that they come from.
 
     The product is formed in fp64: with nearly parallel references W is large and its terms cancel.
     """
-    for tile in layout.tiles:
-        rows_KT = rows_KN[:, tile.columns].to(layout.device, torch.float64, non_blocking=True)
-        out_KN[:, tile.columns] = torch.stack(
-            [_combination(tile, weights_BK, rows_KT) for weights_BK in weights_BKK.unbind(-1)]
-        ).to(out_KN.dtype)
+    for tile, stored_KT in _tiles_of(layout, rows_KN):
+        rows_KT = stored_KT.double()
+        combined = [_combination(tile, weights_BK, rows_KT) for weights_BK in weights_BKK.unbind(-1)]
+        for out_N, combined_T in zip(out_KN, combined, strict=True):
+            out_N[tile.columns] = combined_T.to(out_KN.dtype)

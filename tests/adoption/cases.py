@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
+
+import torch
+from megatron.core import parallel_state
 
 from tests.core.cases import batch_of
 from tests.core.layouts import LAYOUTS
@@ -22,3 +26,51 @@ def readme_block(code: str) -> bool:
     }
     exec(code, names)
     return bool(names["ogpsa"].metrics["rank"] == 2 and names["ogpsa"].metrics["removed"] > 0)
+
+
+def page_of_own_loop(attaching: str, loop: str, leaving: str) -> dict[str, bool]:
+    """Run the page's blocks undisturbed, resumed in the middle, and without the refresh after the checkpoint."""
+    undisturbed, names, saved = _loop_of_page([attaching, loop], [(0, 4)])
+    resumed, *_ = _loop_of_page([attaching, loop], [(0, 2), (2, 4)])
+    line = "refresh_is_due = True  # as"
+    forgetful, *_ = _loop_of_page([attaching, loop.replace(line, "pass  # as")], [(0, 4)])
+    is_attached = "prepare_grads" in names["optimizer"].__dict__
+    exec(leaving, names)
+    return {
+        "saved": saved == [2, 4],
+        "projected": all(step["rank"] == 2 and step["removed_length"] > 0 for step in names["logged"]),
+        "resumed as undisturbed": all(map(torch.equal, resumed, undisturbed)),
+        "the refresh after a checkpoint matters": loop.count(line) == 1
+        and not all(map(torch.equal, forgetful, undisturbed)),
+        "detached": is_attached and "prepare_grads" not in names["optimizer"].__dict__,
+    }
+
+
+def _loop_of_page(
+    code: list[str], parts: list[tuple[int, int]]
+) -> tuple[list[torch.Tensor], dict[str, Any], list[int]]:
+    """The weights after the code ran once for each range of steps, on one optimizer; and the names of the last time."""
+    parallel_state.destroy_model_parallel()
+    shape = ModelShape()
+    training = build(LAYOUTS["tp2"], random_weights(shape, seed=1), lr=0.01)
+    names: dict[str, Any] = {}
+    saved: list[int] = []
+    for first, last in parts:
+        if names:
+            names["ogpsa"].detach()
+        logged: list[dict[str, float]] = []
+        names = {
+            "optimizer": training.optimizer,
+            "model": training.chunks,
+            "references": {"math": batch_of(shape, 0), "chat": batch_of(shape, 1)},
+            "get_gradient": training.gradient,
+            "batches": (batch_of(shape, 100 + step) for step in count(first)),
+            "first_step": first,
+            "last_step": last,
+            "save_interval": 2,
+            "save": saved.append,
+            "log": lambda step, logged=logged, **figures: logged.append(figures),
+            "logged": logged,
+        }
+        exec("\n".join(code), names)
+    return [param.detach().clone() for chunk in training.chunks for param in chunk.parameters()], names, saved

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.adoption import pages
 from tests.data.conftest import build_hugging_face_folder
 
 ROOT = Path(__file__).parents[2]
@@ -20,8 +21,16 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def run(command: list[str], folder: Path, timeout: float) -> str:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout, check=False)
+def run(command: list[str], folder: Path, timeout: float, **environment: str) -> str:
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
     told = [line for line in done.stderr.splitlines() if line.startswith(("[rank0]:", "megatron-ogpsa:"))]
     assert done.returncode == 0, "\n".join(told) or done.stderr[-2000:]
     return done.stdout + done.stderr
@@ -30,6 +39,7 @@ def run(command: list[str], folder: Path, timeout: float) -> str:
 def test_the_diff_is_all_that_an_existing_script_needs(tmp_path: Path) -> None:
     tokenizer_folder = build_hugging_face_folder(tmp_path / "tokenizer")
     (diff,) = blocks("diff")
+    assert pages.blocks("existing-script.md", "diff") == [diff]
     lines = diff.splitlines()
     assert len(lines) <= 6
     script = (ROOT / "tests/adoption/existing_script.py").read_text(encoding="utf-8")
@@ -39,20 +49,24 @@ def test_the_diff_is_all_that_an_existing_script_needs(tmp_path: Path) -> None:
         assert script.count(old) == 1, old
         script = script.replace(old, new)
     (tmp_path / "train.py").write_text(script, encoding="utf-8")
-    turns = [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "good morning"}]
-    (tmp_path / "general.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 8, encoding="utf-8")
+    (row,) = pages.blocks("existing-script.md", "json")
+    (tmp_path / "general.jsonl").write_text(row * 8, encoding="utf-8")
     flags = (
         "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
         "--micro-batch-size 2 --global-batch-size 8 --train-iters 3 --lr 1e-3 --eval-interval 9 --eval-iters 0 "
         "--log-interval 1 "
-        f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer_folder} --tensor-model-parallel-size 2 "
-        "--ogpsa-reference general=general.jsonl"
+        f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer_folder} --tensor-model-parallel-size 2"
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    output = run([*launch, *flags.split()], tmp_path, timeout=180)
+    (command,) = pages.blocks("existing-script.md", "bash")
+    with_programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    output = run(["bash", "-ec", command], tmp_path, timeout=180, FLAGS=flags, PATH=with_programs)
     steps = re.findall(r"iteration +(\d)/ +3 .*ogpsa removed: (\S+).*ogpsa rank: 1\.", output)
     assert [step for step, _ in steps] == ["1", "2", "3"]
     assert all(0 < float(share) <= 1 for _, share in steps)
+    (line,) = pages.blocks("existing-script.md", "text")
+    as_pattern = re.sub(r"\d+", r"\\d+", re.sub(r"\\[+-]", "[+-]", re.escape(line.strip())))
+    assert re.search(as_pattern, output)  # the refresh that the checkpoint of step 2 calls for
+    assert (tmp_path / "checkpoints/iter_0000002").is_dir()
 
 
 def test_the_flags_are_those_of_the_parser() -> None:
