@@ -20,7 +20,7 @@ AS_JSON = (f"{EIGHT_B} --json", f"{EIGHT_B} --json --ogpsa-basis-dtype bf16 --og
 UPDATE = f"{EIGHT_B} --json --ogpsa-space update --ogpsa-granularity model"
 
 MISTAKES = {
-    f"{EIGHT_B} --fp8-format hybrid": "--fp8-format with --ogpsa-reference is not supported: ",
+    f"{EIGHT_B} --fp8-format hybrid --seq-length 2052": "--seq-length 2052 with --micro-batch-size 4 gives a rank 4104 ",
     f"{EIGHT_B} --micro-batch-sise 1": "unknown flag --micro-batch-sise, did you mean --micro-batch-size?",
     f"{EIGHT_B} --stage dpo": "--stage dpo: configs/llama3.1-8b/sft.yaml has no 'stages': leave the flag out",
     "plan configs/example/sft.yaml --gpus-per-node 4": "--vocab-size is missing: give it, or a tokenizer that tells it ",
