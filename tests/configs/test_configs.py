@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,14 +31,14 @@ PRECISIONS: dict[str, list[str]] = {
     ],
 }
 
-EVERYWHERE = ("bf16", "tensorwise")
-"""Validation takes a moment: the other recipes are tried on one configuration."""
-CASES = [
-    (config, precision)
-    for config in CONFIGS
-    for precision in PRECISIONS
-    if precision in EVERYWHERE or config == "configs/qwen2.5-7b/sft-dpo.yaml"
+CASES = [(config, "bf16") for config in CONFIGS]
+CASES += [(config, "tensorwise") for config in CONFIGS if config.endswith("sft-dpo.yaml")]
+CASES += [
+    ("configs/qwen2.5-7b/dpo.yaml", precision) for precision in PRECISIONS if precision not in ("bf16", "tensorwise")
 ]
+
+PAGE = (ROOT / "docs/fp8.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^megatron-ogpsa (?:train|plan) (\S+)((?: --\S+| \S+)*)$", PAGE, re.MULTILINE)
 
 # arXiv:2602.07892 and the authors' code: README, train/sft_pg, train/dpo_pg.
 SHARED = {
@@ -70,6 +71,7 @@ DATA = {
 def validated() -> dict[tuple[str, str], dict[str, Any]]:
     """(configuration, precision) → stage → arguments."""
     given = [[config, RANKS[config.split("/")[1]], PRECISIONS[precision]] for config, precision in CASES]
+    given += [[config, RANKS[config.split("/")[1]], _flags(words)] for config, words in COMMANDS]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.configs.validating"],
         input=json.dumps(given),
@@ -80,7 +82,7 @@ def validated() -> dict[tuple[str, str], dict[str, Any]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return dict(zip(CASES, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    return dict(zip([*CASES, *COMMANDS], json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
 def test_the_runs_of_the_paper_are_there() -> None:
@@ -104,6 +106,20 @@ def test_a_configuration_is_accepted(
         assert (args["ogpsa_train_data"], [source for _, source in args["ogpsa_reference"]]) == DATA[stage]
         assert args["bf16"]
         assert bool(args["fp8"]) == (precision != "bf16")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_fp8_page_are_accepted(
+    validated: dict[tuple[str, str], dict[str, Any]], command: tuple[str, str]
+) -> None:
+    for args in validated[command].values():
+        assert isinstance(args, dict), args
+        assert args["fp8_recipe"] in command[1]
+
+
+def _flags(words: str) -> list[str]:
+    """Of the run; the cluster is the configuration's."""
+    return re.sub(r"--(nodes|gpus-per-node) \d+", "", words).split()
 
 
 def test_the_data_that_they_name_are_recipes() -> None:

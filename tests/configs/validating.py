@@ -28,10 +28,11 @@ def validated(config: str, ranks: int, flags: list[str]) -> dict[str, Any]:
     from megatron_ogpsa.integration.arguments import build_parser
     from megatron_ogpsa.planning.arguments import cluster_arguments
 
+    parser = build_parser()
     stages: dict[str, Any] = {}
     for name, flags_of in _runs(ConfigFile.read(Path(config)), flags, None).items():
         try:
-            args = cluster_arguments(flags_of(build_parser()), ranks)
+            args = cluster_arguments(flags_of(parser), ranks)
             stages[name] = {shown: getattr(args, shown) for shown in SHOWN}
         except UserError as error:
             stages[name] = str(error)

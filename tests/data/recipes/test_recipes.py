@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,3 +207,27 @@ def test_published_names_are_looked_up_with_configuration_and_split(monkeypatch:
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     select(RECIPES["halueval_sft"], RECIPES["halueval_sft"].source, num_rows=1, seed=0)
     assert asked == [("pminervini/HaluEval", "qa", "data")]
+
+
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_of_the_page_write_what_they_say(
+    line: str, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a file in the place of the Hub, and fewer rows."""
+    monkeypatch.chdir(tmp_path)
+    program, *given = shlex.split(line, comments=True)
+    name = given[-1]
+    assert (program, given[0]) == ("megatron-ogpsa", "data")
+    assert f"# {RECIPES[name].num_rows:,} " in line
+    assert main([*given, "--source", str(write(EXPECTED[name][0])), "--num-rows", "1"]) == 0
+    assert len((tmp_path / f"data/{name}.jsonl").read_text(encoding="utf-8").splitlines()) == 1
+
+
+def test_the_page_has_every_recipe() -> None:
+    assert {shlex.split(line, comments=True)[-1] for line in COMMANDS} == RECIPES.keys()
+    assert set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)) == RECIPES.keys()
