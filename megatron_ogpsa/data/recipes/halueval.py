@@ -29,7 +29,7 @@ def to_conversation(row: Row, where: str) -> Row | Drop:
 HALUEVAL_SFT = Recipe(
     name="halueval_sft",
     source="pminervini/HaluEval:qa:data",
-    licence="Apache-2.0",
+    licence="see https://huggingface.co/datasets/pminervini/HaluEval",
     num_rows=200,
     summary="questions answered from knowledge, as a reference of SFT (HaluEval)",
     convert=to_conversation,

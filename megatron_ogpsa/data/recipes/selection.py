@@ -38,7 +38,7 @@ class Recipe:
     Attributes:
         name: as the authors' code calls the result.
         source: where it is published, in the form that ``open_source`` takes.
-        licence: of the data set, as its page states it.
+        licence: of the data set, or the page that states it.
         num_rows: taken unless the user says otherwise.
         summary: one line for ``--help``.
         convert: a row of the data set and its place to a row of ours, or why it is dropped; raises UserError if the row

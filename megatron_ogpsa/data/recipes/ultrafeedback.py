@@ -10,7 +10,7 @@ from megatron_ogpsa.data.recipes.selection import Drop, Recipe, Row
 from megatron_ogpsa.errors import UserError
 
 SOURCE = "HuggingFaceH4/ultrafeedback_binarized"
-LICENCE = "MIT"
+LICENCE = "see https://huggingface.co/datasets/HuggingFaceH4/ultrafeedback_binarized"
 
 
 def to_conversation(row: Row, where: str) -> Row | Drop:
