@@ -2,7 +2,7 @@
 
 A refresh is a function of the weights and the reference data alone. With refreshes on and the projection off a run is
 bitwise the run without the plugin: whatever a forward and backward pass changes beside the gradient (random states,
-router statistics, timers, the watch on NaN) is put back by :func:`no_trace`.
+router statistics, FP8 scales, timers, the watch on NaN) is put back by :func:`no_trace`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from megatron_ogpsa.data.micro_batches import deal_out
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.plugin import OGPSA
+from megatron_ogpsa.precision.fp8_state import fp8_state_kept, starts_without_scales
 
 if TYPE_CHECKING:
     from megatron_ogpsa.data import TokenizedChatDataset, TokenizedPreferenceDataset
@@ -163,6 +164,7 @@ def refresh(
     seq_length: int,
     micro_batch_size: int,
     decoder_seq_length: int | None = None,
+    is_first_step: bool = False,
 ) -> Refreshed:
     """Compute the reference gradients as training gradients are computed, and give the plugin its new basis.
 
@@ -171,27 +173,38 @@ def refresh(
 
     Args:
         forward_backward: Megatron's schedule for this layout (``get_forward_backward_func``).
+        is_first_step: whether the model has not been trained in this run. FP8 scales that follow from earlier passes do
+            not fit then, so that each reference gradient is taken after a short pass that finds some.
     """
+
+    def run(forward_step: Callable[..., Any], micro_batches: Sequence[MicroBatch], bar: tqdm[NoReturn] | None) -> None:
+        # Rank 0 is on the first stage, whose first chunk draws every micro-batch.
+        iterators = [_watched(micro_batches, bar if chunk is chunks[0] else None) for chunk in chunks]
+        forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=list(chunks),
+            num_microbatches=len(micro_batches),
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            decoder_seq_length=decoder_seq_length,
+            forward_only=False,
+        )
+
+    finds_scales = is_first_step and starts_without_scales(chunks)
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
     ogpsa.begin_refresh()
     sums: list[LossSum] = []
     with _progress_bar(references) as bar:
         for reference in references:
             for name, micro_batches in reference.parts.items():
-                _zero_gradients(chunks, optimizer)
-                # Rank 0 is on the first stage, whose first chunk draws every micro-batch.
-                iterators = [_watched(micro_batches, bar if chunk is chunks[0] else None) for chunk in chunks]
                 sums.append(LossSum())
                 with no_trace(chunks):  # of each on its own: otherwise one would route the next one's tokens
-                    forward_backward(
-                        forward_step_func=sums[-1].of(reference.forward_step),
-                        data_iterator=iterators if len(chunks) > 1 else iterators[0],
-                        model=list(chunks),
-                        num_microbatches=len(micro_batches),
-                        seq_length=seq_length,
-                        micro_batch_size=micro_batch_size,
-                        decoder_seq_length=decoder_seq_length,
-                        forward_only=False,
-                    )
+                    if finds_scales:
+                        with no_trace(chunks, but_for_fp8=True):
+                            run(reference.forward_step, micro_batches[:stages], None)
+                    _zero_gradients(chunks, optimizer)
+                    run(sums[-1].of(reference.forward_step), micro_batches, bar)
                 ogpsa.capture(name)
     _zero_gradients(chunks, optimizer)
     return Refreshed(losses=_mean_losses(references, sums), is_new=ogpsa.finish_refresh())
@@ -255,9 +268,14 @@ def _zero_gradients(chunks: Sequence[DistributedDataParallel], optimizer: Megatr
 
 
 @contextmanager
-def no_trace(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """Undo what forward and backward passes inside change beside the gradient, also when one of them raises."""
+def no_trace(chunks: Sequence[DistributedDataParallel], *, but_for_fp8: bool = False) -> Iterator[None]:
+    """Undo what forward and backward passes inside change beside the gradient, also when one of them raises.
+
+    ``but_for_fp8``: leave the FP8 scales that they find, for passes that follow.
+    """
     with ExitStack() as stack:
+        if not but_for_fp8:
+            stack.enter_context(fp8_state_kept(chunks))
         stack.enter_context(_random_states())
         stack.enter_context(_module_buffers(chunks))
         stack.enter_context(_router_metrics())

@@ -18,6 +18,8 @@ from megatron.core.optimizer.optimizer import (
 
 from megatron_ogpsa.config import OGPSAConfig
 from megatron_ogpsa.errors import UnsupportedError, UserError
+from megatron_ogpsa.precision.fp8_state import quantizing_modules
+from megatron_ogpsa.precision.fp8_support import check_fp8_modules
 from megatron_ogpsa.sharding.gradients import leaf_optimizers
 
 SUPPORTED_MEGATRON = "0.19"
@@ -63,6 +65,7 @@ def check_supported(
                 "(--use-torch-fsdp2 is not supported; use --use-distributed-optimizer)"
             )
         _check_parameters(chunk)
+    check_fp8_modules(quantizing_modules([chunk for chunk in chunks if isinstance(chunk, DistributedDataParallel)]))
     if isinstance(optimizer, LayerWiseDistributedOptimizer):
         raise UnsupportedError(_layer_wise_message())
     for leaf in leaf_optimizers(optimizer):

@@ -1,6 +1,7 @@
 """A YAML file whose keys are flags: what it may hold, and how it becomes a command line.
 
-A file with ``stages`` is a pipeline: a mapping of flags for each stage, beside the flags that all of them share.
+A file with ``stages`` is a pipeline: a mapping of flags for each stage, beside the flags that all of them share. A file
+with ``base: OTHER.yaml`` takes over that file's flags (found from its own folder), and its own win; bases have no bases.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from megatron_ogpsa.cli.yaml_nodes import MERGE_TAG, compose, line_of, value_of
 from megatron_ogpsa.cluster.settings import FILE_KEYS, OF_ONE_NODE
 from megatron_ogpsa.errors import UserError
 
+BASE = "base"
 LAUNCH = "launch"
 STAGES = "stages"
 
@@ -27,11 +29,17 @@ _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 @dataclass(frozen=True)
 class Entry:
-    """One key of the file."""
+    """One key of the file, or of its base."""
 
     key: str
     value: Any
+    path: Path
     line: int
+
+    @property
+    def place(self) -> str:
+        """``file:line``, for error messages."""
+        return f"{self.path}:{self.line}"
 
 
 @dataclass(frozen=True)
@@ -51,24 +59,33 @@ class ConfigFile:
 
     @classmethod
     def read(cls, path: Path) -> ConfigFile:
-        """Read a mapping of flags, with the stages of a pipeline if it has any.
+        """Read a mapping of flags, with its base and the stages of a pipeline if it has any.
 
         Raises:
-            UserError: no such file, not YAML, not a mapping, or a key twice; with the line.
+            UserError: no such file, not YAML, not a mapping, a key twice, or a base that is none; with the line.
         """
         node = compose(path)
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{path}: not a mapping: write one flag a line, such as 'num-layers: 4'")
-        own = {name: [(key, value) for key, value in node.value if _is_key(key, name)] for name in (LAUNCH, STAGES)}
+        own = {
+            name: [(key, value) for key, value in node.value if _is_key(key, name)] for name in (LAUNCH, STAGES, BASE)
+        }
         for name, pairs in own.items():
             if len(pairs) > 1:
                 raise UserError(f"{path}:{line_of(pairs[1][0])}: {name} stands there twice: keep one of them")
-        return cls(
+        written = cls(
             path,
             tuple(_entries(path, [pair for pair in node.value if not any(pair in pairs for pairs in own.values())])),
             _launch_settings(path, own[LAUNCH][0][1]) if own[LAUNCH] else {},
             _stages(path, own[STAGES][0][1]) if own[STAGES] else {},
         )
+        return written._above(_base_of(path, own[BASE][0][1])) if own[BASE] else written
+
+    def _above(self, base: ConfigFile) -> ConfigFile:
+        """With the flags of ``base`` that this file does not give itself."""
+        own = {entry.key for entry in self.entries}
+        inherited = tuple(entry for entry in base.entries if entry.key not in own)
+        return ConfigFile(self.path, inherited + self.entries, base.launch | self.launch, self.stages)
 
     def stage(self, name: str) -> ConfigFile:
         """One stage of a pipeline as a configuration of its own; its flags win over the shared ones."""
@@ -96,14 +113,28 @@ class ConfigFile:
             if action is None:
                 from megatron_ogpsa.integration.arguments import nearest
 
-                raise UserError(f"{self.path}:{entry.line}: unknown key '{entry.key}'{nearest(entry.key, options)}")
+                raise UserError(f"{entry.place}: unknown key '{entry.key}'{nearest(entry.key, options)}")
             if isinstance(action, argparse._AppendAction) and set(action.option_strings) & set(overrides):
                 continue
             try:
                 flags += _as_flags(entry, action, parser)
             except ValueError as error:
-                raise UserError(f"{self.path}:{entry.line}: {entry.key}: {error}") from None
+                raise UserError(f"{entry.place}: {entry.key}: {error}") from None
         return flags + overrides
+
+
+def _base_of(path: Path, node: yaml.Node) -> ConfigFile:
+    place = f"{path}:{line_of(node)}: {BASE}"
+    if not isinstance(node, yaml.ScalarNode) or not node.value:
+        raise UserError(f"{place}: write one path, as seen from {path.parent}")
+    file = path.parent / str(node.value)
+    if not file.exists():
+        raise UserError(f"{place}: no such file {file}: write its path as seen from {path.parent}")
+    content = compose(file)
+    for key, _ in content.value if isinstance(content, yaml.MappingNode) else ():
+        if any(_is_key(key, name) for name in (BASE, STAGES)):
+            raise UserError(f"{file}:{line_of(key)}: {key.value} in a base ({place}): give it in {path.name} itself")
+    return ConfigFile.read(file)
 
 
 def _entries(path: Path, pairs: list[tuple[yaml.Node, yaml.Node]]) -> list[Entry]:
@@ -111,9 +142,7 @@ def _entries(path: Path, pairs: list[tuple[yaml.Node, yaml.Node]]) -> list[Entry
     lines: dict[str, int] = {}
     for entry in entries:
         if entry.key in lines:
-            raise UserError(
-                f"{path}:{entry.line}: {entry.key} stands on line {lines[entry.key]} already: keep one of them"
-            )
+            raise UserError(f"{entry.place}: {entry.key} stands on line {lines[entry.key]} already: keep one of them")
         lines[entry.key] = entry.line
     return entries
 
@@ -143,7 +172,7 @@ def _entry(path: Path, key: yaml.Node, value: yaml.Node) -> Entry:
     if key.tag == MERGE_TAG:
         raise UserError(f"{place}: merging ('<<') is not supported: write the flags themselves")
     name = _normal(key)
-    return Entry(name, value_of(f"{place}: {name}", value), line_of(key))
+    return Entry(name, value_of(f"{place}: {name}", value), path, line_of(key))
 
 
 def _is_key(node: yaml.Node, name: str) -> bool:

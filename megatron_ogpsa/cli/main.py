@@ -16,6 +16,7 @@ VERBS = {
     "train": ("megatron_ogpsa.cli.train", "fine-tune from a configuration file"),
     "plan": ("megatron_ogpsa.cli.plan", "what the projection adds to a run on a cluster, without the cluster"),
     "doctor": ("megatron_ogpsa.cli.doctor", "what is wrong with this machine, a configuration and its data"),
+    "data": ("megatron_ogpsa.cli.data", "the paper's public data sets as training and reference data"),
     "demo": ("megatron_ogpsa.cli.demo", "see the alignment tax, and what projection recovers of it, on a small model"),
     "study": ("megatron_ogpsa.cli.study", "compare settings of the projection at equal safety, over seeds"),
 }

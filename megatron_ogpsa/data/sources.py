@@ -25,6 +25,7 @@ from megatron_ogpsa.errors import UserError
 LocatedRow = tuple[str, object]
 
 _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<split>[^/]+))?")
+_CONFIGURATION = re.compile(r"^([\w.-]+):")
 _CHUNK_BYTES = 1 << 20
 _PARQUET_ROWS = 256
 _MOST_LINE_BYTES = 64 << 20
@@ -49,7 +50,7 @@ def open_source(source: str) -> RowSource:
 
     Args:
         source: a ``.jsonl``, ``.json`` or ``.parquet`` file, a folder written by ``datasets.Dataset.save_to_disk``, or
-            ``name[:split]`` of a set of the Hugging Face Hub (split ``train`` unless given).
+            ``name[:configuration][:split]`` of a set of the Hugging Face Hub (split ``train`` unless given).
 
     Raises:
         UserError: it does not exist, is empty, or is of no known kind.
@@ -227,7 +228,8 @@ def _open_folder(source: str, path: Path) -> RowSource:
 
 def _open_hub(source: str, name: str, split: str) -> RowSource:
     try:
-        dataset = datasets.load_dataset(name, split=split)
+        names = [name, *_CONFIGURATION.findall(split)]
+        dataset = datasets.load_dataset(*names, split=_CONFIGURATION.sub("", split))
     except Exception as error:  # network, authorisation, format and builder failures share no base class
         raise UserError(
             f"{source}: no such file or folder, and the Hub gives no set {name!r} with split {split!r}"

@@ -60,6 +60,8 @@ class Stage:
         report.examine(LAYOUT, self._lay_out, needs=("flags",))
         report.examine("variables", self._look_at_variables, needs=("flags",))
         report.examine(MEGATRON, self._validate, needs=("flags", LAYOUT))
+        if self._generation is not None and report.is_sound(MEGATRON) and self._args.fp8:
+            report.examine("FP8", self._look_at_fp8)
         report.examine("projection", self._project, needs=(MEGATRON,))
         report.examine("tokenizer", self._tokenize, needs=("flags", "libraries"))
         for name, check in self._sources() if report.is_sound("flags") else ():
@@ -112,6 +114,12 @@ class Stage:
         if self._args.transformer_impl == "transformer_engine" and installed_version("transformer-engine") is None:
             text = "--transformer-impl transformer_engine, and Transformer Engine is not installed"
             yield fail("layers of", text, "pip install 'transformer-engine[pytorch]', or use --transformer-impl local")
+
+    def _look_at_fp8(self) -> Finding:
+        from megatron_ogpsa.precision.fp8_support import check_fp8_available
+
+        check_fp8_available(self._args)
+        return ok("FP8", f"--fp8-recipe {self._args.fp8_recipe}: Transformer Engine and this GPU have it")
 
     def _project(self) -> Finding:
         from megatron_ogpsa.integration.projection import check_projection_arguments

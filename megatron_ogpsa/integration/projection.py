@@ -20,6 +20,7 @@ from megatron_ogpsa.integration.authors import LEAK_NOTICE, check_authors_argume
 from megatron_ogpsa.integration.checkpoints import read_state
 from megatron_ogpsa.integration.protection import Losses, tell_interval
 from megatron_ogpsa.integration.reference_data import loss_of_reference
+from megatron_ogpsa.precision.fp8_support import check_fp8_flags
 from megatron_ogpsa.watchdog import progress
 
 if TYPE_CHECKING:
@@ -77,14 +78,13 @@ def check_projection_arguments(args: argparse.Namespace) -> None:
             f"--ogpsa-mode conflict with {gradients} reference gradients: it solves for up to {MAX_CONFLICT_REFERENCES}; "
             "join some references into one, lower --ogpsa-rank-per-reference, or use mode orthogonal"
         )
-    scaling = "reference passes would leave their mark on the scaling factors"
+    scaling = "reference passes would leave their mark on its scaling factors"
     dtensors = "its gradients lie outside Megatron's gradient buffers"
     within = "--ogpsa-space update does not reach parameters within the inner optimizer"
     of_update = args.ogpsa_space == "update"
     splits_pairs = args.context_parallel_size > 1 and any(loss_of_reference(args, name) != "nll" for name in names)
     for is_given, flag, reason, remedy in (
-        (args.fp8, "--fp8-format", scaling, "train in --bf16"),
-        (args.fp4, "--fp4-format", scaling, "train in --bf16"),
+        (args.fp4, "--fp4-format", scaling, "train in --bf16 or with --fp8-format"),
         (
             splits_pairs,
             "--context-parallel-size",
@@ -108,6 +108,7 @@ def check_projection_arguments(args: argparse.Namespace) -> None:
     ):
         if is_given:
             raise UnsupportedError(f"{flag} with --ogpsa-reference is not supported: {reason}; {remedy}")
+    check_fp8_flags(args)
 
 
 NOT_SETTINGS = ("ogpsa_reference", "ogpsa_train_data", "ogpsa_valid_data", "ogpsa_hang_timeout")
@@ -170,6 +171,7 @@ class ProjectionRun:
                 seq_length=self._args.seq_length,
                 micro_batch_size=self._args.micro_batch_size,
                 decoder_seq_length=self._args.decoder_seq_length,
+                is_first_step=step == 0,
             )
         self._refresh_seconds = time.monotonic() - started
         self._refresh_is_due = False

@@ -19,6 +19,7 @@ from megatron_ogpsa.integration.disk import check_folders, install_disk_errors
 from megatron_ogpsa.integration.hang_watch import pulsing, watched
 from megatron_ogpsa.integration.loop import LoopHook, install_hooks
 from megatron_ogpsa.integration.patching import Patch, apply_patches, require_supported_megatron
+from megatron_ogpsa.precision.fp8_support import check_fp8_available
 
 _PRETRAIN_PARAMETERS = (
     "cfg_container",
@@ -83,6 +84,8 @@ def _megatrons_pretrain(*args: Any, **kwargs: Any) -> Any:
 
     if install_if_no_gpu():
         check_supported_on_cpu(get_args())
+    else:
+        check_fp8_available(get_args())
     return megatron_pretrain(*args, **kwargs)
 
 

@@ -79,7 +79,7 @@ def plan_stages(config: ConfigFile, overrides: list[str]) -> tuple[Stage, ...]:
         for entry in entries:
             if entry.key in (*FOLDERS, *BEGINNING, *FORBIDDEN, "launch"):
                 raise UserError(
-                    f"{config.path}:{entry.line}: {entry.key} in the stage {name}: the pipeline sets it for each stage; "
+                    f"{entry.place}: {entry.key} in the stage {name}: the pipeline sets it for each stage; "
                     f"{_remedy(entry.key)}"
                 )
     for key in FORBIDDEN:

@@ -17,6 +17,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_ogpsa.data.micro_batches import deal_out
+from megatron_ogpsa.precision.fp8_state import adopt_forward_scales, starts_without_scales
 from megatron_ogpsa.reference_policy.store import LogProbs
 from megatron_ogpsa.references import MicroBatch, no_trace
 
@@ -65,20 +66,26 @@ class Passes:
             size=parallel_state.get_data_parallel_world_size(),
             multiple=stages if self.is_interleaved else 1,
         )
-        iterators = [iter(micro_batches) for _ in self.chunks]
         with no_trace(self.chunks), _evaluating(self.chunks), torch.no_grad():
-            outputs = self.forward_backward(
-                forward_step_func=self.forward_step,
-                data_iterator=iterators if len(iterators) > 1 else iterators[0],
-                model=list(self.chunks),
-                num_microbatches=len(micro_batches),
-                seq_length=self.seq_length,
-                micro_batch_size=self.micro_batch_size,
-                decoder_seq_length=self.decoder_seq_length,
-                forward_only=True,
-                collect_non_loss_data=True,
-            )
+            if starts_without_scales(self.chunks):
+                self._forward(micro_batches[:stages])
+                adopt_forward_scales()
+            outputs = self._forward(micro_batches)
         return _gathered(outputs, num_pairs, next(self.chunks[0].parameters()).device)
+
+    def _forward(self, micro_batches: Sequence[MicroBatch]) -> Any:
+        iterators = [iter(micro_batches) for _ in self.chunks]
+        return self.forward_backward(
+            forward_step_func=self.forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=list(self.chunks),
+            num_microbatches=len(micro_batches),
+            seq_length=self.seq_length,
+            micro_batch_size=self.micro_batch_size,
+            decoder_seq_length=self.decoder_seq_length,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
 
 
 def _gathered(outputs: Sequence[tuple[Tensor, Tensor]], num_pairs: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
 from megatron_ogpsa.sharding.names import named_parameters
@@ -35,12 +36,17 @@ def weights_fingerprint(chunks: Sequence[DistributedDataParallel]) -> str:
         if is_one_copy(parameter):
             for index in range(2):
                 salt = zlib.crc32(f"{index}:{parameter.name}".encode()) * _GOLDEN
-                sums[index] += _mixed_sum(parameter.param.detach(), salt)
+                sums[index] += _mixed_sum(_plain(parameter.param), salt)
     total = torch.tensor(
         [_signed(value) for value in sums], dtype=torch.int64, device=next(chunks[0].parameters()).device
     )
     dist.all_reduce(total)
     return "".join(f"{value % 2**64:016x}" for value in total.tolist())
+
+
+def _plain(param: torch.nn.Parameter) -> Tensor:
+    """The values of a parameter; those of ``--fp8-param-gather`` cannot all be flattened as they are."""
+    return dequantize_fp8_tensor(param) if is_float8tensor(param) else param.detach()
 
 
 def _mixed_sum(values: Tensor, salt: int) -> int:

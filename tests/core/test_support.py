@@ -59,7 +59,6 @@ def arguments() -> Callable[..., argparse.Namespace]:
 @pytest.mark.parametrize(
     ("change", "flag"),
     [
-        ({"fp8": "hybrid"}, "--fp8-format"),
         ({"fp4": "e2m1"}, "--fp4-format"),
         ({"context_parallel_size": 2, "ogpsa_reference_loss": [(None, "nll_pair")]}, "--context-parallel-size"),
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),

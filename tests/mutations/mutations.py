@@ -453,8 +453,9 @@ REFRESH = (
     Mutation(
         "references-not-zeroed-between",
         "megatron_ogpsa/references.py",
-        "                _zero_gradients(chunks, optimizer)\n                # Rank 0",
-        "                if not sums:\n                    _zero_gradients(chunks, optimizer)\n                # Rank 0",
+        "                    _zero_gradients(chunks, optimizer)\n                    run(",
+        "                    if len(sums) == 1:\n                        _zero_gradients(chunks, optimizer)\n"
+        "                    run(",
         (f"{PASSES}[dp2-overlap]",),
         "each reference's gradient has those before it in it",
     ),

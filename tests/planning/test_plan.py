@@ -17,10 +17,11 @@ DOCUMENTED = dict(re.findall(r"```console\n\$ megatron-ogpsa (.*)\n((?s:.*?))\n`
 EIGHT_B = "plan configs/llama3.1-8b/sft.yaml"
 PIPELINE = "plan configs/example/sft-dpo.yaml --gpus-per-node 4 --vocab-size 1000"
 AS_JSON = (f"{EIGHT_B} --json", f"{EIGHT_B} --json --ogpsa-basis-dtype bf16 --ogpsa-basis-device cpu")
+PAPER = "plan configs/qwen2.5-7b/sft-dpo.yaml --json"
 UPDATE = f"{EIGHT_B} --json --ogpsa-space update --ogpsa-granularity model"
 
 MISTAKES = {
-    f"{EIGHT_B} --fp8-format hybrid": "--fp8-format with --ogpsa-reference is not supported: ",
+    f"{EIGHT_B} --fp8-format hybrid --seq-length 2052": "--seq-length 2052 with --micro-batch-size 4 gives a rank 4104 ",
     f"{EIGHT_B} --micro-batch-sise 1": "unknown flag --micro-batch-sise, did you mean --micro-batch-size?",
     f"{EIGHT_B} --stage dpo": "--stage dpo: configs/llama3.1-8b/sft.yaml has no 'stages': leave the flag out",
     "plan configs/example/sft.yaml --gpus-per-node 4": "--vocab-size is missing: give it, or a tokenizer that tells it ",
@@ -33,7 +34,7 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, tuple[int, str, str]]:
     """Of all commands below, run in one process."""
-    commands = [*DOCUMENTED, PIPELINE, *AS_JSON, UPDATE, *MISTAKES]
+    commands = [*DOCUMENTED, PIPELINE, *AS_JSON, UPDATE, PAPER, *MISTAKES]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.planning.several"],
         input=json.dumps([command.split() for command in commands]),
@@ -81,3 +82,14 @@ def test_json_has_the_same_figures(outcomes: dict[str, tuple[int, str, str]]) ->
     assert on_host["host_bytes_per_rank"] == 2 * 2 * elements
     assert (plain["step"]["collectives"], of_update["step"]["collectives"]) == (0, 1)
     assert of_update["blocks"] == 1
+
+
+def test_the_table_of_the_papers_runs_is_what_is_planned(outcomes: dict[str, tuple[int, str, str]]) -> None:
+    """Of Qwen, both stages."""
+    rows = {
+        stage: f"| `qwen2.5-7b` | 1 × 8 | {stage} | {plan['references']} | {plan['basis_bytes_per_rank'] / 1e9:.2f} GB | "
+        f"{plan['step']['memory_traffic_bytes'] / 1e9:.2f} GB | {plan['refresh']['share_of_passes'] * 100:.1f} % |"
+        for stage, plan in json.loads(outcomes[PAPER][1]).items()
+    }
+    assert [*rows] == ["sft", "dpo"]
+    assert all(row in PAGE.read_text(encoding="utf-8").splitlines() for row in rows.values()), rows
