@@ -36,7 +36,7 @@ class Passes:
         is_interleaved: whether micro-batches must come in multiples of the number of stages.
     """
 
-    chunks: Sequence[DistributedDataParallel]
+    chunks: Sequence[torch.nn.Module]
     forward_step: Callable[..., Any]
     forward_backward: Callable[..., Any]
     seq_length: int
@@ -51,11 +51,12 @@ class Passes:
         data_parallel_size = parallel_state.get_data_parallel_world_size()
         return MICRO_BATCHES_PER_STAGE * stages * self.micro_batch_size * data_parallel_size
 
-    def run(self, rows: Sequence[MicroBatch], num_pairs: int) -> tuple[Tensor, Tensor]:
-        """log π of the answers in ``rows``; collective over all ranks, which get the same.
+    @torch.no_grad()
+    def collect(self, rows: Sequence[MicroBatch]) -> list[Any]:
+        """What the forward step's loss gives for each of this data-parallel rank's micro-batches of ``rows``.
 
-        Returns:
-            fp64 [N, 2], and bool [N]: which pairs it holds; both on the host.
+        Empty but on the last pipeline stage, whose tensor-parallel ranks all have the same. Collective over the ranks of
+        a pipeline. Does not change the model's mode, and leaves what a forward pass leaves.
         """
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         micro_batches = deal_out(
@@ -66,18 +67,27 @@ class Passes:
             multiple=stages if self.is_interleaved else 1,
         )
         iterators = [iter(micro_batches) for _ in self.chunks]
-        with no_trace(self.chunks), _evaluating(self.chunks), torch.no_grad():
-            outputs = self.forward_backward(
-                forward_step_func=self.forward_step,
-                data_iterator=iterators if len(iterators) > 1 else iterators[0],
-                model=list(self.chunks),
-                num_microbatches=len(micro_batches),
-                seq_length=self.seq_length,
-                micro_batch_size=self.micro_batch_size,
-                decoder_seq_length=self.decoder_seq_length,
-                forward_only=True,
-                collect_non_loss_data=True,
-            )
+        outputs: list[Any] = self.forward_backward(
+            forward_step_func=self.forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=list(self.chunks),
+            num_microbatches=len(micro_batches),
+            seq_length=self.seq_length,
+            micro_batch_size=self.micro_batch_size,
+            decoder_seq_length=self.decoder_seq_length,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        return outputs
+
+    def run(self, rows: Sequence[MicroBatch], num_pairs: int) -> tuple[Tensor, Tensor]:
+        """log π of the answers in ``rows``; collective over all ranks, which get the same.
+
+        Returns:
+            fp64 [N, 2], and bool [N]: which pairs it holds; both on the host.
+        """
+        with no_trace(self.chunks), _evaluating(self.chunks):
+            outputs = self.collect(rows)
         return _gathered(outputs, num_pairs, next(self.chunks[0].parameters()).device)
 
 
