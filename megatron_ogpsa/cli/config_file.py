@@ -1,7 +1,7 @@
 """A YAML file whose keys are flags: what it may hold, and how it becomes a command line.
 
 A file with ``stages`` is a pipeline: a mapping of flags for each stage, beside the flags that all of them share. With
-``model: FOLDER``, a converted model (:mod:`megatron_ogpsa.conversion`), its flags are the file's own where it leaves them out.
+``model: FOLDER``, a converted model (:mod:`megatron_ogpsa.conversion`), the flags that the file leaves out are the model's.
 """
 
 from __future__ import annotations

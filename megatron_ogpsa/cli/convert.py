@@ -67,9 +67,7 @@ def run(args: argparse.Namespace) -> int:
         _tell(args.target, "a Hugging Face folder", converted)
         return 0
     if args.hf is not None or args.ckpt_step is not None:
-        raise UserError(
-            f"{args.source}: --hf and --ckpt-step are of folders of checkpoints, which this is not: leave them out"
-        )
+        raise UserError(f"{args.source}: --hf and --ckpt-step are for folders of checkpoints: leave them out")
     converted = to_megatron(args.source, args.target, dtype=dtype)
     _tell(args.target, "a Megatron checkpoint", converted)
     _tell_use(args.target, converted)

@@ -20,9 +20,9 @@ _REMEDY = "name with --hf the Hugging Face folder that the training began with"
 _OF_THE_MODEL = ("decoder.", "embedding.", "output_layer.")
 _SAME_IN_TRAINING = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels swiglu normalization "
-    "layernorm_epsilon position_embedding_type rotary_base rotary_percent rotary_seq_len_interpolation_factor use_rope_scaling "
-    "rope_scaling_factor window_size qk_layernorm num_experts moe_ffn_hidden_size moe_router_topk moe_router_pre_softmax "
-    "moe_router_score_function"
+    "layernorm_epsilon position_embedding_type rotary_base rotary_percent rotary_seq_len_interpolation_factor "
+    "use_rope_scaling rope_scaling_factor window_size qk_layernorm num_experts moe_ffn_hidden_size moe_router_topk "
+    "moe_router_pre_softmax moe_router_score_function"
 ).split()
 """Arguments that say what a model computes, not how it is trained; a checkpoint's tensors tell the rest."""
 
@@ -46,7 +46,7 @@ class Checkpoint:
         """
         from megatron.core.dist_checkpointing import load_common_state_dict
         from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
-        from torch.distributed.checkpoint import FileSystemReader
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
 
         examined = examine(folder, iteration)
         if examined.chosen is None or not (examined.is_tracked or iteration is not None):

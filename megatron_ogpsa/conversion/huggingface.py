@@ -65,7 +65,7 @@ class Weights:
         for file in _files(folder):
             try:
                 with safe_open(file, framework="pt") as handle:
-                    for name in handle.keys():  # noqa: SIM118: not a mapping
+                    for name in handle.offset_keys():
                         view = handle.get_slice(name)
                         stored_as = view.get_dtype()
                         self.stored[name] = StoredTensor(
@@ -109,7 +109,7 @@ def require_tensors(folder: Path, weights: Weights, pieces: list[Piece], dtype: 
             first, first_dtype = dtypes.setdefault(piece.key, (name, found.dtype))
             if dtype is None and found.dtype != first_dtype:
                 raise UserError(
-                    f"{found.file}: {name} is {found.dtype}, {first} is {first_dtype}, and Megatron keeps both in one tensor: "
+                    f"{found.file}: {name} is {found.dtype}, {first} is {first_dtype}, and Megatron keeps both as one: "
                     "give --dtype fp32, bf16 or fp16 for all"
                 )
     expected = {name for piece in pieces for name in piece.names}
