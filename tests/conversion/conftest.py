@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conversion.models import CONFIGS, build
+from tests.conversion import troubles
+from tests.conversion.models import CONFIGS, TRAINED, build
 from tests.data.conftest import build_hugging_face_folder
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +60,7 @@ class Conversions:
     """Below ``top``: ``NAME`` as transformers wrote it, ``NAME-megatron``, and ``NAME-back``."""
 
     top: Path
-    outcomes: dict[str, Outcome]
+    troubles: dict[str, Outcome]
 
     def original(self, name: str) -> Path:
         return self.top / name
@@ -78,10 +79,16 @@ def conversions(tmp_path_factory: pytest.TempPathFactory) -> Conversions:
         build(top / name, config())
     build(top / "bf16-in-files", CONFIGS["qwen3"](), torch.bfloat16, max_shard_size="8KB")
     build_hugging_face_folder(top / "bf16-in-files")  # a tokenizer
-    names = [*CONFIGS, "bf16-in-files"]
+    for name, config in TRAINED.items():
+        build(top / name, config())
+        build_hugging_face_folder(top / name)
+    names = [*CONFIGS, *TRAINED, "bf16-in-files"]
     there = [(top / name, top / f"{name}-megatron") for name in names]
     back = [(top / f"{name}-megatron", top / f"{name}-back", "--max-shard-size", "8e-6") for name in names]
-    outcomes = convert([*there, *back])
-    for outcome in outcomes:
+    refused = troubles.make(top / "llama2", top / "troubles")
+    occupied = [(top / "llama2", top / "llama2-megatron")]
+    outcomes = convert([*there, *back, *refused, *occupied])
+    for outcome in outcomes[: 2 * len(names)]:
         assert outcome.exit_code == 0, outcome.output + outcome.errors
-    return Conversions(top, dict(zip(names, outcomes, strict=False)))
+    named = zip([*troubles.TROUBLES, "occupied"], outcomes[2 * len(names) :], strict=True)
+    return Conversions(top, dict(named))

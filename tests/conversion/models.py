@@ -37,6 +37,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+TRAINED_SHAPE = {"vocab_size": 400, "max_position_embeddings": 128}
 EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -50,6 +51,12 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3-moe": lambda: Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=16, norm_topk_prob=True),
     "qwen3-moe-unnormalised": lambda: Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=16, norm_topk_prob=False),
 }
+
+TRAINED: dict[str, Callable[[], PreTrainedConfig]] = {
+    "trained-tp2": lambda: LlamaConfig(**SHAPE | TRAINED_SHAPE, rope_parameters=LLAMA3_ROPE),
+    "trained-pp2": lambda: Qwen2Config(**SHAPE | TRAINED_SHAPE, tie_word_embeddings=True),
+}
+"""Those that learn from text."""
 
 SEQUENCE_LENGTH = 24
 
