@@ -15,6 +15,7 @@ from megatron_ogpsa.telling import tell_once
 VERBS = {
     "train": ("megatron_ogpsa.cli.train", "fine-tune from a configuration file"),
     "evaluate": ("megatron_ogpsa.cli.evaluate", "losses and refusals of a checkpoint, in any layout"),
+    "convert": ("megatron_ogpsa.cli.convert", "Hugging Face folder to Megatron checkpoint, or back"),
     "plan": ("megatron_ogpsa.cli.plan", "what the projection adds to a run on a cluster, without the cluster"),
     "doctor": ("megatron_ogpsa.cli.doctor", "what is wrong with this machine, a configuration and its data"),
     "demo": ("megatron_ogpsa.cli.demo", "see the alignment tax, and what projection recovers of it, on a small model"),
