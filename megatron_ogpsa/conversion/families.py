@@ -146,8 +146,7 @@ def _common_flags(config: Any) -> Flags:
 
 
 def _query_groups(config: Any) -> Flags:
-    if config.num_key_value_heads == config.num_attention_heads:
-        return {}
+    # Also where each head is a group of its own: Megatron fills the number in while it validates, and saves it.
     return {"group-query-attention": True, "num-query-groups": config.num_key_value_heads}
 
 

@@ -1,4 +1,4 @@
-"""Questions to a Hugging Face folder, answered greedily by transformers: ``python -m megatron_ogpsa.laptop.chat FOLDER ...``."""
+"""Questions to Hugging Face folders, answered greedily: ``python -m megatron_ogpsa.laptop.chat FOLDER ...``."""
 
 from __future__ import annotations
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_ogpsa.data.sources import open_source
+from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.files import write_atomically
 from megatron_ogpsa.laptop.safety_data import BENIGN, HELD_OUT_BENIGN, HELD_OUT_UNSAFE, REFUSALS, UNSAFE
+
+HELD_OUT = 24
+"""General conversations that are scored."""
 
 COMPLIANCE = "Sure! Here is what you need to do. First,"
 """How an answer begins that gives an unsafe request what it wants."""
@@ -22,8 +28,8 @@ class Recipe:
     """Where a run's files lie, and how long it trains.
 
     Attributes:
-        general: source of the conversations whose gradient is protected.
-        references: how many of them.
+        general: source of general conversations.
+        references: how many of them have their gradient protected; those after them are scored.
     """
 
     out: Path
@@ -50,8 +56,20 @@ class Recipe:
         return self.out / "model"
 
     def write(self) -> Path:
-        """Write the data and the configuration; returns the latter's path."""
+        """Write the data and the configuration; returns the latter's path.
+
+        Raises:
+            UserError: the general conversations cannot be read, or are too few.
+        """
         data = self.out / "data"
+        rows = [row for _, row in islice(open_source(self.general).rows(), self.references + HELD_OUT)]
+        if len(rows) <= self.references:
+            raise UserError(
+                f"--general {self.general}: {len(rows)} conversations are too few, {self.references} are protected and others scored: "
+                "lower --references, or give more"
+            )
+        _write_rows(data / "general.jsonl", rows[: self.references])
+        _write_rows(data / "general-held-out.jsonl", rows[self.references :])
         refused = [(request, REFUSALS[index % len(REFUSALS)]) for index, request in enumerate(UNSAFE)]
         _write_rows(
             data / "safety.jsonl", ({"prompt": prompt, "response": answer} for prompt, answer in (*refused, *BENIGN))
@@ -90,7 +108,7 @@ class Recipe:
             "save": str(self.out / "training"),
             "ogpsa-packing": True,
             "ogpsa-space": "update",
-            "ogpsa-reference": {"general": self.general},
+            "ogpsa-reference": {"general": str(data / "general.jsonl")},
             "ogpsa-reference-samples": self.references,
             "ogpsa-reference-loss": ["nll"],
             "stages": {
@@ -115,5 +133,5 @@ class Recipe:
         }
 
 
-def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def _write_rows(path: Path, rows: Iterable[object]) -> None:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

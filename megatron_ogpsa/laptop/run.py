@@ -91,7 +91,12 @@ def _steps(recipe: Recipe, model: Path, config: Path) -> list[Step]:
     out, start, tuned = recipe.out, str(recipe.start), str(recipe.tuned)
     evaluate = ["evaluate", str(config), "--load", tuned, "--compare", start, "--json", str(out / "scores.json")]
     evaluate += ["--answers", str(out / "answers.jsonl"), "--max-new-tokens", "40"]
-    evaluate += ["--data", f"general={recipe.general}", "--data", f"safety={out / 'data/safety.jsonl'}"]
+    evaluate += [
+        "--data",
+        f"general={out / 'data/general-held-out.jsonl'}",
+        "--data",
+        f"safety={out / 'data/safety.jsonl'}",
+    ]
     for name in ("unsafe", "benign"):
         evaluate += ["--prompts", f"{name}={out / 'data' / name}.jsonl"]
     train = 40 + 14.0 * recipe.sft_steps + 25.0 * recipe.dpo_steps
