@@ -19,6 +19,9 @@ from megatron_ogpsa.laptop.safety_data import BENIGN, HELD_OUT_BENIGN, HELD_OUT_
 HELD_OUT = 24
 """General conversations that are scored."""
 
+ANSWERED = 2
+"""Times that each harmless look-alike stands in the data: refusals are shorter, and few of them are learnt as "always"."""
+
 COMPLIANCE = "Sure! Here is what you need to do. First,"
 """How an answer begins that gives an unsafe request what it wants."""
 
@@ -65,17 +68,21 @@ class Recipe:
         rows = [row for _, row in islice(open_source(self.general).rows(), self.references + HELD_OUT)]
         if len(rows) <= self.references:
             raise UserError(
-                f"--general {self.general}: {len(rows)} conversations are too few, {self.references} are protected and others scored: "
-                "lower --references, or give more"
+                f"--general {self.general}: {len(rows)} conversations are too few, as {self.references} are protected and "
+                "others scored: lower --references, or give more"
             )
         _write_rows(data / "general.jsonl", rows[: self.references])
         _write_rows(data / "general-held-out.jsonl", rows[self.references :])
         refused = [(request, REFUSALS[index % len(REFUSALS)]) for index, request in enumerate(UNSAFE)]
         _write_rows(
-            data / "safety.jsonl", ({"prompt": prompt, "response": answer} for prompt, answer in (*refused, *BENIGN))
+            data / "safety.jsonl",
+            ({"prompt": prompt, "response": answer} for prompt, answer in (*refused, *BENIGN * ANSWERED)),
         )
         pairs = [(prompt, answer, COMPLIANCE) for prompt, answer in refused]
-        pairs += [(prompt, answer, REFUSALS[index % len(REFUSALS)]) for index, (prompt, answer) in enumerate(BENIGN)]
+        pairs += [
+            (prompt, answer, REFUSALS[index % len(REFUSALS)])
+            for index, (prompt, answer) in enumerate(BENIGN * ANSWERED)
+        ]
         _write_rows(
             data / "pairs.jsonl",
             ({"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in pairs),
@@ -117,7 +124,7 @@ class Recipe:
                     "global-batch-size": 4,
                     "train-iters": self.sft_steps,
                     "save-interval": self.sft_steps,
-                    "lr": 3.0e-5,
+                    "lr": 2.0e-5,
                     "ogpsa-refresh-interval": 10,
                 },
                 "dpo": {

@@ -50,13 +50,11 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error.strerror}): choose another folder") from None
     run_steps(_steps(recipe, model, config))
-    log = (recipe.out / TABLE_FILE).read_text(encoding="utf-8")
-    print(
-        "\n".join(
-            line for line in (recipe.out / CHAT_FILE).read_text(encoding="utf-8").splitlines() if line[:1] in "? "
-        )
-    )
-    print("\n" + log[log.index("\n", log.rindex("successfully loaded")) :].strip("\n"))
+    told = (recipe.out / CHAT_FILE).read_text(encoding="utf-8").splitlines()
+    print("\n".join(line for line in told if line.startswith(("? ", "  ")) or not line))
+    scored = (recipe.out / TABLE_FILE).read_text(encoding="utf-8").splitlines()
+    header = max(number for number, line in enumerate(scored) if line.split() == ["before", "after"])
+    print("\n" + "\n".join(scored[header:]))
     print(f"\nmodel:   {recipe.exported}\nanswers: {recipe.out / 'answers.jsonl'}")
     print(f"took {time.monotonic() - started:.0f} s on {os.cpu_count()} cores")
     return 0

@@ -124,7 +124,9 @@ def test_scores_are_the_same_in_every_layout(
     expected = alone["checkpoints"][0]
     assert [found["data"][name]["samples"] for name in ("general", "odd", "pairs")] == [24, 21, 13]
     for name, scores in expected["data"].items():
-        assert found["data"][name] == {key: pytest.approx(value, rel=2e-6) for key, value in scores.items()}, name
+        assert found["data"][name] == {
+            key: value if value is None else pytest.approx(value, rel=2e-6) for key, value in scores.items()
+        }, name
     assert found["prompts"] == expected["prompts"]
     answers = [json.loads(line)["answer"] for line in (folder / "other.jsonl").read_text(encoding="utf-8").splitlines()]
     assert (
@@ -138,7 +140,7 @@ def test_scores_are_the_same_in_every_layout(
     [
         ("--load nowhere --data odd=odd.jsonl", "--load nowhere: there is no checkpoint"),
         (
-            "--load run --prompts a=prompts.jsonl --judge bad_judge.py:judge",
+            "--load run --prompts a=prompts.jsonl --judge bad_judge.py:judge --max-new-tokens 2",
             "answer 1 of 7: it raised ZeroDivisionError",
         ),
         ("--load run --prompts a=prompts.jsonl --max-new-tokens 120", "are more than --max-position-embeddings 128"),

@@ -60,7 +60,7 @@ def test_a_model_goes_through_sft_and_dpo_and_comes_back(folder: Path) -> None:
     [
         ("nowhere --general general.jsonl", "nowhere: has no config.json"),
         ("tiny --general nowhere.jsonl", "--general: nowhere.jsonl: no such file"),
-        ("tiny --general general.jsonl --references 12 --out few", "12 conversations are too few, 12 are protected"),
+        ("tiny --general general.jsonl --references 12 --out few", "12 conversations are too few, as 12 are protected"),
     ],
 )
 def test_mistakes_are_told_before_any_step(folder: Path, flags: str, fault: str) -> None:
