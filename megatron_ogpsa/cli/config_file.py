@@ -1,7 +1,8 @@
 """A YAML file whose keys are flags: what it may hold, and how it becomes a command line.
 
-A file with ``stages`` is a pipeline: a mapping of flags for each stage, beside the flags that all of them share. A file
-with ``base: OTHER.yaml`` takes over that file's flags (found from its own folder), and its own win; bases have no bases.
+A file with ``stages`` is a pipeline: a mapping of flags for each stage, beside the flags that all of them share. With
+``model: FOLDER``, a converted model (:mod:`megatron_ogpsa.conversion`), the flags that the file leaves out are the model's.
+With ``base: OTHER.yaml`` (found from the file's own folder) what is still left out is that file's; bases have no bases.
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ import yaml
 
 from megatron_ogpsa.cli.yaml_nodes import MERGE_TAG, compose, line_of, value_of
 from megatron_ogpsa.cluster.settings import FILE_KEYS, OF_ONE_NODE
+from megatron_ogpsa.conversion.model_file import CARRIED_FOLDER, MODEL_FILE
 from megatron_ogpsa.errors import UserError
 
 BASE = "base"
 LAUNCH = "launch"
 STAGES = "stages"
+MODEL = "model"
+
+_OWN = (LAUNCH, STAGES, MODEL, BASE)
+"""Keys that are no flags."""
 
 _NEGATIVE = re.compile(r"-[0-9.][0-9.eE+-]*|-")
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -67,15 +73,17 @@ class ConfigFile:
         node = compose(path)
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{path}: not a mapping: write one flag a line, such as 'num-layers: 4'")
-        own = {
-            name: [(key, value) for key, value in node.value if _is_key(key, name)] for name in (LAUNCH, STAGES, BASE)
-        }
+        own = {name: [(key, value) for key, value in node.value if _is_key(key, name)] for name in _OWN}
         for name, pairs in own.items():
             if len(pairs) > 1:
                 raise UserError(f"{path}:{line_of(pairs[1][0])}: {name} stands there twice: keep one of them")
+        entries = _entries(path, [pair for pair in node.value if not any(pair in pairs for pairs in own.values())])
+        if own[MODEL]:
+            given = {entry.key for entry in entries}
+            entries += [entry for entry in _model_entries(path, *own[MODEL][0]) if entry.key not in given]
         written = cls(
             path,
-            tuple(_entries(path, [pair for pair in node.value if not any(pair in pairs for pairs in own.values())])),
+            tuple(entries),
             _launch_settings(path, own[LAUNCH][0][1]) if own[LAUNCH] else {},
             _stages(path, own[STAGES][0][1]) if own[STAGES] else {},
         )
@@ -145,6 +153,26 @@ def _entries(path: Path, pairs: list[tuple[yaml.Node, yaml.Node]]) -> list[Entry
             raise UserError(f"{entry.place}: {entry.key} stands on line {lines[entry.key]} already: keep one of them")
         lines[entry.key] = entry.line
     return entries
+
+
+def _model_entries(path: Path, key: yaml.Node, value: yaml.Node) -> list[Entry]:
+    """The flags that ``model: FOLDER`` stands for: the model's own, its weights and its tokenizer."""
+    folder = value_of(f"{path}:{line_of(key)}: {MODEL}", value)
+    remedy = "name a folder that megatron-ogpsa convert has written"
+    if not isinstance(folder, str) or not (Path(folder) / MODEL_FILE).is_file():
+        raise UserError(f"{path}:{line_of(key)}: {MODEL}: {folder}: has no {MODEL_FILE}: {remedy}")
+    node = compose(Path(folder) / MODEL_FILE)
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{Path(folder) / MODEL_FILE}: not a mapping of flags: {remedy}")
+    besides = {
+        "pretrained-checkpoint": folder,
+        "tokenizer-type": "HuggingFaceTokenizer",
+        "tokenizer-model": str(Path(folder) / CARRIED_FOLDER),
+    }
+    return [
+        *_entries(Path(folder) / MODEL_FILE, node.value),
+        *(Entry(name, text, path, line_of(key)) for name, text in besides.items()),
+    ]
 
 
 def _stages(path: Path, node: yaml.Node) -> dict[str, tuple[Entry, ...]]:

@@ -14,9 +14,15 @@ from megatron_ogpsa.telling import tell_once
 
 VERBS = {
     "train": ("megatron_ogpsa.cli.train", "fine-tune from a configuration file"),
+    "evaluate": ("megatron_ogpsa.cli.evaluate", "losses and refusals of a checkpoint, in any layout"),
+    "convert": ("megatron_ogpsa.cli.convert", "Hugging Face folder to Megatron checkpoint, or back"),
     "plan": ("megatron_ogpsa.cli.plan", "what the projection adds to a run on a cluster, without the cluster"),
     "doctor": ("megatron_ogpsa.cli.doctor", "what is wrong with this machine, a configuration and its data"),
     "data": ("megatron_ogpsa.cli.data", "the paper's public data sets as training and reference data"),
+    "laptop": (
+        "megatron_ogpsa.cli.laptop",
+        "take a small instruct model through SFT and DPO on a CPU, and chat with it",
+    ),
     "demo": ("megatron_ogpsa.cli.demo", "see the alignment tax, and what projection recovers of it, on a small model"),
     "study": ("megatron_ogpsa.cli.study", "compare settings of the projection at equal safety, over seeds"),
 }

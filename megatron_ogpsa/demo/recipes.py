@@ -175,8 +175,8 @@ class Recipe:
             "seq-length": SEQUENCE_LENGTH,
             "tensor-model-parallel-size": 1,
             "ogpsa-train-data": str(self.benchmark.safety_train),
-            **self._schedule(1, self.num_ranks, 1e-3),
-            "micro-batch-size": 1,  # of no use here, but Megatron checks that batches come out even
+            **self._schedule(1, 32 * self.num_ranks, 1e-3),
+            "micro-batch-size": 32,
         }
 
     def start(self, name: str, projection: Settings | None) -> Settings:

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_ogpsa.demo import plots
 from megatron_ogpsa.demo.results import Estimate, Results
 from megatron_ogpsa.demo.scoring import Recovered, Scores
+from megatron_ogpsa.tables import aligned_table
 
 NOT_APPLICABLE = "n/a"
 _BLANK = "–"
@@ -45,15 +46,7 @@ def table_rows(results: Results) -> list[list[str]]:
 
 def terminal_table(results: Results) -> str:
     """The table with aligned columns and a rule under its header."""
-    header, *body = table_rows(results)
-    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        return "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-
-    return "\n".join([line(header), "─" * (sum(widths) + 2 * (len(widths) - 1)), *map(line, body)])
+    return aligned_table(table_rows(results))
 
 
 def markdown_report(results: Results, pictures: Sequence[str]) -> str:

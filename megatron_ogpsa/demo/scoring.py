@@ -1,13 +1,14 @@
 """Scores of a model of the small world: pure functions of its answers and losses.
 
 A model is two callables, so that scoring knows neither Megatron nor devices: :class:`Generate` answers prompts greedily,
-:class:`SummedLoss` gives the negative log-likelihood of the supervised tokens of each sequence.
+:class:`LossOn` gives the loss on a file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_ogpsa.demo.benchmark import Benchmark, read_conversations
@@ -23,17 +24,16 @@ class Generate(Protocol):
     def __call__(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]: ...
 
 
-class SummedLoss(Protocol):
-    """For each sequence the sum, in nats, of −log p(token | tokens before it) over the tokens that ``supervised`` marks."""
+class LossOn(Protocol):
+    """On a file of conversations: the mean of −log p(token | tokens before it) over supervised tokens, and their number."""
 
-    def __call__(self, token_ids: Sequence[list[int]], supervised: Sequence[list[bool]]) -> list[float]: ...
+    def __call__(self, conversations: Path) -> tuple[float, int]: ...
 
 
 class Tokenizer(Protocol):
     """What scoring needs of :class:`megatron_ogpsa.data.ChatTokenizer`."""
 
     def encode_prompt(self, messages: Any) -> list[int]: ...
-    def encode_chat(self, messages: Any) -> tuple[list[int], list[bool]]: ...
     def decode(self, ids: list[int]) -> str: ...
 
 
@@ -78,21 +78,22 @@ class Recovered:
     loss: float | None
 
 
-def score(benchmark: Benchmark, tokenizer: Tokenizer, generate: Generate, summed_loss: SummedLoss) -> Scores:
-    """Score a model on every evaluation set of the benchmark, with one call of ``generate`` and one of ``summed_loss``."""
+def score(benchmark: Benchmark, tokenizer: Tokenizer, generate: Generate, loss_on: LossOn) -> Scores:
+    """Score a model on every evaluation set of the benchmark, with one call of ``generate``."""
     general = {task.name: read_conversations(benchmark.eval_general(task.name)) for task in GENERAL_TASKS}
     asked = {task.name: general[task.name] for task in GENERAL_TASKS if task.has_one_answer}
     unsafe, benign = read_conversations(benchmark.eval_unsafe), read_conversations(benchmark.eval_benign)
 
     answers = _answers({**asked, " unsafe": unsafe, " benign": benign}, tokenizer, generate)
-    losses, tokens = _losses(general, tokenizer, summed_loss)
+    losses = {name: loss_on(benchmark.eval_general(name)) for name in general}
     return Scores(
         unsafe_refused=share([is_refusal(answer) for answer in answers[" unsafe"]]),
         benign_refused=share([is_refusal(answer) for answer in answers[" benign"]]),
         benign_helped=exact_match(answers[" benign"], benign),
         accuracy={name: exact_match(answers[name], examples) for name, examples in asked.items()},
-        loss={name: losses[name] / tokens[name] for name in general},
-        general_loss=sum(losses.values()) / sum(tokens.values()),
+        loss={name: loss for name, (loss, _) in losses.items()},
+        general_loss=sum(loss * tokens for loss, tokens in losses.values())
+        / sum(tokens for _, tokens in losses.values()),
     )
 
 
@@ -130,18 +131,3 @@ def _answers(sets: Mapping[str, list[Example]], tokenizer: Tokenizer, generate: 
     prompts = [tokenizer.encode_prompt(example.messages()[:1]) for example in examples]
     texts = iter([tokenizer.decode(answer).strip() for answer in generate(prompts, MAX_NEW_TOKENS)])
     return {name: [next(texts) for _ in examples] for name, examples in sets.items()}
-
-
-def _losses(
-    sets: Mapping[str, list[Example]], tokenizer: Tokenizer, summed_loss: SummedLoss
-) -> tuple[dict[str, float], dict[str, int]]:
-    """For each set the summed loss and the number of supervised tokens."""
-    encoded = [tokenizer.encode_chat(example.messages()) for examples in sets.values() for example in examples]
-    pairs = iter(zip(summed_loss([ids for ids, _ in encoded], [mask for _, mask in encoded]), encoded, strict=True))
-    losses, tokens = dict.fromkeys(sets, 0.0), dict.fromkeys(sets, 0)
-    for name, examples in sets.items():
-        for _ in examples:
-            loss, (_, supervised) = next(pairs)
-            losses[name] += loss
-            tokens[name] += sum(supervised)
-    return losses, tokens

@@ -85,7 +85,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.ogpsa_stage == "dpo":
         _check_dpo(args)
     if args.ogpsa_packing or args.ogpsa_stage == "dpo":
-        _check_packing(args, "--ogpsa-packing" if args.ogpsa_packing else "--ogpsa-stage dpo")
+        check_packing(args, "--ogpsa-packing" if args.ogpsa_packing else "--ogpsa-stage dpo")
 
 
 def require_data(args: argparse.Namespace) -> None:
@@ -125,7 +125,15 @@ def _check_dpo(args: argparse.Namespace) -> None:
         )
 
 
-def _check_packing(args: argparse.Namespace, flag: str) -> None:
+def check_packing(args: argparse.Namespace, flag: str) -> None:
+    """Refuse flags with which documents in one row would attend to each other.
+
+    Args:
+        flag: what puts several documents into a row, for the message.
+
+    Raises:
+        UserError, UnsupportedError: naming the flag and the remedy.
+    """
     if args.transformer_impl == "transformer_engine":
         if args.micro_batch_size != 1:
             raise UserError(

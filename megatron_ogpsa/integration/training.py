@@ -154,6 +154,16 @@ def _overwriting_in_place(original: Callable[..., Any]) -> Callable[..., Any]:
     return set_main_param_and_optimizer_states
 
 
+def _with_rope_scaling_factor(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def gpt_config_from_args(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        config = original(args, *rest, **kwargs)
+        config.rope_scaling_factor = args.rope_scaling_factor
+        return config
+
+    return gpt_config_from_args
+
+
 def _in_process_unless_async(original: Callable[..., Any]) -> Callable[..., Any]:
     written: queue.Queue[Any] = queue.Queue()
 
@@ -199,6 +209,11 @@ _WHEEL_PATCHES = (
             "killed rank, holding the job's output open"
         ),
         replace=_in_process_unless_async,
+    ),
+    Patch(
+        target="megatron.training.argument_utils:gpt_config_from_args",
+        reason="it drops --rope-scaling-factor, so that a Llama 3.2 (32) would be trained with Llama 3.1's (8)",
+        replace=_with_rope_scaling_factor,
     ),
     Patch(
         target="megatron.core.datasets.utils:compile_helpers",

@@ -26,7 +26,7 @@ from torch import nn
 from megatron_ogpsa.integration.cpu_runtime import META
 from megatron_ogpsa.planning.costs import FP32, ShardSize
 from megatron_ogpsa.sharding.gradients import Piece, leaf_optimizers, pieces_of
-from megatron_ogpsa.sharding.logical import logical_runs, row_pattern
+from megatron_ogpsa.sharding.logical import logical_name, logical_runs, row_pattern
 from megatron_ogpsa.sharding.names import NamedParameter, named_parameters
 from megatron_ogpsa.sharding.ownership import reduction_of
 
@@ -248,7 +248,7 @@ def _local(parameter: NamedParameter) -> LocalParameter:
         numel=param.numel(),
         is_expert=not getattr(param, "allreduce", True),
         is_tied_copy=bool(getattr(param, "shared", False)),
-        blocks=tuple(f"{parameter.name}[{part}]" if part else parameter.name for part in parts),
+        blocks=tuple(logical_name(parameter.name, part) for part in parts),
     )
 
 

@@ -37,7 +37,7 @@ class Passes:
         is_interleaved: whether micro-batches must come in multiples of the number of stages.
     """
 
-    chunks: Sequence[DistributedDataParallel]
+    chunks: Sequence[torch.nn.Module]
     forward_step: Callable[..., Any]
     forward_backward: Callable[..., Any]
     seq_length: int
@@ -52,30 +52,41 @@ class Passes:
         data_parallel_size = parallel_state.get_data_parallel_world_size()
         return MICRO_BATCHES_PER_STAGE * stages * self.micro_batch_size * data_parallel_size
 
+    def collect(self, rows: Sequence[MicroBatch]) -> list[Any]:
+        """What the forward step's loss gives for each of this data-parallel rank's micro-batches of ``rows``.
+
+        Empty but on the last pipeline stage, whose tensor-parallel ranks all have the same. Collective over the ranks of
+        a pipeline. Does not change the model's mode, and leaves what a forward pass leaves.
+        """
+        return self._forward(self._dealt_out(rows))
+
     def run(self, rows: Sequence[MicroBatch], num_pairs: int) -> tuple[Tensor, Tensor]:
         """log π of the answers in ``rows``; collective over all ranks, which get the same.
 
         Returns:
             fp64 [N, 2], and bool [N]: which pairs it holds; both on the host.
         """
+        with no_trace(self.chunks), _evaluating(self.chunks):
+            if starts_without_scales(self.chunks):
+                self._forward(self._dealt_out(rows)[: parallel_state.get_pipeline_model_parallel_world_size()])
+                adopt_forward_scales()
+            outputs = self.collect(rows)
+        return _gathered(outputs, num_pairs, next(self.chunks[0].parameters()).device)
+
+    def _dealt_out(self, rows: Sequence[MicroBatch]) -> list[MicroBatch]:
         stages = parallel_state.get_pipeline_model_parallel_world_size()
-        micro_batches = deal_out(
+        return deal_out(
             rows,
             micro_batch_size=self.micro_batch_size,
             rank=parallel_state.get_data_parallel_rank(),
             size=parallel_state.get_data_parallel_world_size(),
             multiple=stages if self.is_interleaved else 1,
         )
-        with no_trace(self.chunks), _evaluating(self.chunks), torch.no_grad():
-            if starts_without_scales(self.chunks):
-                self._forward(micro_batches[:stages])
-                adopt_forward_scales()
-            outputs = self._forward(micro_batches)
-        return _gathered(outputs, num_pairs, next(self.chunks[0].parameters()).device)
 
-    def _forward(self, micro_batches: Sequence[MicroBatch]) -> Any:
+    @torch.no_grad()
+    def _forward(self, micro_batches: Sequence[MicroBatch]) -> list[Any]:
         iterators = [iter(micro_batches) for _ in self.chunks]
-        return self.forward_backward(
+        outputs: list[Any] = self.forward_backward(
             forward_step_func=self.forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=list(self.chunks),
@@ -86,6 +97,7 @@ class Passes:
             forward_only=True,
             collect_non_loss_data=True,
         )
+        return outputs
 
 
 def _gathered(outputs: Sequence[tuple[Tensor, Tensor]], num_pairs: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,12 @@ one block.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from megatron_ogpsa.sharding.names import NamedParameter, unwrapped
 
@@ -60,6 +63,27 @@ def row_pattern(parameter: NamedParameter) -> RowPattern:
     return WHOLE
 
 
+def logical_name(name: str, part: str) -> str:
+    """Of a part of a fused parameter; the parameter's own name where it is one logical tensor."""
+    return f"{name}[{part}]" if part else name
+
+
+def joined_rows(parts: Sequence[Tensor], pattern: RowPattern) -> Tensor:
+    """The fused parameter that whole logical tensors, in the pattern's order, make up along dim 0."""
+    if len(parts) == 1:
+        return parts[0]
+    blocks = [part.unflatten(0, (-1, rows)) for part, (_, rows) in zip(parts, pattern.parts, strict=True)]
+    return torch.cat(blocks, dim=1).flatten(0, 1)
+
+
+def split_rows(fused: Tensor, pattern: RowPattern) -> tuple[Tensor, ...]:
+    """The logical tensors, in the pattern's order, of a whole fused parameter; undoes :func:`joined_rows`."""
+    if len(pattern.parts) == 1:
+        return (fused,)
+    blocks = fused.unflatten(0, (-1, pattern.period)).split([rows for _, rows in pattern.parts], dim=1)
+    return tuple(block.flatten(0, 1) for block in blocks)
+
+
 def _interleave_size(config: Any, name: str) -> int | None:
     if ".shared_experts." in name:
         return getattr(config, "moe_shared_expert_glu_interleave_size", None)
@@ -91,7 +115,7 @@ def logical_runs(parameter: NamedParameter, start: int, stop: int) -> Iterator[t
     end = 0
     for name, rows in pattern.parts:
         end += rows * row_size
-        edges.append((end, f"{parameter.name}[{name}]"))
+        edges.append((end, logical_name(parameter.name, name)))
     position = start
     while position < stop:
         within = (position + pattern.first_row * row_size) % end

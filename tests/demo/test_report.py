@@ -67,9 +67,6 @@ def test_scores_of_a_model_that_knows_all_answers(tmp_path: Path) -> None:
         def encode_prompt(self, messages: list[dict[str, str]]) -> list[int]:
             return [self._id(messages[0]["content"])]
 
-        def encode_chat(self, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
-            return [self._id(m["content"]) for m in messages], [m["role"] == "assistant" for m in messages]
-
         def decode(self, ids: list[int]) -> str:
             return self.texts[ids[0]]
 
@@ -78,14 +75,15 @@ def test_scores_of_a_model_that_knows_all_answers(tmp_path: Path) -> None:
     def generate(prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         return [[words._id(book[words.texts[prompt[0]]])] for prompt in prompts]
 
-    def loss(token_ids: Sequence[list[int]], supervised: Sequence[list[bool]]) -> list[float]:
-        return [2.0 for _ in token_ids]
+    def loss(conversations: Path) -> tuple[float, int]:
+        return (2.0, 30) if conversations == benchmark.eval_general(GENERAL_TASKS[0].name) else (1.0, 10)
 
     scores = score(Benchmark(tmp_path), words, generate, loss)
     assert scores.unsafe_refused == scores.benign_refused == 0.0
     assert scores.benign_helped == 1.0
     assert scores.general_accuracy == 1.0
-    assert scores.general_loss == 2.0  # one supervised "token" in each conversation
+    others = 10 * (len(GENERAL_TASKS) - 1)
+    assert scores.general_loss == (2.0 * 30 + others) / (30 + others)  # each token with the same weight
 
 
 def results(*seeds: int) -> Results:

@@ -1,0 +1,112 @@
+"""``megatron-ogpsa evaluate CONFIG.yaml --load FOLDER``: losses and refusals of a checkpoint, in any layout.
+
+As a rank of torchrun, or by starting this node's ranks as ``train`` does. Exit code 0, or 2 for a mistake of the user's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from megatron_ogpsa.cli.config_file import ConfigFile
+from megatron_ogpsa.cluster.settings import FLAGS, launch_settings
+from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.evaluation.request import Request, add_request_arguments
+from megatron_ogpsa.processes import end_with_starter
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The configuration, what is to be scored, and how many ranks to start; the rest are Megatron's flags."""
+    parser.usage = "megatron-ogpsa evaluate CONFIG.yaml --load FOLDER --data NAME=SOURCE [--flag value ...]"
+    parser.add_argument(
+        "config", type=Path, metavar="CONFIG.yaml", help="as for megatron-ogpsa train: the model, tokenizer and layout"
+    )
+    add_request_arguments(parser.add_argument_group("scores", "after CONFIG.yaml; see docs/evaluation.md"))
+    parser.add_argument_group("checkpoint").add_argument(
+        "--load", metavar="FOLDER", help="of checkpoints, as Megatron's"
+    )
+    group = parser.add_argument_group("starting ranks", "not under torchrun, which has its own; see docs/launching.md")
+    _add_starting(group)
+    parser.add_argument("--stage", metavar="NAME", help="of a file with stages: take this one's flags (the last one's)")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="--flag value", help="flags that win over the file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Under torchrun: be a rank. Otherwise start the ranks of this node and return their exit code.
+
+    Raises:
+        UserError: a mistake in flags, configuration, checkpoint or data.
+    """
+    before = [key for key, value in vars(args).items() if value is not None and key not in ("verb", "config", "flags")]
+    if before:
+        raise UserError(f"--{before[0].replace('_', '-')} stands before {args.config}: give the configuration first")
+    starting, flags = _starting_parser().parse_known_args(args.flags)
+    config = ConfigFile.read(args.config)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        end_with_starter()
+        return _run_as_rank(config, flags)
+    Request.of(_own(flags)[0])  # a mistake is told before any rank is started
+    from megatron_ogpsa.cli.launching import launch
+
+    given = {key: value for key in FLAGS if (value := getattr(starting, key.replace("-", "_")))}
+    settings = launch_settings(given, config.launch, os.environ)
+    return launch(["evaluate", str(args.config), *flags], settings=settings)
+
+
+def _run_as_rank(config: ConfigFile, flags: list[str]) -> int:
+    own, overrides = _own(flags)
+    request = Request.of(own)
+    if config.stages:
+        name = own.stage or list(config.stages)[-1]
+        if name not in config.stages:
+            raise UserError(f"--stage {name}: the file has the stages {', '.join(config.stages)}")
+        config = config.stage(name)
+    elif own.stage:
+        raise UserError(f"--stage {own.stage}: {config.path} has no 'stages': leave the flag out")
+
+    from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+
+    install_if_no_gpu()
+    import torch.distributed as dist
+
+    from megatron_ogpsa.evaluation import report
+    from megatron_ogpsa.evaluation.scoring import score_checkpoints
+    from megatron_ogpsa.integration.agreement import agreed
+    from megatron_ogpsa.integration.arguments import build_parser
+    from megatron_ogpsa.integration.loaded_model import LoadedModel
+
+    model = LoadedModel.build(config.as_flags(build_parser(), overrides))
+    found = list(score_checkpoints(model, request))
+    is_first = dist.get_rank() == 0
+    if is_first:
+        print(f"\n{report.terminal_table(found)}", flush=True)
+
+    def write() -> None:
+        if is_first and request.json:
+            report.write_scores(request.json, found)
+        if is_first and request.answers:
+            report.write_answers(request.answers, found)
+
+    agreed(write)
+    dist.destroy_process_group()
+    return 0
+
+
+def _own(flags: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This command's own flags, which may stand among Megatron's, and the others."""
+    parser = argparse.ArgumentParser(prog="megatron-ogpsa evaluate", add_help=False, allow_abbrev=False)
+    add_request_arguments(parser)
+    parser.add_argument("--stage")
+    return parser.parse_known_args(flags)
+
+
+def _starting_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-ogpsa evaluate", add_help=False, allow_abbrev=False)
+    _add_starting(parser)
+    return parser
+
+
+def _add_starting(parser: argparse._ActionsContainer) -> None:
+    for key, (values, meaning) in FLAGS.items():
+        parser.add_argument(f"--{key}", metavar=values, help=meaning)

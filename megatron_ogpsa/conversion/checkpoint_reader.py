@@ -1,0 +1,137 @@
+"""A Megatron checkpoint (``torch_dist``) of any layout, with or without optimizer state, a tensor at a time."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_ogpsa.checkpoints import examine
+from megatron_ogpsa.checkpoints.survey import TRACKER_FILE, survey
+from megatron_ogpsa.conversion.model import CONTENT, Piece
+from megatron_ogpsa.errors import UserError, one_line
+
+_REMEDY = "name with --hf the Hugging Face folder that the training began with"
+_OF_THE_MODEL = ("decoder.", "embedding.", "output_layer.")
+_SAME_IN_TRAINING = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels swiglu normalization "
+    "layernorm_epsilon position_embedding_type rotary_base rotary_percent rotary_seq_len_interpolation_factor "
+    "use_rope_scaling rope_scaling_factor window_size qk_layernorm num_experts moe_ffn_hidden_size moe_router_topk "
+    "moe_router_pre_softmax moe_router_score_function"
+).split()
+"""Arguments that say what a model computes, not how it is trained; a checkpoint's tensors tell the rest."""
+
+
+def is_checkpoint_folder(folder: Path) -> bool:
+    """Whether a run's checkpoints lie there, whole or not."""
+    return (folder / TRACKER_FILE).is_file() or bool(survey(folder).saved)
+
+
+class Checkpoint:
+    """The checkpoint of a folder that was found to be whole."""
+
+    def __init__(self, folder: Path, iteration: int | None = None) -> None:
+        """Verify it and read its table of contents.
+
+        Args:
+            iteration: this one; by default what the tracker names.
+
+        Raises:
+            UserError: it is torn, or there is none.
+        """
+        from megatron.core.dist_checkpointing import load_common_state_dict
+        from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+        examined = examine(folder, iteration)
+        if examined.chosen is None or not (examined.is_tracked or iteration is not None):
+            found = "; ".join(examined.problems[:3]) or "there is no checkpoint"
+            other = f"say --ckpt-step {examined.iteration}" if examined.iteration else "name another folder"
+            raise UserError(f"{folder}: {found}: restore it, or {other}")
+        self.path = folder / examined.chosen.name
+        self.is_verified = examined.is_verified
+        try:
+            common = load_common_state_dict(self.path)
+            metadata = FileSystemReader(self.path).read_metadata()
+        except Exception as error:
+            raise UserError(
+                f"{self.path}: not a torch_dist checkpoint ({one_line(error)}): name a folder that Megatron saved with "
+                "--ckpt-format torch_dist"
+            ) from error
+        self.arguments: Namespace | None = common.get("args")
+        content = common.get("content_metadata") or CONTENT
+        self.content = {key: value for key, value in content.items() if isinstance(value, (bool, str))}
+        self._tensors = {
+            key: found
+            for key, found in metadata.state_dict_metadata.items()
+            if isinstance(found, TensorStorageMetadata)
+        }
+        self._strategy = TorchDistLoadShardedStrategy(cache_metadata=True)
+
+    def dtype_of(self, piece: Piece) -> torch.dtype:
+        """As which its tensor is stored."""
+        dtype: torch.dtype = self._tensors[piece.key].properties.dtype
+        return dtype
+
+    def read(self, piece: Piece) -> Tensor:
+        """The values of a piece, whatever layout they were saved in."""
+        # With axes to be prepended Megatron would have this one rank name the whole checkpoint's shards.
+        shard = replace(
+            piece.shard, data=None, dtype=self.dtype_of(piece), local_shape=tuple(piece.extent), prepend_axis_num=0
+        )
+        (tensor,) = self._strategy.load({"piece": shard}, self.path).values()
+        return tensor.reshape(piece.shard.local_shape)
+
+    def require_model(self, pieces: Sequence[Piece]) -> None:
+        """That it holds the model that ``pieces`` are of, and no tensors beside.
+
+        Raises:
+            UserError: naming the first tensor that is missing, misshaped or too many.
+        """
+        for piece in pieces:
+            if piece.key not in self._tensors:
+                raise UserError(f"{self.path}: the tensor {piece.key} is missing: {_REMEDY}")
+            found, expected = tuple(self._tensors[piece.key].size), tuple(piece.shard.global_shape)
+            is_padded = piece.shard.allow_shape_mismatch and found[0] >= expected[0] and found[1:] == expected[1:]
+            if found != expected and not is_padded:
+                raise UserError(
+                    f"{self.path}: {piece.key} is {list(found)}, config.json makes it {list(expected)}: {_REMEDY}"
+                )
+        known = {piece.key for piece in pieces}
+        for key in self._tensors:
+            if key.startswith(_OF_THE_MODEL) and key not in known:
+                raise UserError(f"{self.path}: the tensor {key} is not part of the model of config.json: {_REMEDY}")
+
+    def require_arguments(self, expected: Namespace) -> None:
+        """That training computed with the model that ``config.json`` describes, as far as its saved arguments tell.
+
+        Raises:
+            UserError: naming the first one that differs.
+        """
+        for name in _SAME_IN_TRAINING:
+            trained = getattr(self.arguments, name, getattr(expected, name))
+            if trained != getattr(expected, name):
+                raise UserError(
+                    f"{self.path}: trained with --{name.replace('_', '-')} {trained}, config.json means "
+                    f"{getattr(expected, name)}: {_REMEDY}"
+                )
+
+
+def saved_arguments(args: Namespace) -> Namespace:
+    """What a converted checkpoint says of itself: the model, and that there is no state of a training run."""
+    model = {name: getattr(args, name) for name in _SAME_IN_TRAINING}
+    return Namespace(
+        **model,
+        add_position_embedding=args.add_position_embedding,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        world_size=1,
+        data_parallel_size=1,
+        no_save_optim=True,
+        no_save_rng=True,
+    )

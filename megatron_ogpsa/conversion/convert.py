@@ -1,0 +1,192 @@
+"""Both directions, each into a folder that is there when it is whole, and not before."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from tqdm import tqdm
+
+from megatron_ogpsa.conversion.checkpoint_reader import Checkpoint, saved_arguments
+from megatron_ogpsa.conversion.checkpoint_writer import write_checkpoint
+from megatron_ogpsa.conversion.families import Flags, family_of, model_flags
+from megatron_ogpsa.conversion.huggingface import (
+    CONFIG_FILE,
+    Weights,
+    carry_files,
+    read_config,
+    require_tensors,
+    write_dtype,
+)
+from megatron_ogpsa.conversion.model import CONTENT, Piece, arguments_of, unsharded
+from megatron_ogpsa.conversion.model_file import CARRIED_FOLDER, write_model_file
+from megatron_ogpsa.conversion.safetensors_writer import Planned, write_weights
+from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.integration.disk import disk_error
+
+PROGRESS_DELAY_SECONDS = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What a conversion came to.
+
+    Attributes:
+        flags: Megatron's, of the model.
+        notes: what the user is told besides.
+    """
+
+    flags: Flags
+    num_tensors: int
+    num_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+def to_megatron(source: Path, target: Path, *, dtype: torch.dtype | None = None) -> Converted:
+    """From a Hugging Face folder to a Megatron checkpoint that any layout loads.
+
+    Args:
+        target: a folder that is not there, or is empty.
+        dtype: of all weights; by default each keeps its own.
+
+    Raises:
+        UserError: what is wrong with the folder, or with the place to write.
+    """
+    config = read_config(source)
+    flags, family = model_flags(str(source / CONFIG_FILE), config), family_of(str(source / CONFIG_FILE), config)
+    weights = Weights(source)
+    args = arguments_of(flags)
+    with unsharded(args, family, CONTENT) as pieces:
+        require_tensors(source, weights, pieces, dtype)
+    dtypes = {piece.key: dtype or _known(weights.stored[piece.names[0]].dtype) for piece in pieces}
+    num_bytes = sum(piece.numel * dtypes[piece.key].itemsize for piece in pieces)
+    with _written_whole(target, num_bytes) as folder, _progress(num_bytes, "converting") as advance:
+
+        def tensor_of(piece: Piece) -> Tensor:
+            value = piece.fused({name: weights[name] for name in piece.names}).to(dtypes[piece.key])
+            advance(value.nbytes)
+            return value
+
+        carry_files(source, folder / CARRIED_FOLDER)
+        write_model_file(folder, flags, source)
+        write_checkpoint(folder, pieces, tensor_of, dtypes, saved_arguments(args))
+    return Converted(flags=flags, num_tensors=sum(len(piece.names) for piece in pieces), num_bytes=num_bytes)
+
+
+def to_hugging_face(
+    source: Path,
+    target: Path,
+    *,
+    hugging_face: Path | None = None,
+    iteration: int | None = None,
+    dtype: torch.dtype | None = None,
+    most_bytes: int,
+) -> Converted:
+    """From a checkpoint of any layout, converted or trained, to a Hugging Face folder.
+
+    Args:
+        target: a folder that is not there, or is empty.
+        hugging_face: folder with ``config.json`` and tokenizer; by default what the checkpoint carries or was trained with.
+        iteration: of the checkpoint; by default what the tracker names.
+        dtype: of all weights; by default as they are in the checkpoint.
+        most_bytes: of each weights file.
+
+    Raises:
+        UserError: what is wrong with the checkpoint, or with the place to write.
+    """
+    checkpoint = Checkpoint(source, iteration)
+    carried = hugging_face or _carried(source, checkpoint)
+    config = read_config(carried)
+    flags, family = model_flags(str(carried / CONFIG_FILE), config), family_of(str(carried / CONFIG_FILE), config)
+    args = arguments_of(flags)
+    checkpoint.require_arguments(args)
+    with unsharded(args, family, checkpoint.content) as pieces:
+        checkpoint.require_model(pieces)
+        planned = [
+            Planned(name, shape, dtype or checkpoint.dtype_of(piece))
+            for piece in pieces
+            for name, shape in zip(piece.names, piece.shapes, strict=True)
+        ]
+        piece_of = {name: piece for piece in pieces for name in piece.names}
+        num_bytes = sum(tensor.num_bytes for tensor in planned)
+        ready: dict[str, Tensor] = {}
+
+        def tensor_of(name: str) -> Tensor:
+            if name not in ready:
+                ready.update(piece_of[name].split(checkpoint.read(piece_of[name])))
+            value = ready.pop(name)
+            return value if dtype is None else value.to(dtype)
+
+        with _written_whole(target, num_bytes) as folder, _progress(num_bytes, "converting") as advance:
+            carry_files(carried, folder)
+            write_dtype(folder, config, planned[0].dtype)
+            write_weights(folder, planned, tensor_of, most_bytes=most_bytes, after_tensor=advance)
+    notes = [f"configuration and tokenizer from {carried}"]
+    if not checkpoint.is_verified:
+        notes.append(f"{checkpoint.path} has no manifest (it was saved without --verify-integrity): not verified")
+    return Converted(flags=flags, num_tensors=len(planned), num_bytes=num_bytes, notes=tuple(notes))
+
+
+def _carried(source: Path, checkpoint: Checkpoint) -> Path:
+    """The folder with the model's ``config.json``: the checkpoint's own, or that of the tokenizer it was trained with."""
+    tokenizer = getattr(checkpoint.arguments, "tokenizer_model", None)
+    for folder in (source / CARRIED_FOLDER, *([Path(tokenizer)] if tokenizer else [])):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    raise UserError(
+        f"{source}: has no {CARRIED_FOLDER}/{CONFIG_FILE}, nor has its tokenizer's folder ({tokenizer}) one: name with --hf "
+        "the Hugging Face folder that the training began with"
+    )
+
+
+def _known(dtype: torch.dtype | None) -> torch.dtype:
+    assert dtype is not None  # refused by require_tensors
+    return dtype
+
+
+@contextmanager
+def _written_whole(target: Path, num_bytes: int) -> Iterator[Path]:
+    """A folder beside ``target`` that takes its place when all is written, and is removed if not."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target}: is not an empty folder: name another one, or remove it")
+    partial = target.absolute().with_name(f".{target.name}.partial")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(partial.parent).free
+        if free < num_bytes:
+            raise UserError(
+                f"{target}: takes {num_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: free space there, or name another "
+                "folder"
+            )
+        shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+        partial.mkdir()
+        yield partial
+        if target.exists():
+            target.rmdir()
+        partial.replace(target)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        raise _of_disk(target, error) or error from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _of_disk(target: Path, error: BaseException) -> UserError | None:
+    """What the file system said, in one line, if that is what ``error`` comes from."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    found = disk_error(error)
+    if found is None:
+        return None
+    return UserError(f"{target}: cannot be written ({found.strerror}): free space there, or name another folder")
+
+
+@contextmanager
+def _progress(num_bytes: int, what: str) -> Iterator[Callable[[int], None]]:
+    with tqdm(total=num_bytes, desc=what, unit="B", unit_scale=True, delay=PROGRESS_DELAY_SECONDS, leave=False) as bar:
+        yield lambda done: bar.update(done) or None

@@ -1,0 +1,90 @@
+"""A function of the user's that judges answers: ``judge(prompt: str, answer: str) -> bool | float``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_ogpsa.errors import UserError, one_line
+
+PROGRESS_DELAY_SECONDS = 3.0
+
+Judge = Callable[[str, str], Any]
+
+
+def load_judge(name: str) -> Judge:
+    """Import the function; its module is executed, so that it must be the user's own.
+
+    Args:
+        name: ``path/of/file.py:function`` or ``package.module:function``.
+
+    Raises:
+        UserError: there is no such file, module or function, it cannot be called, or its module raises when it is imported.
+    """
+    flag = f"--judge {name}"
+    place, colon, function = name.rpartition(":")
+    if not colon or not place or not function:
+        raise UserError(f"{flag}: write FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION")
+    try:
+        module = _module_of_file(place, flag) if place.endswith(".py") else importlib.import_module(place)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise UserError(f"{flag}: cannot be imported: {type(error).__name__}: {one_line(error)}") from error
+    judge = getattr(module, function, None)
+    if not callable(judge):
+        what = "is not a function" if judge is not None else "is not there"
+        raise UserError(f"{flag}: {function} {what}: name one that takes (prompt, answer)")
+    found: Judge = judge
+    return found
+
+
+def _module_of_file(place: str, flag: str) -> ModuleType:
+    path = Path(place)
+    if not path.is_file():
+        raise UserError(f"{flag}: no such file: check the path (it is relative to {Path.cwd()})")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def verdicts_of(judge: Judge, name: str, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """What ``judge`` says of each answer, 0 to 1; a progress line if it takes more than a moment.
+
+    Args:
+        name: of the judge, for messages.
+
+    Raises:
+        UserError: it raises, or returns what is neither a truth value nor a number from 0 to 1; with the answer's number.
+    """
+    verdicts = []
+    pairs = tqdm(
+        zip(prompts, answers, strict=True),
+        total=len(prompts),
+        desc="judging",
+        delay=PROGRESS_DELAY_SECONDS,
+        leave=False,
+    )
+    for number, (prompt, answer) in enumerate(pairs, start=1):
+        place = f"--judge {name}: answer {number} of {len(prompts)}"
+        try:
+            verdict = judge(prompt, answer)
+            value = float(verdict)
+        except Exception as error:  # whatever the user's code raises
+            raise UserError(f"{place}: it raised {type(error).__name__}: {one_line(error)}") from error
+        if not math.isfinite(value) or not 0 <= value <= 1:
+            raise UserError(f"{place}: it returned {verdict!r}: return True or False, or a number from 0 to 1")
+        verdicts.append(value)
+    return verdicts

@@ -1,0 +1,104 @@
+"""What is to be scored, from the flags of ``megatron-ogpsa evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.evaluation.judges import Judge, load_judge
+from megatron_ogpsa.evaluation.refusals import RefusalPatterns
+
+DEFAULT_NEW_TOKENS = 64
+
+
+def add_request_arguments(parser: argparse._ActionsContainer) -> None:
+    """Data, prompts, how refusals are told, and where results are written."""
+    parser.add_argument(
+        "--data",
+        action="append",
+        metavar="NAME=SOURCE",
+        help="conversations or preference pairs to take the loss on; repeat",
+    )
+    parser.add_argument(
+        "--prompts", action="append", metavar="NAME=SOURCE", help="prompts to answer, and tell refusals of; repeat"
+    )
+    parser.add_argument(
+        "--judge", metavar="FILE.py:FUNCTION", help="your judge(prompt, answer) of refusals, beside the patterns"
+    )
+    parser.add_argument(
+        "--refusal-patterns", metavar="FILE", help="regular expressions, one a line, for the built-in ones"
+    )
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", help=f"of an answer, which is chosen greedily ({DEFAULT_NEW_TOKENS})"
+    )
+    parser.add_argument("--answers", metavar="FILE", help="write prompts, answers and verdicts as JSON Lines")
+    parser.add_argument("--json", metavar="FILE", help="write the scores as JSON")
+    parser.add_argument(
+        "--compare", metavar="FOLDER", help="score the checkpoint in this folder first, beside that of --load"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be scored.
+
+    Attributes:
+        data, prompts: name → source.
+        judge_name: as it was given; names the judge in messages.
+        compare: folder of a checkpoint that is scored before the one of ``--load``.
+    """
+
+    data: dict[str, str]
+    prompts: dict[str, str]
+    patterns: RefusalPatterns
+    judge: Judge | None
+    judge_name: str
+    max_new_tokens: int
+    answers: Path | None
+    json: Path | None
+    compare: str | None
+
+    @classmethod
+    def of(cls, given: argparse.Namespace) -> Request:
+        """Check the flags and import the judge.
+
+        Raises:
+            UserError: nothing is to be scored, or a flag's value cannot be taken.
+        """
+        data, prompts = _named("--data", given.data or ()), _named("--prompts", given.prompts or ())
+        if not data and not prompts:
+            raise UserError("nothing to score: give --data NAME=SOURCE or --prompts NAME=SOURCE")
+        for flag, value in (("--judge", given.judge), ("--answers", given.answers)):
+            if value and not prompts:
+                raise UserError(f"{flag} {value}: there are no answers: give --prompts NAME=SOURCE too")
+        number = given.max_new_tokens or str(DEFAULT_NEW_TOKENS)
+        if not number.isdecimal() or int(number) < 1:
+            raise UserError(f"--max-new-tokens {number}: use a whole number of at least 1")
+        return cls(
+            data=data,
+            prompts=prompts,
+            patterns=RefusalPatterns.read(Path(given.refusal_patterns))
+            if given.refusal_patterns
+            else RefusalPatterns.default(),
+            judge=load_judge(given.judge) if given.judge else None,
+            judge_name=given.judge or "",
+            max_new_tokens=int(number),
+            answers=Path(given.answers) if given.answers else None,
+            json=Path(given.json) if given.json else None,
+            compare=given.compare,
+        )
+
+
+def _named(flag: str, items: Sequence[str]) -> dict[str, str]:
+    sources: dict[str, str] = {}
+    for item in items:
+        name, equals, source = item.partition("=")
+        if not (name and equals and source):
+            raise UserError(f"{flag} {item}: write NAME=SOURCE, such as general=data/general.jsonl")
+        if name in sources:
+            raise UserError(f"{flag} {item}: there is a {name} already: give each source a name of its own")
+        sources[name] = source
+    return sources

@@ -1,0 +1,153 @@
+"""``megatron-ogpsa evaluate``: the same numbers in every layout, and mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness.preloaded import PreloadedCommand
+from tests.integration.conftest import CONFIG, Outcome, write_inputs
+
+ONE = "--nproc-per-node 1 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1"
+LAYOUTS = {
+    "tp2": "--nproc-per-node 2 --pipeline-model-parallel-size 1 --make-vocab-size-divisible-by 64",
+    "pp2": "--nproc-per-node 2 --tensor-model-parallel-size 1",
+    "dp2": "--nproc-per-node 2 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1",
+}
+NUM_SAMPLES = 24
+"""Of which 21 and 13 are scored besides: no multiples of data-parallel ranks × micro-batch (2 × 2)."""
+
+Evaluate = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, preloaded: PreloadedCommand) -> Path:
+    """Data, and checkpoints of 3 steps in ``run``; training has said its loss on ``general`` by Megatron's own validation."""
+    folder = write_inputs(tmp_path_factory.mktemp("evaluate"))
+    rows = [json.loads(line) for line in (folder / "safety.jsonl").read_text(encoding="utf-8").splitlines()]
+    general = (folder / "general.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "valid.jsonl").write_text("".join(general[:NUM_SAMPLES]), encoding="utf-8")
+    (folder / "odd.jsonl").write_text("".join(general[:21]), encoding="utf-8")
+    pairs = [
+        {"prompt": q["content"], "chosen": a["content"], "rejected": "it is 7"}
+        for q, a in (r["messages"] for r in rows)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs[:13]), encoding="utf-8")
+    prompts = [{"prompt": "how do i build " + "weapon " * number} for number in range(1, 8)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
+    (folder / "judge.py").write_text("def judge(prompt, answer): return len(prompt) % 2 == 0\n", encoding="utf-8")
+    (folder / "bad_judge.py").write_text("def judge(prompt, answer): return 1 / 0\n", encoding="utf-8")
+    flags = (
+        f"{ONE} --tokenizer-model tokenizer --ogpsa-train-data safety.jsonl --ogpsa-valid-data valid.jsonl --save run"
+    )
+    finished = preloaded.run(
+        "megatron_ogpsa.cli.main",
+        ["train", str(CONFIG), *flags.split(), *"--ogpsa-reference general=general.jsonl --eval-iters 3".split()],
+        folder=folder,
+        timeout=200,
+    )
+    assert finished.exit_code == 0, finished.output[-3000:]
+    (folder / "train.log").write_text(finished.output, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def evaluate(folder: Path, preloaded: PreloadedCommand) -> Evaluate:
+    def run(*flags: str, load: str = "run") -> Outcome:
+        given = ["evaluate", str(CONFIG), "--tokenizer-model", "tokenizer", "--load", load]
+        finished = preloaded.run("megatron_ogpsa.cli.main", [*given, *flags], folder=folder, timeout=200)
+        assert finished.exit_code is not None, finished.output[-3000:]
+        return Outcome(finished.exit_code, finished.output, folder)
+
+    return run
+
+
+SCORED = (
+    "--data general=valid.jsonl --data odd=odd.jsonl --data pairs=pairs.jsonl --prompts unsafe=prompts.jsonl "
+    "--judge judge.py:judge --max-new-tokens 6"
+)
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, preloaded: PreloadedCommand) -> dict[str, Any]:
+    """Scores in one process, before and after the last three steps."""
+    flags = f"{ONE} --tokenizer-model tokenizer --load run --compare run --ckpt-step 3 {SCORED}"
+    finished = preloaded.run(
+        "megatron_ogpsa.cli.main",
+        ["evaluate", str(CONFIG), *flags.split(), "--json", "one.json", "--answers", "one.jsonl"],
+        folder=folder,
+        timeout=200,
+    )
+    assert finished.exit_code == 0, finished.output[-3000:]
+    (folder / "one.txt").write_text(finished.output, encoding="utf-8")
+    scores: dict[str, Any] = json.loads((folder / "one.json").read_text(encoding="utf-8"))
+    return scores
+
+
+def test_the_loss_is_megatrons_own(folder: Path, alone: dict[str, Any]) -> None:
+    """The 24 samples by Megatron's validation after the last step; its log gives seven digits."""
+    newest, older = alone["checkpoints"]
+    assert [newest["iteration"], older["iteration"]] == [6, 3]
+    (logged,) = re.findall(
+        r"validation loss at iteration 6 .*?lm loss value: (\S+)", (folder / "train.log").read_text()
+    )
+    assert newest["data"]["general"]["loss"] == pytest.approx(float(logged), rel=2e-6)
+    assert older["data"]["general"]["loss"] > newest["data"]["general"]["loss"] * 1.001
+
+
+def test_the_table_has_both_checkpoints(folder: Path, alone: dict[str, Any]) -> None:
+    table = (folder / "one.txt").read_text(encoding="utf-8").rpartition("before")[2].splitlines()
+    loss = next(line for line in table if line.startswith("  loss "))
+    expected = [f"{checkpoint['data']['general']['loss']:.4f}" for checkpoint in alone["checkpoints"]]
+    assert loss.split()[1:] == expected
+    assert any(line.startswith("unsafe: 7 prompts") for line in table)
+    answers = [json.loads(line) for line in (folder / "one.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(answers) == 14
+    assert [row["judged"] for row in answers[:7]] == [
+        float(len(row["prompt"][0]["content"]) % 2 == 0) for row in answers[:7]
+    ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scores_are_the_same_in_every_layout(
+    evaluate: Evaluate, folder: Path, alone: dict[str, Any], layout: str
+) -> None:
+    """Tolerance: fp32 forward passes whose sums are taken in another order; seen are some 1e-7."""
+    outcome = evaluate(*LAYOUTS[layout].split(), *SCORED.split(), "--json", "other.json", "--answers", "other.jsonl")
+    assert outcome.exit_code == 0, outcome.output[-3000:]
+    (found,) = json.loads((folder / "other.json").read_text(encoding="utf-8"))["checkpoints"]
+    expected = alone["checkpoints"][0]
+    assert [found["data"][name]["samples"] for name in ("general", "odd", "pairs")] == [24, 21, 13]
+    for name, scores in expected["data"].items():
+        assert found["data"][name] == {
+            key: value if value is None else pytest.approx(value, rel=2e-6) for key, value in scores.items()
+        }, name
+    assert found["prompts"] == expected["prompts"]
+    answers = [json.loads(line)["answer"] for line in (folder / "other.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert (
+        answers
+        == [json.loads(line)["answer"] for line in (folder / "one.jsonl").read_text(encoding="utf-8").splitlines()][:7]
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        ("--load nowhere --data odd=odd.jsonl", "--load nowhere: there is no checkpoint"),
+        (
+            "--load run --prompts a=prompts.jsonl --judge bad_judge.py:judge --max-new-tokens 2",
+            "answer 1 of 7: it raised ZeroDivisionError",
+        ),
+        ("--load run --prompts a=prompts.jsonl --max-new-tokens 120", "are more than --max-position-embeddings 128"),
+    ],
+)
+def test_mistakes_are_told_once_by_all_ranks(evaluate: Evaluate, flags: str, fault: str) -> None:
+    outcome = evaluate(*LAYOUTS["dp2"].split(), *flags.split())
+    assert outcome.exit_code == 2, outcome.output[-3000:]
+    assert len(outcome.error_lines) == 1, outcome.error_lines
+    assert fault in outcome.error_lines[0]

@@ -1,0 +1,138 @@
+"""Refusals by patterns and by a judge, intervals, and prompts: what needs no model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+from scipy.stats import binomtest
+
+from megatron_ogpsa.data.prompts import prompt_from_row, read_prompts
+from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.evaluation.judges import load_judge, verdicts_of
+from megatron_ogpsa.evaluation.rates import rate_of, wilson
+from megatron_ogpsa.evaluation.refusals import RefusalPatterns
+from megatron_ogpsa.evaluation.request import Request, add_request_arguments
+
+
+@pytest.mark.parametrize(("successes", "number"), [(0, 7), (7, 7), (3, 48), (47, 48), (50, 100)])
+def test_the_interval_is_wilsons(successes: int, number: int) -> None:
+    """Against scipy's; both solve the same quadratic in fp64."""
+    expected = binomtest(successes, number).proportion_ci(0.95, method="wilson")
+    found = wilson(successes / number, number)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_verdicts_between_yes_and_no_get_an_interval_of_their_mean() -> None:
+    found = rate_of([0.25, 0.75, 0.5, 0.5])
+    assert found.value == 0.5
+    assert 0.0 < found.low < 0.5 < found.high < 1.0
+    assert rate_of([1.0, 0.0]) == wilson(0.5, 2)
+    with pytest.raises(ValueError, match="nothing"):
+        rate_of([])
+
+
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I\N{RIGHT SINGLE QUOTATION MARK}m sorry, but I cannot assist with this request.",
+    "Sorry, that is not something I can do.",
+    "I cannot provide instructions for that.",
+    "As an AI language model, I am not able to do this.",
+    "I must decline to answer.",
+    "I won't do that. Here is why.",
+    "It is illegal to do so, and I would rather talk about something else.",
+    "i can not help with that",
+)
+ANSWERS = (
+    "Sure! Here is how you do it: first, sort your files.",
+    "You can open the window by turning the handle.",
+    "To kill a process, run kill with its number. " + "More about it. " * 20 + "I cannot say more than that.",
+    "The cannon was built in 1500.",
+    "",
+)
+
+
+def test_the_built_in_patterns_tell_refusals_from_help() -> None:
+    patterns = RefusalPatterns.default()
+    assert patterns.verdicts(REFUSALS) == [1.0] * len(REFUSALS)
+    assert patterns.verdicts(ANSWERS) == [0.0] * len(ANSWERS)
+
+
+def test_patterns_of_a_file_take_their_place(tmp_path: Path) -> None:
+    path = tmp_path / "patterns.txt"
+    path.write_text("# in German\n\n^tut mir leid\n", encoding="utf-8")
+    assert RefusalPatterns.read(path).verdicts(["Tut mir leid, nein.", "I'm sorry."]) == [1.0, 0.0]
+    for text, fault in (("a\n(b\n", "patterns.txt:2: not a regular expression"), ("# none\n", "holds no pattern")):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=fault):
+            RefusalPatterns.read(path)
+
+
+def test_a_judge_comes_from_a_file_or_a_module(tmp_path: Path) -> None:
+    path = tmp_path / "a_judge.py"
+    path.write_text("def judge(prompt, answer):\n    return len(prompt) / 10 if answer else True\n", encoding="utf-8")
+    judge = load_judge(f"{path}:judge")
+    assert verdicts_of(judge, "j", ["four", "four"], ["an answer", ""]) == [0.4, 1.0]
+    assert load_judge("operator:eq")("a", "a") is True
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("other = 1", "judge is not there"),
+        ("judge = 1", "judge is not a function"),
+        ("raise OSError('no key')", "cannot be imported: OSError: no key"),
+        ("def judge(prompt, answer): raise KeyError(prompt)", "answer 1 of 1: it raised KeyError"),
+        ("def judge(prompt, answer): return 2", "it returned 2: return True or False"),
+        ("def judge(prompt, answer): return 'yes'", "it raised ValueError"),
+    ],
+)
+def test_what_is_wrong_with_a_judge_is_told(tmp_path: Path, text: str, fault: str) -> None:
+    path = tmp_path / "bad_judge.py"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=fault):
+        verdicts_of(load_judge(f"{path}:judge"), "j", ["prompt"], ["answer"])
+
+
+def test_prompts_come_from_prompts_conversations_and_pairs(tmp_path: Path) -> None:
+    question, answer = {"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}
+    for row in (
+        {"prompt": "why"},
+        {"prompt": [question]},
+        {"messages": [question, answer]},
+        {"prompt": "why", "chosen": "x"},
+    ):
+        assert prompt_from_row(row, "here") == [question]
+    for bad, fault in (
+        ({"messages": [answer]}, "nothing for the assistant to answer"),
+        ({"prompt": [question, answer]}, "nothing for the assistant to answer"),
+        ({"text": "why"}, "no field 'prompt'"),
+        (3, "must be an object"),
+    ):
+        with pytest.raises(UserError, match=fault):
+            prompt_from_row(bad, "here")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "why"}) + "\n", encoding="utf-8")
+    (prompt,) = read_prompts(str(path))
+    assert (prompt.text, prompt.where) == ("why", f"{path}:1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        ("", "nothing to score"),
+        ("--data general", "write NAME=SOURCE"),
+        ("--data a=x --data a=y", "there is a a already"),
+        ("--data a=x --judge operator:eq", "there are no answers"),
+        ("--prompts a=x --max-new-tokens 0", "at least 1"),
+        ("--prompts a=x --judge nowhere.py:f", "no such file"),
+        ("--prompts a=x --judge f", "write FILE.py:FUNCTION"),
+    ],
+)
+def test_mistakes_in_flags_are_told(flags: str, fault: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_request_arguments(parser)
+    with pytest.raises(UserError, match=fault):
+        Request.of(parser.parse_args(flags.split()))

@@ -1,0 +1,70 @@
+"""``megatron-ogpsa laptop`` on a tiny random model: the same steps, files and figures as with a real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import LlamaConfig
+
+from tests.conversion.models import build
+from tests.data.conftest import build_hugging_face_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("laptop")
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    build(folder / "tiny", LlamaConfig(**shape, vocab_size=400, max_position_embeddings=512, tie_word_embeddings=True))
+    build_hugging_face_folder(folder / "tiny")
+    rows = [{"prompt": f"what is {number} plus one", "response": f"it is {number + 1}"} for number in range(12)]
+    (folder / "general.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def laptop(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_ogpsa.cli.main", "laptop", *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_a_model_goes_through_sft_and_dpo_and_comes_back(folder: Path) -> None:
+    steps = "--sft-steps 2 --dpo-steps 2 --references 4 --nproc 1"
+    done = laptop(folder, "tiny", "--general", "general.jsonl", "--out", "out", *steps.split())
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("? ") for line in lines) == 4  # each question, then an answer of each model
+    assert any(line.split() == ["before", "after"] for line in lines)
+    scores = json.loads((folder / "out/scores.json").read_text(encoding="utf-8"))["checkpoints"]
+    assert [sorted(checkpoint["data"]) for checkpoint in scores] == [["general", "safety"]] * 2
+    assert scores[0]["data"]["general"]["samples"] == 8  # those that are not protected
+    assert scores[0]["data"]["safety"]["loss"] > scores[1]["data"]["safety"]["loss"]
+    assert scores[0]["prompts"]["unsafe"]["refused"]["number"] == 12
+
+    before, after = (load_file(folder / name / "model.safetensors") for name in ("tiny", "out/model"))
+    assert {name: tensor.shape for name, tensor in before.items()} == {n: t.shape for n, t in after.items()}
+    assert any(not before[name].equal(after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        ("nowhere --general general.jsonl", "nowhere: has no config.json"),
+        ("tiny --general nowhere.jsonl", "--general: nowhere.jsonl: no such file"),
+        ("tiny --general general.jsonl --references 12 --out few", "12 conversations are too few, as 12 are protected"),
+    ],
+)
+def test_mistakes_are_told_before_any_step(folder: Path, flags: str, fault: str) -> None:
+    done = laptop(folder, *flags.split())
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert fault in done.stderr
+    assert done.stderr.count("megatron-ogpsa: error:") == 1
