@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,14 @@ def preloaded() -> Iterator[PreloadedCommand]:
     command = PreloadedCommand()
     yield command
     command.close()
+
+
+@pytest.fixture(autouse=True)
+def _docstrings_are_read_once() -> None:
+    if "megatron.training.argument_utils" in sys.modules:  # most tests do without
+        from tests.harness.docstrings import keep_docstrings
+
+        keep_docstrings()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
