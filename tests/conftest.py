@@ -19,14 +19,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(scope="session")
-def distributed() -> Iterator[Callable[[int], WorkerGroup]]:
+def distributed(preloaded: PreloadedCommand) -> Iterator[Callable[[int], WorkerGroup]]:
     """``distributed(world_size)``: the session's worker group of that size, started when it gets its first job."""
     from tests.harness import WorkerGroup  # imports torch, which tests of the scripts do without
 
     groups: dict[int, WorkerGroup] = {}
 
     def group_of(world_size: int) -> WorkerGroup:
-        return groups.setdefault(world_size, WorkerGroup(world_size))
+        return groups.setdefault(world_size, WorkerGroup(world_size, preloaded))
 
     yield group_of
     for group in groups.values():

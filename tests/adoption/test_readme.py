@@ -83,10 +83,10 @@ def test_paths_and_links_exist() -> None:
 
 
 def test_the_demo_prints_the_table_of_the_readme(preloaded: PreloadedCommand, tmp_path: Path) -> None:
-    """The reduced demo: the same rows, some of the columns. The README's figures are those of the whole one."""
+    """The reduced demo, of fewer steps: the same rows, some of the columns. The figures there are those of the whole one."""
     printed = next(block for block in blocks("text") if "refusal on unsafe" in block).splitlines()
     arguments = ["demo", "--fast", "--out", str(tmp_path / "demo")]
-    done = preloaded.run("megatron_ogpsa.cli.main", arguments, folder=tmp_path, timeout=540, agent=True)
+    done = preloaded.run("tests.adoption.short_demo", arguments, folder=tmp_path, timeout=540, agent=True)
     assert done.exit_code == 0, done.output[-2000:]
     output = done.output.splitlines()
     first = next(number for number, line in enumerate(output) if line.split()[:1] == ["start"])
