@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -18,14 +19,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(scope="session")
-def distributed() -> Iterator[Callable[[int], WorkerGroup]]:
+def distributed(preloaded: PreloadedCommand) -> Iterator[Callable[[int], WorkerGroup]]:
     """``distributed(world_size)``: the session's worker group of that size, started when it gets its first job."""
     from tests.harness import WorkerGroup  # imports torch, which tests of the scripts do without
 
     groups: dict[int, WorkerGroup] = {}
 
     def group_of(world_size: int) -> WorkerGroup:
-        return groups.setdefault(world_size, WorkerGroup(world_size))
+        return groups.setdefault(world_size, WorkerGroup(world_size, preloaded))
 
     yield group_of
     for group in groups.values():
@@ -40,6 +41,14 @@ def preloaded() -> Iterator[PreloadedCommand]:
     command = PreloadedCommand()
     yield command
     command.close()
+
+
+@pytest.fixture(autouse=True)
+def _docstrings_are_read_once() -> None:
+    if "megatron.training.argument_utils" in sys.modules:  # most tests do without
+        from tests.harness.docstrings import keep_docstrings
+
+        keep_docstrings()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.adoption import pages
 from tests.data.conftest import build_hugging_face_folder
+from tests.harness.preloaded import PreloadedCommand
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -95,11 +96,13 @@ def test_paths_and_links_exist() -> None:
         assert (ROOT / path).exists(), path
 
 
-def test_the_demo_prints_the_table_of_the_readme(tmp_path: Path) -> None:
-    """The reduced demo: the same rows, some of the columns. The README's figures are those of the whole one."""
+def test_the_demo_prints_the_table_of_the_readme(preloaded: PreloadedCommand, tmp_path: Path) -> None:
+    """The reduced demo, of fewer steps: the same rows, some of the columns. The figures there are those of the whole one."""
     printed = next(block for block in blocks("text") if "refusal on unsafe" in block).splitlines()
-    command = [sys.executable, "-m", "megatron_ogpsa.cli.main", "demo", "--fast", "--out", str(tmp_path / "demo")]
-    output = run(command, tmp_path, timeout=540).splitlines()
+    arguments = ["demo", "--fast", "--out", str(tmp_path / "demo")]
+    done = preloaded.run("tests.adoption.short_demo", arguments, folder=tmp_path, timeout=540, agent=True)
+    assert done.exit_code == 0, done.output[-2000:]
+    output = done.output.splitlines()
     first = next(number for number, line in enumerate(output) if line.split()[:1] == ["start"])
     assert set(re.split(r"  +", output[first].strip())) < set(re.split(r"  +", printed[0].strip()))
     table = output[first : first + len(printed)]

@@ -14,12 +14,12 @@ from megatron_ogpsa.collectives import sum_over_ranks
 from megatron_ogpsa.projection.segments import gram_and_dots
 from tests.core import oracle
 from tests.core.comparison import on_first_rank
-from tests.core.gradients import plant, projected_gradient, reduced_gradient
-from tests.core.layouts import LAYOUTS, PRECISIONS, RANDOM, Layout
+from tests.core.gradients import kept, plant, projected_gradient, put_back, reduced_gradient
+from tests.core.layouts import LAYOUTS, PRECISIONS, RANDOM, ROWS, Layout
 from tests.core.megatron_model import Batch, Training, build
 
 REFERENCES = ("math", "chat", "code")
-ROWS = 8
+SAFETY_SEED = 100
 
 
 def batch_of(shape: oracle.ModelShape, seed: int) -> Batch:
@@ -50,6 +50,15 @@ def refresh(training: Training, ogpsa: Any, batches: dict[str, Batch]) -> bool:
     return bool(ogpsa.finish_refresh())
 
 
+def refresh_kept(training: Training, ogpsa: Any, passes: list[list[Tensor]]) -> None:
+    """A refresh with the gradients of passes that have been made."""
+    ogpsa.begin_refresh()
+    for name, gradient in zip(REFERENCES, passes, strict=True):
+        put_back(training, gradient)
+        ogpsa.capture(name)
+    ogpsa.finish_refresh()
+
+
 def refresh_planted(training: Training, ogpsa: Any, references: list[oracle.Tensors], scale: float = 1.0) -> None:
     """A refresh whose gradients do not come from passes; ``scale``: the loss scale."""
     ogpsa.begin_refresh()
@@ -66,7 +75,8 @@ def expectation(model: tuple[tuple[str, Any], ...], frozen: str | None) -> tuple
     weights = oracle.random_weights(shape, seed=1)
     trained = [name for name in weights if not Layout(frozen=frozen).is_frozen(name)]
     safety, *references = (
-        oracle.gradient(shape, weights, batch_of(shape, seed), trained) for seed in (100, *range(len(REFERENCES)))
+        oracle.gradient(shape, weights, batch_of(shape, seed), trained)
+        for seed in (SAFETY_SEED, *range(len(REFERENCES)))
     )
     return safety, references
 
@@ -76,13 +86,16 @@ def parity(layout: str) -> dict[str, dict[str, float]]:
     sharding = LAYOUTS[layout]
     shape = oracle.ModelShape(**sharding.model)
     training = build(sharding, oracle.random_weights(shape, seed=1), clip_grad=0.0)
-    batches = {name: batch_of(shape, seed) for seed, name in enumerate(REFERENCES)}
+    passes = []
+    for seed in (*range(len(REFERENCES)), SAFETY_SEED):
+        training.gradient(batch_of(shape, seed))
+        passes.append(kept(training))
     results = {}
     for granularity in ("tensor", "model"):
         config = OGPSAConfig(granularity=granularity, check_leak=True)  # type: ignore[arg-type]
         ogpsa = attach(training.optimizer, training.chunks, config)
-        refresh(training, ogpsa, batches)
-        training.gradient(batch_of(shape, seed=100))
+        refresh_kept(training, ogpsa, passes[:-1])
+        put_back(training, passes[-1])
         actual, (_, grad_norm, _) = projected_gradient(training)
         compared = functools.partial(_compared, layout, granularity, actual, float(grad_norm))
         results[granularity] = on_first_rank(compared) | {
@@ -110,26 +123,22 @@ def _compared(layout: str, granularity: str, actual: oracle.Tensors, grad_norm: 
 def random_parity(layout: str) -> dict[str, dict[str, float]]:
     """The projected gradient against the fp64 projection of the gradients that Megatron itself made, by random passes.
 
-    Each pass is taken as it came, from Megatron's buffers, when the plugin captures it or is about to project it.
+    Each pass is taken as it came, from Megatron's buffers, and put there again for each granularity.
     """
     sharding = RANDOM[layout]
     shape = oracle.ModelShape(**sharding.model)
     training = build(sharding, oracle.random_weights(shape, seed=1), clip_grad=0.0)
+    passes, gradients = [], []
+    for seed in (*range(len(REFERENCES)), SAFETY_SEED, SAFETY_SEED):
+        training.gradient(batch_of(shape, seed))
+        passes.append(kept(training))
+        gradients.append(reduced_gradient(training))
+    *references, first, second = gradients
     results = {}
     for granularity in ("tensor", "model"):
-        config = OGPSAConfig(granularity=granularity)  # type: ignore[arg-type]
-        ogpsa = attach(training.optimizer, training.chunks, config)
-        references = []
-        ogpsa.begin_refresh()
-        for seed, name in enumerate(REFERENCES):
-            training.gradient(batch_of(shape, seed))
-            references.append(reduced_gradient(training))
-            ogpsa.capture(name)
-        ogpsa.finish_refresh()
-        training.gradient(batch_of(shape, seed=100))
-        first = reduced_gradient(training)
-        training.gradient(batch_of(shape, seed=100))
-        second = reduced_gradient(training)
+        ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(granularity=granularity))  # type: ignore[arg-type]
+        refresh_kept(training, ogpsa, passes[: len(REFERENCES)])
+        put_back(training, passes[-1])
         actual, (_, grad_norm, _) = projected_gradient(training)
         expected = oracle.project(second, references, granularity)
         results[granularity] = {

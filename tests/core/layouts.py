@@ -6,6 +6,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+ROWS = 8
+"""Of a batch, on all data-parallel ranks together."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -20,7 +23,8 @@ class Layout:
         overlap: reduce gradients bucket by bucket during the backward pass.
         overlap_param_gather: gather the parameters that a step changed during the next forward pass.
         first_stage_layers: layers of the first pipeline stage; the others share the rest evenly.
-        micro_batch: rows of a micro-batch.
+        micro_batches: that a pass is cut into on each data-parallel rank: two, as gradients are to be accumulated; with
+            pipeline parallelism four, so that its schedule comes to its steady state.
         recompute: compute activations again in the backward pass.
         dropout: probability, after embedding, attention and MLP and on the attention's weights.
         balancing: auxiliary losses balance the experts, and with ``routing_bias`` each pass moves the bias.
@@ -44,7 +48,7 @@ class Layout:
     overlap: bool = False
     overlap_param_gather: bool = False
     first_stage_layers: int | None = None
-    micro_batch: int = 1
+    micro_batches: int | None = None
     recompute: bool = False
     dropout: float = 0.0
     balancing: bool = False
@@ -57,6 +61,11 @@ class Layout:
     @property
     def world_size(self) -> int:
         return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows of a micro-batch."""
+        return ROWS // self.dp // (self.micro_batches or (4 if self.pp > 1 else 2))
 
     def is_frozen(self, name: str) -> bool:
         """Whether the Hugging Face tensor ``name`` is not trained."""
@@ -96,7 +105,7 @@ LAYOUTS: dict[str, Layout] = {
     "ep2-bias": Layout(dp=2, ep=2, model={"experts": 4, "linear_bias": True}),
     "ep2-sigmoid-bias": Layout(dp=2, ep=2, model=MOE | {"routing_bias": True}),
     # what a training run switches on besides
-    "dp2-micro-batch": Layout(dp=2, micro_batch=2),
+    "dp2-micro-batch": Layout(dp=2, micro_batches=4),
     "dp2-gather": Layout(dp=2, overlap=True, overlap_param_gather=True),
     "dp2-frozen": Layout(dp=2, frozen=r"embed_tokens|layers\.1\.|norm"),
     "tp2-frozen-plain": Layout(tp=2, distributed_optimizer=False, frozen=r"mlp|q_norm", model={"qk_norm": True}),

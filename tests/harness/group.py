@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from tests.harness.rank import RankProcess, Reply, wait_for_any
+from tests.harness.preloaded import PreloadedCommand
+from tests.harness.rank import STARTUP_SECONDS, RankProcess, Reply, wait_for_any
 from tests.harness.report import describe_failure
-
-STARTUP_SECONDS = 180.0
-"""A cold disk needs most of a minute to import torch and Megatron."""
 
 CLEANUP_SECONDS = 60.0
 
@@ -35,9 +33,10 @@ class WorkerGroup:
     themselves (:mod:`tests.harness.isolation`).
     """
 
-    def __init__(self, world_size: int, *, grace: float = 5.0) -> None:
+    def __init__(self, world_size: int, preloaded: PreloadedCommand, *, grace: float = 5.0) -> None:
         """``grace``: seconds that the other ranks get to finish or fail as well, once one rank has failed."""
         self.world_size = world_size
+        self._preloaded = preloaded
         self._grace = grace
         self._job_numbers = itertools.count()
         self._ranks: list[RankProcess] = []
@@ -94,7 +93,8 @@ class WorkerGroup:
         # The store lives here, on a port that the system picks: no port can be taken between choosing and binding it.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for index in range(self.world_size):
-            self._ranks.append(RankProcess(index, self.world_size, self._store.port, Path(self._folder.name)))
+            folder = Path(self._folder.name)
+            self._ranks.append(RankProcess(index, self.world_size, self._store.port, folder, self._preloaded))
         self._expect("ready", f"starting {self.world_size} ranks", STARTUP_SECONDS)
 
     def _expect(self, kind: str, activity: str, seconds: float) -> None:

@@ -1,8 +1,9 @@
-"""The command, started in a moment: forked from a process that has imported torch and Megatron already.
+"""Commands, started in a moment: forked from a process that has imported torch and Megatron already.
 
 Importing them takes each rank 7 s of a core, longer than most tests train for. :class:`PreloadedCommand` keeps one
-process that has done so; for each run it forks one that is the command, and that one forks the ranks, in place of
-torchrun's agent. What torchrun itself does (and the command with its exit codes) is tested without this.
+process that has done so; for each run it forks one that is the command, and that one forks the ranks: by itself, which is
+quickest, or with ``agent=True`` as users have it, by torchrun's agent with all that it does. (That the command and its
+ranks import what they need is tested without this.)
 
 ::
 
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 import signal
 import socket
@@ -22,18 +22,20 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_ogpsa.cluster.settings import LaunchSettings
 from megatron_ogpsa.processes import PARENT_VARIABLE, end_with_parent
+from tests.harness.docstrings import keep_docstrings
+from tests.harness.forking import fork_module, fork_python_modules
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,6 +46,7 @@ PRELOADED = (
     "megatron_ogpsa.integration.program",
     "megatron_ogpsa.references",
     "megatron_ogpsa.reference_policy.passes",
+    "megatron_ogpsa.cluster.node",
 )
 
 THREADS_SAFE_TO_FORK = ("jemalloc_bg_thd",)
@@ -61,11 +64,39 @@ class Finished:
     output: str
 
 
+class Running:
+    """A command that has been started. Its ranks end with it.
+
+    Attributes:
+        pid: its process id, and its process group's.
+    """
+
+    def __init__(self, pid: int, output: Path, owner: PreloadedCommand) -> None:
+        self.pid = pid
+        self._output, self._owner = output, owner
+
+    @property
+    def output(self) -> str:
+        """What it and its ranks have written so far."""
+        return self._output.read_text(encoding="utf-8", errors="replace")
+
+    def wait(self, timeout: float) -> int | None:
+        """Its exit code, or None if it still runs after so many seconds."""
+        return self._owner._exit_code(self.pid, timeout)
+
+    def kill(self) -> None:
+        """End the command, if it still runs, without a chance to tell its ranks."""
+        if self.wait(0) is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait(END_SECONDS)
+
+
 class PreloadedCommand:
-    """``python -m MODULE ARGUMENTS`` with everything imported; one run at a time."""
+    """``python -m MODULE ARGUMENTS`` with everything imported."""
 
     def __init__(self) -> None:
         """Starts the server, which imports while the tests go on."""
+        self._exit_codes: dict[int, int] = {}
         self._connection, theirs = Pipe()
         with theirs:
             self._server = subprocess.Popen(
@@ -76,20 +107,45 @@ class PreloadedCommand:
                 pass_fds=[theirs.fileno()],
             )
 
-    def run(self, module: str, arguments: Sequence[str], *, folder: Path, timeout: float) -> Finished:
+    def start(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        *,
+        folder: Path,
+        output: Path,
+        environment: Mapping[str, str] | None = None,
+        agent: bool = False,
+        network: Path | None = None,
+    ) -> Running:
+        """Start and return at once.
+
+        Args:
+            output: what the command and its ranks write is appended to this file.
+            environment: variables besides those of this process.
+            agent: start ranks by torchrun's agent, and any other ``python -m``, as users have it, but forked.
+            network: the namespace to run in, as a file of ``/proc``.
+        """
+        request: dict[str, Any] = {"module": module, "arguments": list(arguments), "folder": str(folder)}
+        request |= {"environment": {**os.environ, **(environment or {})}, "output": str(output)}
+        request |= {"agent": agent, "network": str(network) if network else None}
+        output.touch()
+        self._connection.send_bytes(json.dumps(request).encode())
+        while (process_id := self._receive()) is None:
+            pass
+        return Running(process_id, output, self)
+
+    def run(
+        self, module: str, arguments: Sequence[str], *, folder: Path, timeout: float, agent: bool = False
+    ) -> Finished:
         """Run to the end, or kill the command and its ranks after ``timeout`` seconds."""
-        with tempfile.NamedTemporaryFile("r", prefix="ogpsa-output-", errors="replace") as output:
-            request: dict[str, Any] = {"module": module, "arguments": list(arguments), "environment": dict(os.environ)}
-            request |= {"folder": str(folder), "output": output.name}
-            self._connection.send_bytes(json.dumps(request).encode())
-            process_id = json.loads(self._connection.recv_bytes())
-            exit_code = None
-            if not self._connection.poll(timeout):
-                os.killpg(process_id, signal.SIGKILL)
-                self._connection.recv_bytes()
-            else:
-                exit_code = json.loads(self._connection.recv_bytes())
-            return Finished(exit_code, output.read())
+        with tempfile.NamedTemporaryFile(prefix="ogpsa-output-") as file:
+            command = self.start(module, arguments, folder=folder, output=Path(file.name), agent=agent)
+            exit_code = command.wait(timeout)
+            if exit_code is None:
+                os.killpg(command.pid, signal.SIGKILL)
+                command.wait(END_SECONDS)
+            return Finished(exit_code, command.output)
 
     def close(self) -> None:
         """End the server and what it has started."""
@@ -97,25 +153,41 @@ class PreloadedCommand:
         self._server.kill()
         self._server.wait()
 
+    def _exit_code(self, process_id: int, timeout: float) -> int | None:
+        deadline = time.monotonic() + timeout
+        while process_id not in self._exit_codes and self._connection.poll(max(0.0, deadline - time.monotonic())):
+            self._receive()
+        return self._exit_codes.get(process_id)
+
+    def _receive(self) -> int | None:
+        """The next message: the id of a command that was started, or None after an exit code was noted."""
+        message = json.loads(self._connection.recv_bytes())
+        if "ended" in message:
+            self._exit_codes[message["ended"]] = message["exit_code"]
+            return None
+        return int(message["started"])
+
 
 def _serve(connection: Connection) -> None:
-    """Fork one command after the other until pytest closes the pipe."""
+    """Fork what is asked for, and tell how it ended, until pytest closes the pipe."""
     _preload()
+    running: dict[int, int] = {}  # process id by its file descriptor, which can be read when the process has ended
     while True:
-        try:
-            request = json.loads(connection.recv_bytes())
-        except EOFError:
-            return
-        server = os.getpid()
-        process_id = _fork()
-        if process_id == 0:
-            os.setsid()
-            end_with_parent(server)
-            connection.close()
-            _become_command(request)
-        connection.send_bytes(json.dumps(process_id).encode())
-        _, status = os.waitpid(process_id, 0)
-        connection.send_bytes(json.dumps(os.waitstatus_to_exitcode(status)).encode())
+        for ready in wait([connection, *running]):
+            if isinstance(ready, int):
+                process_id = running.pop(ready)
+                os.close(ready)
+                _, status = os.waitpid(process_id, 0)
+                message = {"ended": process_id, "exit_code": os.waitstatus_to_exitcode(status)}
+            else:
+                try:
+                    request = json.loads(connection.recv_bytes())
+                except EOFError:
+                    return
+                prepare = partial(_prepare_command, request, connection, os.getpid())
+                message = {"started": fork_module(request["module"], request["arguments"], prepare)}
+                running[os.pidfd_open(message["started"])] = message["started"]
+            connection.send_bytes(json.dumps(message).encode())
 
 
 def _preload() -> None:
@@ -124,12 +196,19 @@ def _preload() -> None:
     install_if_no_gpu()
     for name in PRELOADED:
         import_module(name)
+    from megatron_ogpsa.integration.arguments import build_parser
+
+    keep_docstrings()
+    build_parser()
     threads = {Path(folder, "comm").read_text().strip() for folder in Path("/proc/self/task").iterdir()}
     if others := threads - {Path("/proc/self/comm").read_text().strip(), *THREADS_SAFE_TO_FORK}:
         raise RuntimeError(f"threads {others} after the imports: a fork would leave their locks taken for ever")
 
 
-def _become_command(request: Mapping[str, Any]) -> NoReturn:
+def _prepare_command(request: Mapping[str, Any], connection: Connection, server: int) -> None:
+    os.setsid()
+    end_with_parent(server)
+    connection.close()
     os.environ.clear()
     os.environ.update(request["environment"], OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONUNBUFFERED="1")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a script has started in its background
@@ -137,18 +216,14 @@ def _become_command(request: Mapping[str, Any]) -> NoReturn:
     output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    from megatron_ogpsa.cli import launching
+    if request["network"]:
+        os.setns(os.open(request["network"], os.O_RDONLY), os.CLONE_NEWNET)
+    if request["agent"]:
+        fork_python_modules()
+    else:
+        from megatron_ogpsa.cli import launching
 
-    launching.launch = _launch_by_forking
-    _run_as_main(request["module"], request["arguments"])
-
-
-def _run_as_main(module: str, arguments: Sequence[str]) -> NoReturn:
-    """Be ``python -m module arguments`` to the end of this process, exit handlers included."""
-    sys.argv = [module, *arguments]
-    sys.modules.pop(module, None)  # an earlier import of it would make runpy warn
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-    sys.exit(0)
+        launching.launch = _launch_by_forking
 
 
 def _launch_by_forking(
@@ -165,20 +240,15 @@ def _launch_by_forking(
     from megatron_ogpsa.cluster.failures import judge
 
     if settings.max_nodes > 1 or settings.max_restarts:
-        raise RuntimeError("several nodes and restarts need torchrun's agent: fresh=True")
+        raise RuntimeError("several nodes and restarts need torchrun's agent: agent=True")
     num_ranks = int(settings.ranks_per_node)
-    errors = tempfile.mkdtemp()  # not in a with statement, which each rank would leave too
-    command, ranks = os.getpid(), dict[int, int]()
-    os.environ.update({**(environment or {}), ERRORS_VARIABLE: errors, PARENT_VARIABLE: str(command)})
+    errors, ranks = tempfile.mkdtemp(), dict[int, int]()
+    os.environ.update({**(environment or {}), ERRORS_VARIABLE: errors, PARENT_VARIABLE: str(os.getpid())})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     for rank in range(num_ranks):
-        process_id = _fork()
-        if process_id == 0:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-            os.environ.update(WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks))
-            os.environ.update(TORCHELASTIC_ERROR_FILE=f"{errors}/{rank}.json")
-            _run_as_main(launching.RANK_MODULE, arguments)
-        ranks[process_id] = rank
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": f"{errors}/{rank}.json"}
+        own |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+        ranks[fork_module(launching.RANK_MODULE, arguments, partial(os.environ.update, own))] = rank
     told: list[int] = []
 
     def hand_on(number: int, frame: FrameType | None) -> None:
@@ -220,12 +290,6 @@ def _wait(ranks: dict[int, int]) -> dict[int, int]:
         else:
             time.sleep(0.02)
     return codes
-
-
-def _fork() -> int:
-    with warnings.catch_warnings():  # of threads; see THREADS_SAFE_TO_FORK
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return os.fork()
 
 
 def _free_port() -> int:

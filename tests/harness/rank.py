@@ -1,4 +1,4 @@
-"""One rank as the pytest process sees it: a process, a pipe of JSON messages, a log, and a file for its stack."""
+"""One rank as the pytest process sees it: a process, a socket of JSON messages, a log, and a file for its stack."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
+import socket
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import Pipe
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
+from tests.harness.preloaded import PROJECT_ROOT, PreloadedCommand
+
+STARTUP_SECONDS = 180.0
+"""A cold disk needs most of a minute to import torch and Megatron."""
 
 _POLL_SECONDS = 0.5
-"""How often a wait looks whether a process has ended; its children may hold its end of the pipe open."""
+"""How often a wait looks whether a process has ended; its children may hold its end of the socket open."""
 
 _STACK_SECONDS = 3.0
 
@@ -40,22 +42,23 @@ class Reply:
 class RankProcess:
     """Starts ``tests.harness.worker`` as one rank, in a session of its own so that its children end with it."""
 
-    def __init__(self, index: int, world_size: int, store_port: int, folder: Path) -> None:
+    def __init__(self, index: int, world_size: int, store_port: int, folder: Path, preloaded: PreloadedCommand) -> None:
         self.index = index
         self._log = folder / f"rank{index}.log"
         self._stack = folder / f"rank{index}.stack"
-        self._connection, theirs = Pipe()
-        with self._log.open("wb") as log, theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.harness.worker", str(theirs.fileno()), str(self._stack)],
-                cwd=PROJECT_ROOT,
-                env=_environment(index, world_size, store_port),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
+        address = str(folder / f"rank{index}.socket")
+        with socket.create_server(address, family=socket.AF_UNIX) as server:
+            server.settimeout(STARTUP_SECONDS)
+            self._process = preloaded.start(
+                "tests.harness.worker",
+                [address, str(self._stack)],
+                folder=PROJECT_ROOT,
+                output=self._log,
+                environment=_environment(index, world_size, store_port),
             )
+            accepted, _ = server.accept()
+            accepted.settimeout(None)
+            self._connection = Connection(accepted.detach())
 
     @property
     def pid(self) -> int:
@@ -64,7 +67,7 @@ class RankProcess:
 
     @property
     def connection(self) -> Any:
-        """The end of the pipe to wait on."""
+        """What to wait on."""
         return self._connection
 
     def send(self, message: dict[str, Any]) -> None:
@@ -72,7 +75,7 @@ class RankProcess:
         try:
             self._connection.send_bytes(json.dumps(message).encode())
         except BrokenPipeError:
-            assert self._process.wait(timeout=_STACK_SECONDS) is not None
+            assert self._process.wait(_STACK_SECONDS) is not None
 
     def receive(self) -> Reply:
         """The next message, or an error with the end of the log if the process has ended."""
@@ -81,13 +84,14 @@ class RankProcess:
                 return Reply(**json.loads(self._connection.recv_bytes()))
         except (EOFError, ConnectionResetError):
             pass  # it ended: told below, with its exit status
-        status = self._process.wait(timeout=_STACK_SECONDS)
+        status = self._process.wait(_STACK_SECONDS)
+        assert status is not None
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
         return Reply("ended", f"the process {how}; the end of its output:\n{self.log_tail()}")
 
     def has_ended(self) -> bool:
         """Whether the process is gone."""
-        return self._process.poll() is not None
+        return self._process.wait(0) is not None
 
     def log_tail(self, lines: int = 20) -> str:
         """The last lines that the rank printed."""
@@ -114,7 +118,7 @@ class RankProcess:
         self._connection.close()
         with contextlib.suppress(ProcessLookupError):  # it may have ended by itself, and so have its children
             os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait()
+        self._process.wait(_STACK_SECONDS)
 
 
 def wait_for_any(ranks: Sequence[RankProcess], seconds: float) -> list[RankProcess]:
@@ -124,16 +128,13 @@ def wait_for_any(ranks: Sequence[RankProcess], seconds: float) -> list[RankProce
 
 
 def _environment(index: int, world_size: int, store_port: int) -> dict[str, str]:
-    """torchrun's variables, no GPU (the CPU runtime is what these tests run on), one thread per rank, loopback only."""
-    return os.environ | {
+    """torchrun's variables, loopback only."""
+    return {
         "RANK": str(index),
         "LOCAL_RANK": str(index),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store_port),
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
     }

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from tests.harness import JobFailed, WorkerGroup, cases
-from tests.harness.rank import PROJECT_ROOT
+from tests.harness.preloaded import PROJECT_ROOT, PreloadedCommand
 
 Groups = Callable[[int], WorkerGroup]
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[WorkerGroup]:
+def pair(preloaded: PreloadedCommand) -> Iterator[WorkerGroup]:
     """A group of two that is ours to break."""
-    group = WorkerGroup(2, grace=1.0)
+    group = WorkerGroup(2, preloaded, grace=1.0)
     yield group
     group.close()
 
@@ -106,8 +106,8 @@ def test_job_must_not_destroy_the_default_group(pair: WorkerGroup) -> None:
         pair.run(cases.destroy_default_group)
 
 
-def test_close_ends_the_ranks_and_their_children() -> None:
-    group = WorkerGroup(1)
+def test_close_ends_the_ranks_and_their_children(preloaded: PreloadedCommand) -> None:
+    group = WorkerGroup(1, preloaded)
     children = group.run(cases.leave_child_running)
     ranks = group.process_ids
     assert all(is_running(pid) for pid in [*children, *ranks])
@@ -119,7 +119,8 @@ def test_close_ends_the_ranks_and_their_children() -> None:
 def test_ranks_end_when_pytest_is_killed_while_they_are_busy() -> None:
     program = (
         "from tests.harness import WorkerGroup, cases\n"
-        "group = WorkerGroup(1)\n"
+        "from tests.harness.preloaded import PreloadedCommand\n"
+        "group = WorkerGroup(1, PreloadedCommand())\n"
         "group.run(cases.rank_and_sum, values=[0.0])\n"
         "print(*group.process_ids, flush=True)\n"
         "group.run(cases.hang_on, rank=0)\n"

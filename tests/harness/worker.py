@@ -1,6 +1,6 @@
-"""The side of a worker group that lives in a rank: join the process group once, then run jobs until the pipe closes.
+"""The side of a worker group that lives in a rank: join the process group once, then run jobs until pytest is gone.
 
-Started by :class:`tests.harness.rank.RankProcess` as ``python -m tests.harness.worker PIPE_FD STACK_FILE``.
+Started by :class:`tests.harness.rank.RankProcess` as ``python -m tests.harness.worker SOCKET STACK_FILE``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -29,10 +30,12 @@ from tests.harness.isolation import fresh_state
 
 def main() -> None:
     """Answer each job with ``done`` and then ``clean``, or with the traceback in place of the first that fails."""
-    pipe_fd, stack_file = sys.argv[1:]
+    address, stack_file = sys.argv[1:]
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, file=open(stack_file, "w"))  # noqa: SIM115 (open as long as the process)
-    connection = Connection(int(pipe_fd))
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(address)
+        connection = Connection(client.detach())
     jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_read_jobs, args=(connection, jobs), daemon=True).start()
 
@@ -46,7 +49,7 @@ def main() -> None:
 
 
 def _read_jobs(connection: Connection, jobs: queue.SimpleQueue[dict[str, Any]]) -> None:
-    """Queue the jobs. The pipe closes when pytest is done or dead: end at once then, even inside a collective."""
+    """Queue the jobs. The socket closes when pytest is done or dead: end at once then, even inside a collective."""
     try:
         while True:
             jobs.put(json.loads(connection.recv_bytes()))

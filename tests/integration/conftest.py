@@ -18,6 +18,9 @@ from tests.harness.preloaded import PreloadedCommand
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs/example/sft.yaml"
+REFERENCE_SAMPLES = "8"
+"""Fewer than the configuration's: refreshes would take more time than all else."""
+
 GENERAL = ROOT.parent / "shared/data/general_sft.jsonl"
 
 
@@ -61,8 +64,8 @@ Train = Callable[..., Outcome]
 def train(inputs: Path, tmp_path: Path, preloaded: PreloadedCommand) -> Train:
     """``train(*flags, config=..., module=...)``: run ``megatron-ogpsa train`` in ``folder`` and wait.
 
-    ``plain``: with nothing but ``flags``, where the configuration names all data. ``fresh``: as users run it, in new
-    processes under torchrun's agent, which takes 10 to 20 s longer.
+    ``plain``: with nothing but ``flags``, where the configuration names all data. ``agent``: under torchrun's agent, which
+    takes 2 s longer. ``fresh``: as users run it, in new processes too, which takes 10 to 20 s longer.
     """
 
     def run(
@@ -71,18 +74,21 @@ def train(inputs: Path, tmp_path: Path, preloaded: PreloadedCommand) -> Train:
         module: str = "megatron_ogpsa.cli.main",
         references: bool = True,
         plain: bool = False,
+        agent: bool = False,
         fresh: bool = False,
         folder: Path = tmp_path,
         timeout: float = 240,
     ) -> Outcome:
-        given = (
+        given: dict[str, Path | str] = (
             {} if plain else {"--tokenizer-model": inputs / "tokenizer", "--ogpsa-train-data": inputs / "safety.jsonl"}
         )
         if references and not plain:
-            given["--ogpsa-reference"] = Path(f"general={inputs / 'general.jsonl'}")
+            given["--ogpsa-reference"] = f"general={inputs / 'general.jsonl'}"
+            given["--ogpsa-reference-samples"] = REFERENCE_SAMPLES
         pairs = [str(part) for flag, value in given.items() if flag not in flags for part in (flag, value)]
         if not fresh:
-            finished = preloaded.run(module, ["train", str(config), *pairs, *flags], folder=folder, timeout=timeout)
+            arguments = ["train", str(config), *pairs, *flags]
+            finished = preloaded.run(module, arguments, folder=folder, timeout=timeout, agent=agent)
             if finished.exit_code is None:
                 pytest.fail(f"still running after {timeout} s:\n{finished.output[-2000:]}")
             return Outcome(finished.exit_code, finished.output, folder)

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 DEVICE = "veth0"
 """Name of the device in both namespaces, each of which has it and the loopback alone."""
@@ -36,9 +37,14 @@ class Node:
     address: str
     holder: int
 
+    @property
+    def network(self) -> Path:
+        """The namespace, as a file."""
+        return Path(f"/proc/{self.holder}/ns/net")
+
     def command(self, *command: str) -> list[str]:
         """``command`` within this namespace; every part of the chain becomes the next, so that it keeps its process id."""
-        return ["nsenter", f"--net=/proc/{self.holder}/ns/net", *_ENDING_WITH_PARENT, *command]
+        return ["nsenter", f"--net={self.network}", *_ENDING_WITH_PARENT, *command]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from megatron_ogpsa.integration.disk import check_folders
 from tests.integration.conftest import Outcome, Train
 
 DP2 = "--nproc-per-node 2 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1".split()
-TWO_STEPS = [*DP2, "--train-iters", "2", "--save-interval", "1", "--ogpsa-reference-samples", "8"]
+TWO_STEPS = [*DP2, "--train-iters", "2", "--save-interval", "1"]
 CHECKPOINT_KILOBYTES = 3075000 // 1024 + 50
 """Of this configuration: 3 075 000 bytes in four files, and what a file system needs beside them."""
 

@@ -51,7 +51,7 @@ def test_a_resumed_run_is_bitwise_the_undisturbed_one(train: Train, tmp_path: Pa
     dropout = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1")
     whole = train(*dpo_flags(tmp_path, "tp2-pp2", "whole", *dropout))
     assert whole.exit_code == 0, whole.output[-3000:]
-    assert "OGPSA: references general (24 samples, " in whole.output
+    assert "OGPSA: references general (8 samples, " in whole.output
     assert re.search(r"reference log-probabilities of 41 pairs, weights [0-9a-f]{32}", whole.output)
     assert re.search(
         r"DPO iteration +6 \| rewards/chosen: -?[\d.]+ \| rewards/rejected: -?[\d.]+ \| .*accuracy", whole.output
@@ -75,7 +75,7 @@ def test_a_resumed_run_is_bitwise_the_undisturbed_one(train: Train, tmp_path: Pa
 
 def test_the_result_of_fine_tuning_is_the_reference_policy(train: Train, tmp_path: Path) -> None:
     """The examples, one after the other: a second call goes on with the second stage instead of starting it anew."""
-    first = train("--save", "sft", "--ogpsa-reference-samples", "8")
+    first = train("--save", "sft")
     assert first.exit_code == 0, first.output[-3000:]
     flags = ["--pretrained-checkpoint", "sft", "--load", "dpo", *dpo_flags(tmp_path, "tp2-pp2", "dpo")]
     second = train(*flags, config=CONFIG.with_name("dpo.yaml"))
@@ -160,7 +160,7 @@ def test_the_authors_rule_and_their_leak(train: Train, tmp_path: Path) -> None:
     flags = dpo_flags(tmp_path, "dp1", "run", "--train-iters", "5", "--ogpsa-refresh-interval", "2")
     outcome = train(*flags, "--ogpsa-authors-rule", "--ogpsa-authors-leak")
     assert outcome.exit_code == 0, outcome.output[-3000:]
-    assert re.search(r"OGPSA: references general \(24 samples, \d+ tokens, nll_pair\)", outcome.output)
+    assert re.search(r"OGPSA: references general \(8 samples, \d+ tokens, nll_pair\)", outcome.output)
     assert "--ogpsa-authors-leak is on, for comparisons only" in outcome.output
     leaked = scalars(tmp_path / "run-log", "ogpsa leaked")["ogpsa leaked"]
     assert [step for step, share in leaked.items() if share > 0] == [3, 5]
@@ -168,14 +168,14 @@ def test_the_authors_rule_and_their_leak(train: Train, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("loss", "words"),
-    [("dpo", r"24 samples, \d+ tokens, dpo"), ("general=nll_pair", r"24 samples, \d+ tokens, nll_pair")],
+    [("dpo", r"8 samples, \d+ tokens, dpo"), ("general=nll_pair", r"8 samples, \d+ tokens, nll_pair")],
 )
 def test_the_loss_of_a_reference_is_chosen(train: Train, tmp_path: Path, loss: str, words: str) -> None:
     flags = dpo_flags(tmp_path, "dp1", "run", "--train-iters", "2", "--ogpsa-reference-loss", loss)
     outcome = train(*flags)
     assert outcome.exit_code == 0, outcome.output[-3000:]
     assert re.search(rf"OGPSA: references general \({words}\)", outcome.output)
-    pairs = 65 if loss == "dpo" else 41
+    pairs = 49 if loss == "dpo" else 41
     assert f"reference log-probabilities of {pairs} pairs" in outcome.output
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.harness.preloaded import PreloadedCommand
 from tests.integration.checkpoints import differences
-from tests.integration.conftest import CONFIG, ROOT, Train, scalars
+from tests.integration.conftest import CONFIG, REFERENCE_SAMPLES, Train, scalars
 from tests.integration.namespaces import DEVICE, Node, NotAllowedError, two_nodes
 
 LAYOUTS = {
@@ -37,47 +36,51 @@ def nodes() -> Iterator[tuple[Node, Node]]:
 class Agent:
     """The command on one node, which can be started again."""
 
-    def __init__(self, node: Node, rank: int, first: Node, arguments: list[str], folder: Path) -> None:
-        own = ["--local-addr", node.address]
-        module = ["-m", "tests.integration.holding", "train", str(CONFIG)]
-        self._command = node.command(sys.executable, *module, *own, *arguments)
-        self._environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOLD": str(HELD)}
-        self._environment |= {"NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": first.address}
-        self._environment |= {"GLOO_SOCKET_IFNAME": DEVICE}
-        self._folder, self._log = folder, folder / f"node{rank}.log"
+    def __init__(
+        self, preloaded: PreloadedCommand, node: Node, rank: int, first: Node, arguments: list[str], folder: Path
+    ) -> None:
+        environment = {"HOLD": str(HELD), "GLOO_SOCKET_IFNAME": DEVICE}
+        environment |= {"NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": first.address}
+        self._start = partial(
+            preloaded.start,
+            "tests.integration.holding",
+            ["train", str(CONFIG), "--local-addr", node.address, *arguments],
+            folder=folder,
+            output=folder / f"node{rank}.log",
+            environment=environment,
+            agent=True,
+            network=node.network,
+        )
         self.start()
 
     def start(self) -> None:
-        with self._log.open("a") as log:
-            self.process = subprocess.Popen(
-                self._command, cwd=self._folder, env=self._environment, stdout=log, stderr=subprocess.STDOUT
-            )
+        self.process = self._start()
 
     @property
     def output(self) -> str:
-        return self._log.read_text(encoding="utf-8", errors="replace")
+        """Of all its starts."""
+        return self.process.output
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_agent_is_killed_and_started_again(
-    nodes: tuple[Node, Node], train: Train, inputs: Path, tmp_path: Path, layout: str
+    nodes: tuple[Node, Node], train: Train, preloaded: PreloadedCommand, inputs: Path, tmp_path: Path, layout: str
 ) -> None:
     """The undisturbed run has the same ranks on one node: where ranks are changes no bit."""
     flags = ["--tokenizer-model", str(inputs / "tokenizer"), "--ogpsa-train-data", str(inputs / "safety.jsonl")]
     flags += ["--ogpsa-reference", f"general={inputs / 'general.jsonl'}", *LAYOUTS[layout].split()]
+    flags += ["--ogpsa-reference-samples", REFERENCE_SAMPLES]
     restarts = ["--nproc-per-node", "2", "--max-restarts", "3", "--rdzv-timeout", "240"]
     arguments = [*restarts, *flags, *saving_to("lost")]
-    agents = [Agent(node, rank, nodes[0], arguments, tmp_path) for rank, node in enumerate(nodes)]
+    agents = [Agent(preloaded, node, rank, nodes[0], arguments, tmp_path) for rank, node in enumerate(nodes)]
     try:
         wait_for(tmp_path / "held", agents)
         agents[1].process.kill()
-        agents[1].process.wait()
         agents[1].start()
         codes = [agent.process.wait(timeout=300) for agent in agents]
     finally:
         for agent in agents:
             agent.process.kill()
-            agent.process.wait()
     output = "".join(agent.output for agent in agents)
     assert codes == [0, 0], output[-6000:]
     assert "All ranks are started again" in agents[0].output, output
@@ -99,7 +102,7 @@ def saving_to(folder: str) -> list[str]:
 def wait_for(path: Path, agents: list[Agent], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
-        ended = [agent.output[-3000:] for agent in agents if agent.process.poll() is not None]
+        ended = [agent.output[-3000:] for agent in agents if agent.process.wait(0) is not None]
         assert not ended, ended
         assert time.monotonic() < deadline, [agent.output[-3000:] for agent in agents]
         time.sleep(0.05)

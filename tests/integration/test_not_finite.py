@@ -17,7 +17,7 @@ LAYOUTS = {
     "pp2": "--nproc-per-node 2 --tensor-model-parallel-size 1",
     "dp2": "--nproc-per-node 2 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1",
 }
-EVERY_STEP = ("--ogpsa-refresh-interval", "1", "--ogpsa-reference-samples", "8", "--save-interval", "100")
+EVERY_STEP = ("--ogpsa-refresh-interval", "1", "--save-interval", "100")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_basis_that_is_not_finite_costs_one_step_and_a_refresh(
     monkeypatch.setenv("PLANT", f"basis {rank} 3")
     outcome = train(
         *LAYOUTS[layout].split(),
-        *("--ogpsa-refresh-interval", "100", "--ogpsa-reference-samples", "8", "--tensorboard-dir", "log"),
+        *("--ogpsa-refresh-interval", "100", "--tensorboard-dir", "log"),
         module="tests.integration.planting",
     )
     assert outcome.exit_code == 0, outcome.output[-3000:]

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_ogpsa.demo.benchmark import BenchmarkSpec, write_benchmark
+from tests.harness.preloaded import PreloadedCommand, Running
 from tests.integration.checkpoints import checkpoint_tensors
-from tests.integration.conftest import GENERAL, ROOT, Train
+from tests.integration.conftest import GENERAL, REFERENCE_SAMPLES, ROOT, Train
 
 CONFIG = ROOT / "configs/example/sft-dpo.yaml"
 GENERAL_PAIRS = GENERAL.with_name("general_preference.jsonl")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 DP2 = "--nproc-per-node 2 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1".split()
 
 
 def pipeline_text(inputs: Path, folder: Path) -> str:
-    """The example with the demo's safety data, general data as references, and fewer, larger micro-batches."""
+    """The example with the demo's safety data, a little general data as references, and fewer, larger micro-batches."""
     benchmark = write_benchmark(folder / "data", BenchmarkSpec(base_train=70, safety_train=100, eval_per_task=4))
     text = CONFIG.read_text(encoding="utf-8")
     general, pairs = inputs / "general.jsonl", benchmark.safety_pairs
@@ -38,6 +38,8 @@ def pipeline_text(inputs: Path, folder: Path) -> str:
         assert text.count(name) == 1, name
         text = text.replace(name, str(path))
     assert text.count("micro-batch-size: 1") == 1
+    assert text.count("reference-samples: 32") == 1
+    text = text.replace("reference-samples: 32", f"reference-samples: {REFERENCE_SAMPLES}")
     return text.replace("micro-batch-size: 1", "micro-batch-size: 2")
 
 
@@ -48,24 +50,40 @@ def pipeline(inputs: Path, tmp_path: Path) -> Path:
     return path
 
 
-def torchrun(pipeline: Path, *flags: str, num_ranks: int, timeout: float = 400) -> str:
-    command = [*TORCHRUN, f"--nproc-per-node={num_ranks}", "-m", "megatron_ogpsa.cli.main", "train", str(pipeline)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *flags], cwd=pipeline.parent, env=environment, capture_output=True, text=True, timeout=timeout
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return done.stdout + done.stderr
+@pytest.fixture
+def job(preloaded: PreloadedCommand, pipeline: Path) -> Callable[..., Running]:
+    """``job(*flags, num_ranks=...)``: start the pipeline as one torchrun job, whose ranks start a process for each stage."""
+
+    def start(*flags: str, num_ranks: int) -> Running:
+        arguments = ["--standalone", f"--nproc-per-node={num_ranks}", "-m", "megatron_ogpsa.cli.main", "train"]
+        return preloaded.start(
+            "torch.distributed.run",
+            [*arguments, str(pipeline), *flags],
+            folder=pipeline.parent,
+            output=pipeline.parent / f"job-{next(numbers)}.log",
+            agent=True,
+        )
+
+    numbers = itertools.count()
+    return start
+
+
+def finished(job: Running) -> str:
+    """The output of a job that is to end well."""
+    code = job.wait(timeout=400)
+    job.kill()
+    assert code == 0, job.output[-4000:]
+    return job.output
 
 
 def test_killed_in_each_phase_it_ends_as_if_undisturbed(
-    train: Train, pipeline: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, pipeline: Path, job: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TP2×PP2. The undisturbed run is one torchrun job, the others are launches of their own for each stage.
 
     (That torchrun ends a job of which a rank was killed is shown below.)
     """
-    output = torchrun(pipeline, "--save", "whole", num_ranks=4)
+    output = finished(job("--save", "whole", num_ranks=4))
     assert output.index("stage sft (whole/sft) begins") < output.index("stage dpo (whole/dpo) begins")
 
     for die, expected in (
@@ -94,33 +112,30 @@ def test_killed_in_each_phase_it_ends_as_if_undisturbed(
             assert torch.equal(tensor, killed[name]), f"{stage}: {name}"
 
 
-def test_finished_stages_are_skipped_and_a_lost_job_leaves_no_process(pipeline: Path) -> None:
+def test_finished_stages_are_skipped_and_a_lost_job_leaves_no_process(
+    pipeline: Path, job: Callable[..., Running]
+) -> None:
     """Two ranks. A rank of the job is killed while a stage runs in a process of its own, which must not live on."""
     flags = [*DP2[2:], "--save", "out"]
-    command = [*TORCHRUN, "--nproc-per-node=2", "-m", "megatron_ogpsa.cli.main", "train", str(pipeline), *flags]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen(
-        command, cwd=pipeline.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert job.stdout is not None
-    for line in job.stdout:
-        if "iteration        1/" in line:
-            break
-    ranks = [pid for pid in children(job.pid) if "torch.distributed.run" not in command_of(pid)]
+    lost = job(*flags, num_ranks=2)
+    deadline = time.monotonic() + 120
+    while "iteration        1/" not in lost.output:
+        assert lost.wait(0.05) is None, lost.output[-4000:]
+        assert time.monotonic() < deadline, lost.output[-4000:]
+    ranks = children(lost.pid)
     stage_processes = [grandchild for rank in ranks for grandchild in children(rank)]
     assert len(ranks) == len(stage_processes) == 2
     os.kill(ranks[1], signal.SIGKILL)
-    job.communicate(timeout=60)
-    assert job.returncode != 0
+    assert lost.wait(timeout=60) not in (0, None), lost.output[-4000:]
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in stage_processes):
         assert time.monotonic() < deadline, "a stage's process outlived its rank"
         time.sleep(0.1)
 
     shutil.rmtree(pipeline.parent / "out")
-    torchrun(pipeline, *flags, "--stage", "sft", num_ranks=2)
+    finished(job(*flags, "--stage", "sft", num_ranks=2))
     assert not (pipeline.parent / "out/dpo").exists()
-    output = torchrun(pipeline, *flags, "--lr-warmup-iters", "1", num_ranks=2)
+    output = finished(job(*flags, "--lr-warmup-iters", "1", num_ranks=2))
     assert "stage sft (out/sft) is finished: skipped; changed since: lr-warmup-iters; delete the folder" in output
     assert "stage dpo (out/dpo) begins" in output
     assert output.count("stage sft") == 1  # rank 0 alone speaks
@@ -138,7 +153,3 @@ def test_a_mistake_in_the_last_stage_is_told_before_the_first_one_trains(train: 
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
-
-
-def command_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8").replace("\0", " ")

@@ -60,6 +60,6 @@ def test_sentencepiece_and_parquet(train: Train, tmp_path: Path) -> None:
         *("--ogpsa-train-data", "safety.parquet", "--micro-batch-size", "1", "--global-batch-size", "1"),
     )
     assert outcome.exit_code == 0, outcome.output[-3000:]
-    assert re.search(r"OGPSA: references general \(32 samples, \d+ tokens, nll\)", outcome.output)
+    assert re.search(r"OGPSA: references general \(8 samples, \d+ tokens, nll\)", outcome.output)
     losses = scalars(tmp_path / "log", "lm loss")["lm loss"]
     assert losses[3] < losses[1]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
-from tests.integration.conftest import CONFIG, ROOT, Train
+from tests.harness.preloaded import PreloadedCommand
+from tests.integration.conftest import CONFIG, REFERENCE_SAMPLES, Train
 
 STEPS = 300
 """More than are taken before a signal arrives."""
@@ -17,29 +17,25 @@ STEPS = 300
 DP2 = "--nproc-per-node 2 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1".split()
 
 
-def test_sigterm_saves_and_the_next_start_goes_on(train: Train, inputs: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_and_the_next_start_goes_on(
+    train: Train, preloaded: PreloadedCommand, inputs: Path, tmp_path: Path
+) -> None:
     """Megatron's exit code is 0 (``train`` in ``megatron/training/training.py``), and so is the command's."""
     flags = ["--tokenizer-model", str(inputs / "tokenizer"), "--ogpsa-train-data", str(inputs / "safety.jsonl")]
     flags += ["--ogpsa-reference", f"general={inputs / 'general.jsonl'}", *DP2, "--train-iters", str(STEPS)]
+    flags += ["--ogpsa-reference-samples", REFERENCE_SAMPLES]
     flags += ["--save", "out", "--load", "out", "--save-interval", str(STEPS), "--exit-signal-handler"]
-    command = subprocess.Popen(
-        [sys.executable, "-m", "megatron_ogpsa.cli.main", "train", str(CONFIG), *flags],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert command.stdout is not None
-    output = ""
-    try:
-        for line in command.stdout:
-            output += line
-            if "iteration        2/" in line:
-                command.send_signal(signal.SIGTERM)
-        code = command.wait(timeout=60)
-    finally:
-        command.kill()
+    arguments = ["train", str(CONFIG), *flags]
+    log = tmp_path / "output"
+    command = preloaded.start("megatron_ogpsa.cli.main", arguments, folder=tmp_path, output=log, agent=True)
+    deadline = time.monotonic() + 120
+    while "iteration        2/" not in command.output:
+        assert command.wait(0.02) is None, command.output[-3000:]
+        assert time.monotonic() < deadline, command.output[-3000:]
+    os.kill(command.pid, signal.SIGTERM)
+    code = command.wait(timeout=60)
+    command.kill()
+    output = command.output
     assert code == 0, output[-3000:]
     assert "exiting program after receiving SIGTERM" in output
     last = steps(output)[-1]

@@ -95,7 +95,7 @@ def test_a_refresh_leaves_no_trace(train: Train, tmp_path: Path, family: str) ->
     dropped = ["use-distributed-optimizer"] if "plain" in family else []
     refreshed = train(
         *flags,
-        *("--ogpsa-refresh-interval", "1", "--ogpsa-reference-samples", "8"),
+        *("--ogpsa-refresh-interval", "1"),
         *("--save", "refreshed", "--tensorboard-dir", "refreshed-log"),
         config=config_without(tmp_path / "refreshed.yaml", *dropped),
         module="tests.integration.unprojected",
