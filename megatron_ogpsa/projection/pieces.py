@@ -63,9 +63,14 @@ def _runs(tile: Tile) -> list[tuple[int, int, int, float]]:
 
 
 def _table(rows: Sequence[tuple[int, int, int, int, float]], device: torch.device) -> Pieces:
-    table = torch.tensor([row[:4] for row in rows], dtype=torch.int64).view(-1, 4)
-    weights = torch.tensor([row[4] for row in rows], dtype=torch.float64)
-    return Pieces(*(column.contiguous().to(device) for column in table.unbind(1)), weights.to(device))
+    table = torch.tensor([row[:4] for row in rows], dtype=torch.int64).view(-1, 4).to(device)
+    return Pieces(
+        starts_P=table[:, 0].contiguous(),
+        stops_P=table[:, 1].contiguous(),
+        columns_P=table[:, 2].contiguous(),
+        blocks_P=table[:, 3].contiguous(),
+        weights_P=torch.tensor([row[4] for row in rows], dtype=torch.float64, device=device),
+    )
 
 
 class BlockOrder:
