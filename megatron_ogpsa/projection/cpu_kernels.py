@@ -21,6 +21,9 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from megatron_ogpsa.projection.pieces import BlockOrder, Pieces, pieces_by_span
@@ -39,15 +42,28 @@ _REASSOCIATED = {"reassoc", "contract", "nsz"}
 """Sums in fp64 may be taken in the order of vector lanes. NaN and infinity stay what they are."""
 
 
+@intrinsic
+def _fp32(context: Any, element: Any) -> Any:
+    """An element of the basis: fp32 as it is, bf16, which NumPy has only as 16-bit integers, with zeros behind its bits."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        if isinstance(element, types.Float):
+            return arguments[0]
+        word = ir.IntType(32)
+        return builder.bitcast(builder.shl(builder.zext(arguments[0], word), word(16)), ir.FloatType())
+
+    return types.float32(element), generate
+
+
 @numba.njit(fastmath=_REASSOCIATED, **_JIT)
 def _dot_4(x: Any, a: Any, b: Any, c: Any, d: Any) -> tuple[float, float, float, float]:
     with_a = with_b = with_c = with_d = 0.0
     for i in range(x.size):
         value = np.float64(x[i])
-        with_a += value * np.float64(a[i])
-        with_b += value * np.float64(b[i])
-        with_c += value * np.float64(c[i])
-        with_d += value * np.float64(d[i])
+        with_a += value * np.float64(_fp32(a[i]))
+        with_b += value * np.float64(_fp32(b[i]))
+        with_c += value * np.float64(_fp32(c[i]))
+        with_d += value * np.float64(_fp32(d[i]))
     return with_a, with_b, with_c, with_d
 
 
@@ -56,9 +72,9 @@ def _dot_3(x: Any, a: Any, b: Any, c: Any) -> tuple[float, float, float]:
     with_a = with_b = with_c = 0.0
     for i in range(x.size):
         value = np.float64(x[i])
-        with_a += value * np.float64(a[i])
-        with_b += value * np.float64(b[i])
-        with_c += value * np.float64(c[i])
+        with_a += value * np.float64(_fp32(a[i]))
+        with_b += value * np.float64(_fp32(b[i]))
+        with_c += value * np.float64(_fp32(c[i]))
     return with_a, with_b, with_c
 
 
@@ -67,8 +83,8 @@ def _dot_2(x: Any, a: Any, b: Any) -> tuple[float, float]:
     with_a = with_b = 0.0
     for i in range(x.size):
         value = np.float64(x[i])
-        with_a += value * np.float64(a[i])
-        with_b += value * np.float64(b[i])
+        with_a += value * np.float64(_fp32(a[i]))
+        with_b += value * np.float64(_fp32(b[i]))
     return with_a, with_b
 
 
@@ -76,7 +92,7 @@ def _dot_2(x: Any, a: Any, b: Any) -> tuple[float, float]:
 def _dot_1(x: Any, a: Any) -> float:
     with_a = 0.0
     for i in range(x.size):
-        with_a += np.float64(x[i]) * np.float64(a[i])
+        with_a += np.float64(x[i]) * np.float64(_fp32(a[i]))
     return with_a
 
 
@@ -123,36 +139,27 @@ def _subtract(x: Any, rows: Any, start: int, stop: int, weights: Any, total: Any
         a, b, c, d = rows[k, start:stop], rows[k + 1, start:stop], rows[k + 2, start:stop], rows[k + 3, start:stop]
         w_a, w_b, w_c, w_d = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
         for i in range(x.size):
-            total[i] = (((total[i] + w_a * a[i]) + w_b * b[i]) + w_c * c[i]) + w_d * d[i]
+            total[i] = (((total[i] + w_a * _fp32(a[i])) + w_b * _fp32(b[i])) + w_c * _fp32(c[i])) + w_d * _fp32(d[i])
         k += 4
     if num_rows - k == 4:
         a, b, c, d = rows[k, start:stop], rows[k + 1, start:stop], rows[k + 2, start:stop], rows[k + 3, start:stop]
         w_a, w_b, w_c, w_d = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
         for i in range(x.size):
-            x[i] -= (((total[i] + w_a * a[i]) + w_b * b[i]) + w_c * c[i]) + w_d * d[i]
+            x[i] -= (((total[i] + w_a * _fp32(a[i])) + w_b * _fp32(b[i])) + w_c * _fp32(c[i])) + w_d * _fp32(d[i])
     elif num_rows - k == 3:
         a, b, c = rows[k, start:stop], rows[k + 1, start:stop], rows[k + 2, start:stop]
         w_a, w_b, w_c = weights[k], weights[k + 1], weights[k + 2]
         for i in range(x.size):
-            x[i] -= ((total[i] + w_a * a[i]) + w_b * b[i]) + w_c * c[i]
+            x[i] -= ((total[i] + w_a * _fp32(a[i])) + w_b * _fp32(b[i])) + w_c * _fp32(c[i])
     elif num_rows - k == 2:
         a, b = rows[k, start:stop], rows[k + 1, start:stop]
         w_a, w_b = weights[k], weights[k + 1]
         for i in range(x.size):
-            x[i] -= (total[i] + w_a * a[i]) + w_b * b[i]
+            x[i] -= (total[i] + w_a * _fp32(a[i])) + w_b * _fp32(b[i])
     elif num_rows - k == 1:
         a, w_a = rows[k, start:stop], weights[k]
         for i in range(x.size):
-            x[i] -= total[i] + w_a * a[i]
-
-
-@numba.njit(**_JIT)
-def _widen(rows: Any, start: int, stop: int, scratch: Any) -> None:
-    """bf16, as 16-bit integers, to fp32, as 32-bit integers: the same bits with zeros behind them."""
-    for k in range(rows.shape[0]):
-        row, wide = rows[k, start:stop], scratch[k]
-        for i in range(row.size):
-            wide[i] = np.uint32(row[i]) << np.uint32(16)
+            x[i] -= total[i] + w_a * _fp32(a[i])
 
 
 @numba.njit(**_JIT)
@@ -166,19 +173,6 @@ def _dots(vector: Any, rows: Any, starts: Any, stops: Any, columns: Any, weights
 
 
 @numba.njit(**_JIT)
-def _dots_bf16(vector: Any, rows: Any, starts: Any, stops: Any, columns: Any, weights: Any, sums: Any) -> None:
-    bits = np.empty((rows.shape[0], _CHUNK), np.uint32)
-    wide = bits.view(np.float32)
-    for p in range(starts.size):
-        shift = columns[p] - starts[p]
-        for start in range(starts[p], stops[p], _CHUNK):
-            stop = min(start + _CHUNK, stops[p])
-            _widen(rows, start + shift, stop + shift, bits)
-            _add_dots(vector[start:stop], wide, 0, stop - start, sums[p])
-        sums[p] *= weights[p]
-
-
-@numba.njit(**_JIT)
 def _subtract_all(vector: Any, rows: Any, starts: Any, stops: Any, columns: Any, weights: Any) -> None:
     total = np.empty(_CHUNK, np.float32)
     for p in range(starts.size):
@@ -187,19 +181,6 @@ def _subtract_all(vector: Any, rows: Any, starts: Any, stops: Any, columns: Any,
             stop = min(start + _CHUNK, stops[p])
             part = total[: stop - start]
             _subtract(vector[start:stop], rows, start + shift, stop + shift, weights[p], part)
-
-
-@numba.njit(**_JIT)
-def _subtract_all_bf16(vector: Any, rows: Any, starts: Any, stops: Any, columns: Any, weights: Any) -> None:
-    total = np.empty(_CHUNK, np.float32)
-    bits = np.empty((rows.shape[0], _CHUNK), np.uint32)
-    wide = bits.view(np.float32)
-    for p in range(starts.size):
-        shift = columns[p] - starts[p]
-        for start in range(starts[p], stops[p], _CHUNK):
-            stop = min(start + _CHUNK, stops[p])
-            _widen(rows, start + shift, stop + shift, bits)
-            _subtract(vector[start:stop], wide, 0, stop - start, weights[p], total[: stop - start])
 
 
 class CpuKernels:
@@ -220,15 +201,13 @@ class CpuKernels:
         Products and sums are fp64. The result does not depend on the number of threads.
         """
         sums_PJ = torch.zeros(len(self._blocks_P), rows_KN.shape[0] + 1, dtype=torch.float64)
-        kernel = _dots_bf16 if rows_KN.dtype == torch.bfloat16 else _dots
-        self._run(kernel, spans, rows_KN, lambda pieces: pieces.weights_P, sums_PJ)
+        self._run(_dots, spans, rows_KN, lambda pieces: pieces.weights_P, sums_PJ)
         return self._order.sums_of_blocks(sums_PJ)
 
     def subtract(self, spans: Sequence[Tensor], rows_KN: Tensor, coefficients_BK: Tensor) -> None:
         """g ← g − Σ_k r_bk·q_k, b being the block of each element; bitwise as :func:`subtract_combination` has it."""
         weights_PK = coefficients_BK.float()[self._blocks_P]
-        kernel = _subtract_all_bf16 if rows_KN.dtype == torch.bfloat16 else _subtract_all
-        self._run(kernel, spans, rows_KN, None, weights_PK)
+        self._run(_subtract_all, spans, rows_KN, None, weights_PK)
 
     def _run(
         self,
