@@ -27,6 +27,7 @@ from megatron_ogpsa.config import MAX_CONFLICT_REFERENCES, OGPSAConfig
 from megatron_ogpsa.errors import UnsupportedError
 from megatron_ogpsa.projection.basis import orthonormalise
 from megatron_ogpsa.projection.conflict import Cone
+from megatron_ogpsa.projection.passes import dots
 from megatron_ogpsa.projection.segments import Rows, combine_rows, cross_products, gram_and_dots
 from megatron_ogpsa.sharding.gradients import GradientShard
 from megatron_ogpsa.spaces import SPACES, Basis, GradientSpace, some_of
@@ -236,7 +237,7 @@ class OGPSA:
         if not self._shard.reaches_parameters:
             return None
         layout = self._shard.parameter_layout
-        return gram_and_dots(layout, basis.rows_KN, self._shard.parameters)[:, :-1]
+        return dots(layout, basis.rows_KN, self._shard.parameters)[:, :-1]
 
     def _told_of_interval(
         self, names: Sequence[str], gram_BKK: Tensor, with_old_BKJ: Tensor | None, moved_BJ: Tensor | None

@@ -33,7 +33,7 @@ from torch import Tensor
 from megatron_ogpsa.collectives import sum_over_ranks
 from megatron_ogpsa.projection import removal
 from megatron_ogpsa.projection.conflict import Cone
-from megatron_ogpsa.projection.segments import gram_and_dots, subtract_combination
+from megatron_ogpsa.projection.passes import dots, subtract
 from megatron_ogpsa.sharding.gradients import GradientShard, leaf_optimizers
 from megatron_ogpsa.streaming import HostRows
 
@@ -192,7 +192,7 @@ class GradientSpace(Space):
         """g ← g − Q·r; one all-reduce, off which every rank reads the same."""
         layout = self._shard.layout
         self._shard.load()
-        sums = sum_over_ranks(gram_and_dots(layout, basis.rows_KN, self._shard.spans), self._shard.reduction.group)
+        sums = sum_over_ranks(dots(layout, basis.rows_KN, self._shard.spans), self._shard.reduction.group)
         coefficients_BK, squared_norm_B = sums[:, :-1], sums[:, -1]
         removed_BK = basis.removed(coefficients_BK)
         projected_B = removal.squared_norm_after(squared_norm_B, coefficients_BK, removed_BK)
@@ -204,7 +204,7 @@ class GradientSpace(Space):
         before, trace, projected, added, after = torch.stack([total.sum() for total in totals]).tolist()
         if not self._is_finite(squared_norm_B, before, trace):
             return False
-        subtract_combination(layout, self._shard.spans, basis.rows_KN, removed_BK)
+        subtract(layout, self._shard.spans, basis.rows_KN, removed_BK)
         self._shard.store()
         self._norm = math.sqrt(after)
         self.metrics = self._ranks(basis) | {
@@ -219,9 +219,7 @@ class GradientSpace(Space):
         return True
 
     def _leak(self, basis: Basis) -> float:
-        sums = sum_over_ranks(
-            gram_and_dots(self._shard.layout, basis.rows_KN, self._shard.spans), self._shard.reduction.group
-        )
+        sums = sum_over_ranks(dots(self._shard.layout, basis.rows_KN, self._shard.spans), self._shard.reduction.group)
         left, squared_norm = sums[:, :-1].abs().max().item(), sums[:, -1].sum().item()
         return left / math.sqrt(squared_norm) if squared_norm > 0 else 0.0
 
@@ -252,7 +250,7 @@ class UpdateSpace(Space):
         """
         self._shard.load()
         no_rows = torch.empty(0, self._shard.layout.num_elements, device=self._shard.layout.device)
-        local_B = gram_and_dots(self._shard.layout, no_rows, self._shard.spans)[:, -1]
+        local_B = dots(self._shard.layout, no_rows, self._shard.spans)[:, -1]
         self._along_BK = self._along(basis, self._shard.parameters)
         trace = (0.0 * self._along_BK).sum()
         totals = sum_over_ranks(torch.cat((local_B, trace[None])), self._shard.reduction.group)
@@ -286,7 +284,7 @@ class UpdateSpace(Space):
         change_BK = sum_over_ranks(self._along(basis, parameters) - along_BK, self._shard.reduction.group)
         # The cone is of gradients, and an update goes against the gradient.
         removed_BK = -basis.removed(-change_BK)
-        subtract_combination(self._layout, parameters, basis.rows_KN, removed_BK)
+        subtract(self._layout, parameters, basis.rows_KN, removed_BK)
         self.metrics = self._ranks(basis) | {
             "removed_length": float(removed_BK.square().sum().sqrt()),
             "grad_norm_before": norm,
@@ -297,12 +295,12 @@ class UpdateSpace(Space):
 
     def _along(self, basis: Basis, parameters: Sequence[Tensor]) -> Tensor:
         """Qᵀθ, this rank's share."""
-        return gram_and_dots(self._layout, basis.rows_KN, parameters)[:, :-1].contiguous()
+        return dots(self._layout, basis.rows_KN, parameters)[:, :-1].contiguous()
 
     def _checked(self, basis: Basis, before: Sequence[Tensor], squared_removed: float) -> dict[str, float]:
         """The leak, and the share that was removed, of an update that was kept for it."""
         update = [after - old for after, old in zip(self._shard.parameters, before, strict=True)]
-        sums = sum_over_ranks(gram_and_dots(self._layout, basis.rows_KN, update), self._shard.reduction.group)
+        sums = sum_over_ranks(dots(self._layout, basis.rows_KN, update), self._shard.reduction.group)
         squared = float(sums[:, -1].sum())
         leak = float(sums[:, :-1].abs().max()) / math.sqrt(squared) if squared > 0 else 0.0
         return {"leak": leak, "removed": squared_removed / (squared + squared_removed) if squared_removed else 0.0}

@@ -1,0 +1,290 @@
+"""A training step plain, with OGPSA, and with the authors' hooks, in turn in one process group.
+
+```
+torchrun --nproc-per-node 2 -m megatron_ogpsa.benchmarks.step
+```
+
+One GPT of some 30M parameters in Megatron's own data and tensor parallelism, its distributed Adam, random tokens: a step is
+``--accumulate`` micro-batches and one ``optimizer.step()``. Steps go plain, projected, hooks, plain, …, with the same
+micro-batches, so that ratios within a round do not depend on who else is on the machine. Refreshes are timed by themselves:
+their reference passes, and what capturing and orthonormalising adds to them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ogpsa.benchmarks.authors_hooks import AuthorsHooks
+from megatron_ogpsa.benchmarks.timing import in_turn, median_ratio
+from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+
+
+class Loop:
+    """A megatron-core loop over one model, with everything that is compared at hand.
+
+    Args:
+        args: of the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from megatron.core import parallel_state, tensor_parallel
+
+        from megatron_ogpsa import OGPSAConfig, attach
+
+        parallel_state.initialize_model_parallel(args.tensor_model_parallel_size)
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        self._args = args
+        self.device = torch.device("cuda", torch.cuda.current_device()) if _has_gpu() else torch.device("cpu")
+        self.chunk, self.optimizer = _model_and_optimizer(args)
+        self.parameters = [parameter for parameter in self.chunk.parameters() if parameter.requires_grad]
+        generator = torch.Generator().manual_seed(parallel_state.get_data_parallel_rank())
+        shape = (args.accumulate, args.micro_batch_size, args.seq_length + 1)
+        self._tokens = torch.randint(0, args.vocabulary, shape, generator=generator).to(self.device)
+        self.ogpsa = attach(self.optimizer, self.chunk, OGPSAConfig(granularity=args.granularity, space=args.space))
+        self.ogpsa.enabled = False
+
+    def gradient(self, shift: int = 0) -> None:
+        """The gradient of the step's micro-batches; ``shift`` gives those of a reference."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        self.chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=iter([(tokens + shift) % self._args.vocabulary for tokens in self._tokens]),
+            model=[self.chunk],
+            num_microbatches=self._args.accumulate,
+            seq_length=self._args.seq_length,
+            micro_batch_size=self._args.micro_batch_size,
+            forward_only=False,
+        )
+
+    def references(self) -> Iterator[str]:
+        """Computes the gradient of each reference in turn, and gives its name."""
+        for index in range(self._args.rank):
+            self.gradient(shift=1 + index)
+            yield f"reference {index}"
+
+    def step(self) -> None:
+        """One training step."""
+        self.gradient()
+        self.optimizer.step()
+
+    def projected_step(self) -> None:
+        """One training step with the projection."""
+        self.ogpsa.enabled = True
+        self.step()
+        self.ogpsa.enabled = False
+
+
+def _has_gpu() -> bool:
+    return not install_if_no_gpu()
+
+
+def _model_and_optimizer(args: argparse.Namespace) -> tuple[Any, Any]:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.hidden_size // 64,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_dtype=torch.float32,
+        calculate_per_token_loss=True,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+    )
+    module = GPTModel(
+        config,
+        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=args.vocabulary,
+        max_sequence_length=args.seq_length,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=True,
+    )
+    if _has_gpu():
+        module.cuda()
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    chunk = DistributedDataParallel(config, ddp_config, module)
+    optimizer_config = OptimizerConfig(optimizer="adam", lr=1e-5, use_distributed_optimizer=True, clip_grad=1.0)
+    return chunk, get_megatron_optimizer(optimizer_config, [chunk], use_gloo_process_groups=False)
+
+
+def _forward_step(iterator: Iterator[Tensor], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], object]]:
+    tokens = next(iterator)
+    positions = torch.arange(tokens.shape[1] - 1, device=tokens.device).expand(tokens.shape[0], -1)
+    length = tokens.shape[1] - 1
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=tokens.device).triu(1)
+
+    def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        total = output.float().sum()
+        return total, torch.tensor(output.numel(), dtype=torch.int, device=output.device), {}
+
+    return model(tokens[:, :-1], positions, mask, labels=tokens[:, 1:]), loss
+
+
+def refresh_seconds(loop: Loop) -> dict[str, float]:
+    """Of a refresh: its reference passes, and what is not passes."""
+    passes = 0.0
+    start = last = time.perf_counter()
+    loop.ogpsa.begin_refresh()
+    for name in loop.references():
+        passes += time.perf_counter() - last
+        loop.ogpsa.capture(name)
+        last = time.perf_counter()
+    loop.ogpsa.finish_refresh()
+    return {"passes": passes, "beside passes": time.perf_counter() - start - passes}
+
+
+def authors_hooks(loop: Loop) -> AuthorsHooks:
+    """The hooks, with references as this rank sees them: whole tensors of its part of the model."""
+    captured: list[list[Tensor]] = [[] for _ in loop.parameters]
+    for _ in loop.references():
+        for own, parameter in zip(captured, loop.parameters, strict=True):
+            own.append(parameter.main_grad.detach().clone())
+    return AuthorsHooks(loop.parameters, captured)
+
+
+@contextmanager
+def counted_collectives() -> Iterator[list[str]]:
+    """The names of torch.distributed's collectives, as they are called."""
+    called: list[str] = []
+    names = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "all_gather")
+
+    def counting(name: str) -> Callable[..., Any]:
+        original = getattr(dist, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            called.append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    patches = [patch.object(dist, name, counting(name)) for name in names]
+    for each in patches:
+        each.start()
+    try:
+        yield called
+    finally:
+        for each in patches:
+            each.stop()
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one layout, on this rank."""
+    loop = Loop(args)
+    loop.step()  # Adam makes its state
+    refreshes = [refresh_seconds(loop) for _ in range(3)][1:]
+    hooks = authors_hooks(loop)
+
+    def hooked_step() -> None:
+        hooks.attach()
+        loop.step()
+        hooks.detach()
+
+    work = {"plain": loop.step, "ogpsa": loop.projected_step, "authors": hooked_step}
+    collectives = {}
+    for name in ("plain", "ogpsa"):
+        with counted_collectives() as called:
+            work[name]()
+        collectives[name] = len(called)
+    if dist.get_rank():
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # progress is rank 0's
+    seconds = in_turn(work, rounds=args.rounds, device=loop.device, title="steps")
+    step_only = in_turn(
+        {"plain": loop.optimizer.step, "ogpsa": lambda: _step_alone(loop)},
+        rounds=args.rounds,
+        device=loop.device,
+        title="optimizer steps",
+    )
+    passes = sum(one["passes"] for one in refreshes)
+    beside = sum(one["beside passes"] for one in refreshes)
+    return {
+        "parameters": sum(parameter.numel() for parameter in loop.parameters),
+        "elements of this rank's shard": loop.ogpsa._shard.layout.num_elements,
+        "basis vectors": args.rank,
+        "seconds of a plain step": statistics.median(seconds["plain"]),
+        "ogpsa / plain": median_ratio(seconds["ogpsa"], seconds["plain"]),
+        "authors / plain": median_ratio(seconds["authors"], seconds["plain"]),
+        "milliseconds of optimizer.step(), plain": 1e3 * statistics.median(step_only["plain"]),
+        "milliseconds of optimizer.step(), ogpsa": 1e3 * statistics.median(step_only["ogpsa"]),
+        "collectives of a step, plain": collectives["plain"],
+        "collectives of a step, ogpsa": collectives["ogpsa"],
+        "bytes of the basis": loop.ogpsa.basis_bytes,
+        "bytes of the authors' copies": hooks.bytes_held,
+        "refresh: share beside its passes": beside / (passes + beside),
+        "refresh / plain step": statistics.median(sum(one.values()) for one in refreshes)
+        / statistics.median(seconds["plain"]),
+    }
+
+
+def _step_alone(loop: Loop) -> None:
+    loop.ogpsa.enabled = True
+    loop.optimizer.step()
+    loop.ogpsa.enabled = False
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Be a rank of torchrun; rank 0 prints, and writes JSON where it is asked to."""
+    args = _parser().parse_args(argv)
+    if "RANK" not in os.environ:
+        sys.exit("start it with torchrun: torchrun --nproc-per-node 2 -m megatron_ogpsa.benchmarks.step")
+    backend = "nccl" if _has_gpu() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend)
+    figures = measure(args)
+    if dist.get_rank() == 0:
+        layout = {"world size": dist.get_world_size(), "tensor parallel": args.tensor_model_parallel_size}
+        figures = layout | {"threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")} | figures
+        for name, value in figures.items():
+            print(f"{name:45} {value:.4g}" if isinstance(value, float) else f"{name:45} {value}")
+        if args.json:
+            with args.json.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**figures, "arguments": {k: str(v) for k, v in vars(args).items()}}) + "\n")
+    dist.destroy_process_group()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="torchrun -m megatron_ogpsa.benchmarks.step")
+    for name, default in (
+        ("tensor-model-parallel-size", 1),
+        ("num-layers", 8),
+        ("hidden-size", 512),
+        ("vocabulary", 8192),
+        ("seq-length", 64),
+        ("micro-batch-size", 4),
+        ("accumulate", 4),
+        ("rank", 2),
+        ("rounds", 7),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
+    parser.add_argument("--granularity", choices=("tensor", "model"), default="tensor")
+    parser.add_argument("--space", choices=("gradient", "update"), default="gradient")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append a line of JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

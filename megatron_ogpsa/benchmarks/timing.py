@@ -1,0 +1,41 @@
+"""Timing things in turn, so that a machine whose speed drifts is fair to all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from tqdm import tqdm
+
+
+def in_turn(
+    work: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device, title: str
+) -> dict[str, list[float]]:
+    """Seconds of each piece of work in each round, after a round that does not count: A B C A B C …"""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for index in tqdm(range(rounds + 1), desc=title, leave=False, delay=3.0):
+        for name, function in work.items():
+            taken = _seconds(function, device)
+            if index:
+                seconds[name].append(taken)
+    return seconds
+
+
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    function()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_ratio(numerators: list[float], denominators: list[float]) -> float:
+    """Median over rounds of the ratio within a round."""
+    return statistics.median(n / d for n, d in zip(numerators, denominators, strict=True))

@@ -1,0 +1,124 @@
+"""The compiled passes against those in PyTorch, tile by tile: the same bits where bits can be the same, fp64 elsewhere."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ogpsa.projection import passes
+from megatron_ogpsa.projection.cpu_kernels import CpuKernels
+from megatron_ogpsa.projection.segments import Segment, SegmentLayout, gram_and_dots, subtract_combination
+from tests.core import gpu_kernel_cases
+from tests.harness import WorkerGroup
+
+CPU = torch.device("cpu")
+# Chunks are 1024 elements and pieces at most 32768: more than one, one with an odd rest, and far fewer than one.
+SPANS = [
+    [Segment(70_000, 0, True), Segment(7, 1, True), Segment(9, 2, False), Segment(1025, 1, True)],
+    [Segment(33, 2, True), Segment(1, 3, True), Segment(9000, 3, True), Segment(64, 0, False)],
+]
+NUM_BLOCKS = 5  # the last has no elements on this rank
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def layout_of(device: torch.device = CPU) -> SegmentLayout:
+    return SegmentLayout(SPANS, NUM_BLOCKS, device)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    number = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(number)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", range(10))
+def test_both_passes_are_those_of_pytorch(num_rows: int, dtype: torch.dtype) -> None:
+    layout = layout_of()
+    rows, vector = random(num_rows, layout.num_elements).to(dtype), random(layout.num_elements, seed=1)
+    spans, kernels = list(vector.split(layout.span_lengths)), CpuKernels(layout)
+    # Sums of 70,000 products of size 1, in two orders, each rounded to 1e-16 of what it has come to.
+    torch.testing.assert_close(kernels.dots(spans, rows), gram_and_dots(layout, rows, spans), rtol=1e-13, atol=1e-10)
+    if num_rows:
+        weights, expected = random(NUM_BLOCKS, num_rows, seed=2).double(), vector.clone()
+        subtract_combination(layout, list(expected.split(layout.span_lengths)), rows, weights)
+        kernels.subtract(spans, rows, weights)
+        assert torch.equal(vector, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_integers_are_exact(dtype: torch.dtype) -> None:
+    layout, generator = layout_of(), torch.Generator().manual_seed(0)
+    rows = torch.randint(-4, 5, (6, layout.num_elements), generator=generator).to(dtype)
+    spans = list(torch.randint(-4, 5, (layout.num_elements,), generator=generator).float().split(layout.span_lengths))
+    assert torch.equal(CpuKernels(layout).dots(spans, rows), gram_and_dots(layout, rows, spans))
+
+
+def test_sums_are_fp64_and_do_not_depend_on_the_number_of_threads(threads: Callable[[int], None]) -> None:
+    layout = SegmentLayout([[Segment(2**18, 0, True)]], 1, CPU)
+    rows, vector = random(3, layout.num_elements), random(layout.num_elements, seed=1) + 3.0
+    found = []
+    for number in (1, 2, 5):
+        threads(number)
+        found.append(CpuKernels(layout).dots([vector], rows))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    exact = torch.cat((rows, vector[None])).double() @ vector.double()
+    # fp32 sums give 1e-6 here.
+    torch.testing.assert_close(found[0][0], exact, rtol=1e-12, atol=1e-12 * float(exact[-1]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("element", [3, 70_008], ids=["counted", "a copy that is not counted"])
+def test_what_is_not_finite_is_seen(element: int, value: float) -> None:
+    layout = layout_of()
+    rows, vector = random(2, layout.num_elements), random(layout.num_elements, seed=1)
+    vector[element] = value
+    dots = CpuKernels(layout).dots(list(vector.split(layout.span_lengths)), rows)
+    expected = gram_and_dots(layout, rows, list(vector.split(layout.span_lengths)))
+    assert torch.equal(dots.isfinite(), expected.isfinite())
+    assert not dots.isfinite().all()
+
+
+def test_only_large_shards_are_worth_loading_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = layout_of()
+    vector = random(layout.num_elements)
+    spans, rows = list(vector.split(layout.span_lengths)), random(1, layout.num_elements, seed=1)
+    assert passes._kernels(layout, rows, spans) is None
+    monkeypatch.setattr(passes, "COMPILED_FROM", layout.num_elements)
+    assert isinstance(passes._kernels(layout, rows, spans), CpuKernels)
+    assert passes._kernels(layout, rows.double(), spans) is None
+    assert passes._kernels(layout, rows, [span.bfloat16() for span in spans]) is None
+
+
+@pytest.mark.parametrize("layout", ["dp2-bf16", "tp2"])
+def test_in_an_optimizers_step(distributed: Callable[[int], WorkerGroup], layout: str) -> None:
+    """As tests/core/test_update_space.py, with compiled loops; copies of weights on several ranks stay the same bits."""
+    for result in distributed(2).run("tests.core.kernel_cases:compiled_update", layout=layout):
+        assert result["error"] < 5e-6
+        assert result["copies_agree"]
+        assert result["compiled"]
+
+
+def test_triton_computes_the_same_under_its_interpreter() -> None:
+    """Triton decides when it is imported whether it interprets, hence a process of its own."""
+    ended = subprocess.run(
+        [sys.executable, "-m", gpu_kernel_cases.__name__], capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+
+
+@pytest.mark.gpu
+def test_triton_on_a_gpu() -> None:
+    gpu_kernel_cases.compare(torch.device("cuda"))
+    gpu_kernel_cases.repeat(torch.device("cuda"))
