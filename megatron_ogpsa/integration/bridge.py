@@ -182,10 +182,16 @@ def _check_interface() -> None:
 def _check_run(context: bridge.CallbackContext) -> None:
     """Refuse what reference passes would disturb, or would not reach, by the name of Bridge's setting."""
     config, model = context.state.cfg, get_model_config(context.model[0])
+    has_graphs = model.cuda_graph_impl not in (None, "none")
     for is_given, setting, reason, remedy in (
         (getattr(model, "fp8", None), "model.fp8", "reference passes would mark its scaling factors", "train in bf16"),
         (getattr(model, "fp4", None), "model.fp4", "reference passes would mark its scaling factors", "train in bf16"),
-        (model.cuda_graph_impl != "none", "model.cuda_graph_impl", "graphs replay training passes only", "use 'none'"),
+        (
+            has_graphs,
+            "model.cuda_graph_impl",
+            "graphs replay training passes only",
+            "use 'none'",
+        ),
         (
             config.dist.use_decentralized_pg,
             "dist.use_decentralized_pg",

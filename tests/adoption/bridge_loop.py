@@ -16,6 +16,7 @@ from megatron.core.rerun_state_machine import (
     get_rerun_state_machine,
     initialize_rerun_state_machine,
 )
+from megatron.training.config import CheckpointConfig, RerunStateMachineConfig, TrainingConfig
 from torch import Tensor
 
 from tests.core.cases import batch_of
@@ -41,15 +42,15 @@ class Run:
     written: dict[str, float] = field(default_factory=dict)
 
     def state(self) -> Any:
+        """Of Bridge's settings those that derive from Megatron's are Megatron's."""
         config = SimpleNamespace(
             model=SimpleNamespace(seq_length=self.training.shape.positions),
-            train=SimpleNamespace(micro_batch_size=self.training.layout.micro_batch, rampup_batch_size=None),
+            train=TrainingConfig(micro_batch_size=self.training.layout.micro_batch),
             dist=SimpleNamespace(use_decentralized_pg=False),
-            rerun_state_machine=SimpleNamespace(check_for_nan_in_loss=True, check_for_spiky_loss=False),
-            checkpoint=SimpleNamespace(
+            rerun_state_machine=RerunStateMachineConfig(check_for_nan_in_loss=True),
+            checkpoint=CheckpointConfig(
                 save="checkpoints" if self.save_interval else None,
                 save_interval=self.save_interval,
-                non_persistent_save_interval=None,
                 async_save=self.async_delay is not None,
             ),
         )

@@ -30,6 +30,12 @@ def test_the_callback_is_the_plugin_by_hand(distributed: Distributed, layout: st
         assert all(result.values()), result
 
 
+def test_resumed_and_saved_asynchronously_it_is_the_undisturbed_run(distributed: Distributed) -> None:
+    job = "tests.adoption.bridge_cases:resumed_and_saved_asynchronously"
+    for result in distributed(2).run(job, layout="dp2", real=REAL):
+        assert all(result.values()), result
+
+
 def test_the_pages_code_runs_in_bridges_order_of_events(distributed: Distributed) -> None:
     code = "\n".join(blocks("megatron-bridge.md", "python"))
     for result in distributed(2).run("tests.adoption.bridge_cases:page", code=code, real=REAL):
