@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +15,9 @@ import pytest
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 
+from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.laptop.gguf import to_hugging_face
+from megatron_ogpsa.laptop.run import add_arguments
 from tests.conversion.models import build
 from tests.data.conftest import build_hugging_face_folder
 
@@ -68,3 +74,23 @@ def test_mistakes_are_told_before_any_step(folder: Path, flags: str, fault: str)
     assert done.returncode == 2, done.stderr[-2000:]
     assert fault in done.stderr
     assert done.stderr.count("megatron-ogpsa: error:") == 1
+
+
+def test_the_pages_commands_are_accepted() -> None:
+    text = (ROOT / "docs/laptop.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    starts = [shlex.split(line)[1:] for line in lines if line.startswith("launch/laptop.sh ")]
+    assert len(starts) == 2
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert [parser.parse_args(words).out for words in starts] == [Path("runs/laptop")] * 2
+    assert (ROOT / "launch/laptop.sh").stat().st_mode & 0o111
+    assert any("megatron_ogpsa.laptop.gguf" in line for line in lines)
+
+
+def test_what_is_wrong_with_a_gguf_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        to_hugging_face(tmp_path / "none.gguf", tmp_path / "out")
+    (tmp_path / "some.gguf").touch()
+    with pytest.raises(UserError, match="is there already"):
+        to_hugging_face(tmp_path / "some.gguf", tmp_path)
