@@ -30,9 +30,6 @@ from megatron_ogpsa.benchmarks.timing import in_turn, median_ratio
 from megatron_ogpsa.projection import passes
 from megatron_ogpsa.projection.segments import Segment, SegmentLayout, gram_and_dots, subtract_combination
 
-GRANULARITIES = {"model": 1, "tensor": 300}
-"""Blocks of the vectors: of one block, or cut as the tensors of a large model are."""
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TRIAD_BYTES, COPY_BYTES = 12, 8
 
@@ -43,7 +40,7 @@ class Case:
 
     elements: int
     rank: int
-    granularity: str
+    blocks: int
     basis_dtype: str
 
 
@@ -81,7 +78,7 @@ def measure(case: Case, device: torch.device, *, rounds: int, with_pytorch: bool
     rows = torch.empty(case.rank, case.elements, dtype=dtype, device=device)
     for row in rows:
         row.copy_(torch.randn(case.elements, generator=generator, device=device).div_(case.elements**0.5))
-    num_blocks = GRANULARITIES[case.granularity]
+    num_blocks = case.blocks
     layout = SegmentLayout([blocks_of(case.elements, num_blocks)], num_blocks, device)
     weights = torch.full((num_blocks, case.rank), 1e-6, dtype=torch.float64, device=device)
     work = {
@@ -124,10 +121,10 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     results = []
     for elements in args.elements:
-        for granularity in GRANULARITIES:
+        for blocks in args.blocks:
             for dtype in args.basis_dtype:
                 for rank in args.rank:
-                    case = Case(elements=int(elements), rank=rank, granularity=granularity, basis_dtype=dtype)
+                    case = Case(elements=int(elements), rank=rank, blocks=blocks, basis_dtype=dtype)
                     speeds = measure(case, device, rounds=args.rounds, with_pytorch=args.with_pytorch)
                     results.append({**asdict(case), "passes": {name: asdict(speed) for name, speed in speeds.items()}})
                     _tell(case, speeds)
@@ -143,6 +140,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m megatron_ogpsa.benchmarks.projection")
     parser.add_argument("--elements", type=float, nargs="+", default=[1e7, 1e8], help="of a shard (1e7 1e8)")
     parser.add_argument("--rank", type=int, nargs="+", default=[1, 2, 4, 8], help="basis vectors K (1 2 4 8)")
+    parser.add_argument(
+        "--blocks", type=int, nargs="+", default=[1, 300], help="the whole model, or its tensors (1 300)"
+    )
     parser.add_argument("--basis-dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="on CPU (torch's default)")
@@ -159,7 +159,7 @@ def _tell(case: Case, speeds: dict[str, Speed]) -> None:
         if name not in ("triad", "copy")
     )
     triad = speeds["triad"].gigabytes_per_second
-    what = f"{case.elements:.0e} elements, K={case.rank}, {case.granularity}, {case.basis_dtype}"
+    what = f"{case.elements:.0e} elements, K={case.rank}, {case.blocks} blocks, {case.basis_dtype}"
     print(f"{what}: triad {triad:.1f} GB/s; {shown}", flush=True)
 
 

@@ -208,14 +208,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         with counted_collectives() as called:
             work[name]()
         collectives[name] = len(called)
-    if dist.get_rank():
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # progress is rank 0's
-    seconds = in_turn(work, rounds=args.rounds, device=loop.device, title="steps")
+    settings = {"rounds": args.rounds, "device": loop.device, "quiet": dist.get_rank() > 0}
+    seconds = in_turn(work, title="steps", **settings)
     step_only = in_turn(
         {"plain": loop.optimizer.step, "ogpsa": lambda: _step_alone(loop)},
-        rounds=args.rounds,
-        device=loop.device,
         title="optimizer steps",
+        **settings,
     )
     passes = sum(one["passes"] for one in refreshes)
     beside = sum(one["beside passes"] for one in refreshes)

@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 
 def in_turn(
-    work: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device, title: str
+    work: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device, title: str, quiet: bool = False
 ) -> dict[str, list[float]]:
     """Seconds of each piece of work in each round, after a round that does not count: A B C A B C …"""
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    for index in tqdm(range(rounds + 1), desc=title, leave=False, delay=3.0):
+    for index in tqdm(range(rounds + 1), desc=title, leave=False, delay=3.0, disable=quiet):
         for name, function in work.items():
             taken = _seconds(function, device)
             if index:
