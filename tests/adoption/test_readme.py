@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from megatron_ogpsa.cli.config_file import ConfigFile
+from megatron_ogpsa.cli.main import VERBS
 from tests.adoption import pages
 from tests.data.conftest import build_hugging_face_folder
 from tests.harness.preloaded import PreloadedCommand
@@ -94,6 +99,18 @@ def test_paths_and_links_exist() -> None:
         assert (ROOT / path).exists(), path
     for path in re.findall(r"`(launch/\S+\.sh)", README):
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("line", re.findall(r"^\$ megatron-ogpsa (.*)", README, re.MULTILINE))
+def test_commands_are_accepted(line: str) -> None:
+    """Their verbs' parsers take them, and the configurations that they name can be read."""
+    verb, *words = shlex.split(line)
+    parser = argparse.ArgumentParser()
+    module = import_module(VERBS[verb][0])
+    module.add_arguments(parser)
+    args = parser.parse_args(words)
+    if config := getattr(args, "config", None):
+        assert ConfigFile.read(ROOT / config).entries
 
 
 def test_the_demo_prints_the_table_of_the_readme(preloaded: PreloadedCommand, tmp_path: Path) -> None:
