@@ -97,6 +97,7 @@ def install_if_no_gpu() -> bool:
     _silence_expected_warnings()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # validate_args insists on it for tensor parallelism
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # jit_fuser would start a C++ compiler for each fused function
+    _use_device_context()
     apply_patches(torch_patches(CPU))
     apply_patches(CORE_PATCHES)
     if first_time and os.environ.get("RANK", "0") == "0":
@@ -122,10 +123,19 @@ def install_on_meta() -> None:
     _silence_expected_warnings()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    with META:  # torch notes the factories that its device context acts on at the first use: before they are replaced
-        torch.empty(0)
+    _use_device_context()
     apply_patches(torch_patches(META))
     apply_patches(CORE_PATCHES)
+
+
+def _use_device_context() -> None:
+    """torch notes the factories that ``with torch.device(...)`` acts on at its first use: let that be before they are replaced.
+
+    Otherwise the context is without effect, and transformers, which builds its models within ``torch.device("meta")``,
+    leaves rotary frequencies as memory held them.
+    """
+    with META:
+        torch.empty(0)
 
 
 def _silence_expected_warnings() -> None:
