@@ -129,7 +129,7 @@ def install_on_meta() -> None:
 
 
 def _use_device_context() -> None:
-    """torch notes the factories that ``with torch.device(...)`` acts on at its first use: let that be before they are replaced.
+    """Use ``with torch.device(...)`` once, when torch notes the factories that it acts on: before they are replaced.
 
     Otherwise the context is without effect, and transformers, which builds its models within ``torch.device("meta")``,
     leaves rotary frequencies as memory held them.
