@@ -92,5 +92,7 @@ def test_mistakes_are_named(folder: Path, text: str, words: str) -> None:
 
 def test_what_is_no_model_file_is_refused(folder: Path) -> None:
     (folder / "model.yaml").write_text("- 1\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"model/model\.yaml: not a mapping of flags: name a folder that megatron-ogpsa"):
+    with pytest.raises(
+        UserError, match=r"model/model\.yaml: not a mapping of flags: name a folder that megatron-ogpsa"
+    ):
         read(folder, "model: {}\n")
