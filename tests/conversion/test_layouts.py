@@ -40,11 +40,12 @@ lr: 1.0e-6
 
 @dataclass(frozen=True)
 class Ran:
-    """All commands, run in one process in ``folder``: exports by layout, those of the page by line, and a plan."""
+    """All commands, run in one process in ``folder``: exports by layout, those of the page by line, and two more."""
 
     folder: Path
     exports: dict[str, Outcome]
     page: dict[str, Outcome]
+    without_config: Outcome
     plan: Outcome
 
 
@@ -69,12 +70,14 @@ def ran(
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     page = {line: shlex.split(line.partition("megatron-ogpsa ")[2], comments=True) for line in lines}
     (folder / "plan.yaml").write_text(PLAN.format(model=conversions.megatron("qwen2.5")), encoding="utf-8")
-    outcomes = run([*exports.values(), *page.values(), ["plan", "plan.yaml", "--json"]], folder)
+    others = (["convert", "tp2", "never", "--ckpt-step", "1"], ["plan", "plan.yaml", "--json"])
+    outcomes = run([*exports.values(), *page.values(), *others], folder)
+    of_exports, of_page = outcomes[: len(exports)], outcomes[len(exports) : -len(others)]
     return Ran(
         folder,
-        dict(zip(exports, outcomes[: len(exports)], strict=True)),
-        dict(zip(page, outcomes[len(exports) : -1], strict=True)),
-        outcomes[-1],
+        dict(zip(exports, of_exports, strict=True)),
+        dict(zip(page, of_page, strict=True)),
+        *outcomes[-len(others) :],
     )
 
 
@@ -96,6 +99,11 @@ def test_a_layout_leaves_no_trace(conversions: Conversions, ran: Ran, layout: st
     for name in before:
         assert before[name].shape == after[name].shape, name
         assert torch.equal(before[name], after[name]), name
+
+
+def test_a_checkpoint_that_knows_no_configuration_needs_one(ran: Ran) -> None:
+    assert "tp2: there is no config.json in its huggingface folder: name with --hf" in ran.without_config.error
+    assert not (ran.folder / "never").exists()
 
 
 def test_the_commands_of_the_page_run(ran: Ran) -> None:
