@@ -139,9 +139,9 @@ def _carried(source: Path, checkpoint: Checkpoint) -> Path:
     for folder in (source / CARRIED_FOLDER, *([Path(tokenizer)] if tokenizer else [])):
         if (folder / CONFIG_FILE).is_file():
             return folder
+    where = f"its {CARRIED_FOLDER} folder" + (f" or its tokenizer's, {tokenizer}" if tokenizer else "")
     raise UserError(
-        f"{source}: has no {CARRIED_FOLDER}/{CONFIG_FILE}, nor has its tokenizer's folder ({tokenizer}) one: name with --hf "
-        "the Hugging Face folder that the training began with"
+        f"{source}: there is no {CONFIG_FILE} in {where}: name with --hf the Hugging Face folder that the training began with"
     )
 
 

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ogpsa.cli.config_file import STAGES, ConfigFile
+from megatron_ogpsa.cli.config_file import BASE, LAUNCH, MODEL, STAGES, ConfigFile
 from megatron_ogpsa.errors import UserError
 
 FOLDERS = ("save", "tensorboard-dir")
@@ -17,6 +17,9 @@ BEGINNING = ("pretrained-checkpoint",)
 
 FORBIDDEN = ("load", "finetune")
 """Keys that would make a stage begin or go on elsewhere than the pipeline says."""
+
+OF_THE_FILE = (LAUNCH, MODEL, BASE)
+"""Keys that are no flags, and stand beside the stages."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def plan_stages(config: ConfigFile, overrides: list[str]) -> tuple[Stage, ...]:
     shared = {entry.key: str(entry.value) for entry in config.entries}
     for name, entries in config.stages.items():
         for entry in entries:
-            if entry.key in (*FOLDERS, *BEGINNING, *FORBIDDEN, "launch"):
+            if entry.key in (*FOLDERS, *BEGINNING, *FORBIDDEN, *OF_THE_FILE):
                 raise UserError(
                     f"{entry.place}: {entry.key} in the stage {name}: the pipeline sets it for each stage; "
                     f"{_remedy(entry.key)}"
@@ -118,5 +121,5 @@ def _remedy(key: str) -> str:
     return {
         "save": "give 'save' once, beside 'stages'; each stage gets a folder of its own below it",
         "tensorboard-dir": "give it once, beside 'stages'; each stage gets a folder of its own below it",
-        "launch": "give it once, beside 'stages'",
+        **dict.fromkeys(OF_THE_FILE, "give it once, beside 'stages'"),
     }.get(key, "name the weights to begin with as pretrained-checkpoint, beside 'stages'")

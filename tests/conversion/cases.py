@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -16,49 +17,79 @@ from megatron_ogpsa.planning.arguments import megatron_arguments
 from tests.conversion.models import SEQUENCE_LENGTH, tokens
 
 
-def logits(folders: dict[str, str], tp: int = 1, pp: int = 1) -> dict[str, dict[str, Tensor]]:
-    """Of each model: logits [rows, positions, vocabulary] and rotary frequencies, on the last stage."""
+def logits(folders: dict[str, str], **layout: int) -> dict[str, dict[str, Tensor]]:
+    """Of each model: logits [rows, positions, vocabulary] and rotary frequencies, on the last stage.
+
+    Args:
+        layout: sizes ``tp``, ``pp``, ``ep``.
+    """
+    _initialize(**layout)
+    return {name: _logits_of(Path(folder), layout) for name, folder in folders.items()}
+
+
+def saved(folders: dict[str, str], target: str, **layout: int) -> None:
+    """Load each model and save it as Megatron saves a run's first iteration in this layout, in ``target``/NAME."""
+    from megatron.core import dist_checkpointing
+
+    _initialize(**layout)
+    for name, folder in folders.items():
+        args = _arguments(Path(folder), layout)
+        model, content = loaded_model(Path(folder), args)
+        state = {"args": args, "model": _sharded(model, content)}
+        path = Path(target, name, "iter_0000001")
+        path.mkdir(parents=True, exist_ok=True)
+        with patch("megatron.training.get_args", return_value=args):  # asked how it saves
+            dist_checkpointing.save(state, str(path), content_metadata=content)
+
+
+def _initialize(tp: int = 1, pp: int = 1, ep: int = 1) -> None:
     from megatron.core import parallel_state, tensor_parallel
 
     prepare_megatron()
-    parallel_state.initialize_model_parallel(tp, pp)
+    parallel_state.initialize_model_parallel(tp, pp, expert_model_parallel_size=ep)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    return {name: _logits_of(Path(folder), tp, pp) for name, folder in folders.items()}
 
 
-def _logits_of(folder: Path, tp: int, pp: int) -> dict[str, Tensor]:
-    model = loaded_model(folder, tp, pp)
+def _logits_of(folder: Path, layout: dict[str, int]) -> dict[str, Tensor]:
+    model, _ = loaded_model(folder, _arguments(folder, layout))
     hidden = _stages(model)
     if hidden is None:
         return {}
     return {"logits": _whole_vocabulary(hidden), "inv_freq": model.rotary_pos_emb.inv_freq}
 
 
-def loaded_model(folder: Path, tp: int, pp: int) -> Any:
-    """This rank's part of the model, with the checkpoint's weights."""
+def loaded_model(folder: Path, args: Any) -> tuple[Any, dict[str, Any]]:
+    """This rank's part of the model in fp32, with the checkpoint's weights; how these are laid out in it."""
     from megatron.core import dist_checkpointing
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.gpt import GPTModelBuilder
 
-    flags = ConfigFile.read(folder / "model.yaml").as_flags(build_parser(), _layout_flags(folder, tp, pp))
-    args = megatron_arguments(flags, dist.get_world_size())
     model = GPTModelBuilder(gpt_config_from_args(args)).build_model(ProcessGroupCollection.use_mpu_process_groups())
     with torch.no_grad():
         for param in model.parameters():
+            assert param.dtype == torch.float32
             param.fill_(torch.nan)  # what the checkpoint does not fill must show
     release = str(folder / "release")
     content = dist_checkpointing.load_content_metadata(release)
-    groups = {"dp_cp_group": _data_parallel_group()}
-    state = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=content | groups)}, release)
+    state = dist_checkpointing.load({"model": _sharded(model, content)}, release)
     model.load_state_dict(state["model"])
-    return model.eval()
+    return model.eval(), content
 
 
-def _layout_flags(folder: Path, tp: int, pp: int) -> list[str]:
+def _sharded(model: Any, content: dict[str, Any]) -> Any:
+    return model.sharded_state_dict(metadata=content | {"dp_cp_group": _data_parallel_group()})
+
+
+def _arguments(folder: Path, layout: dict[str, int]) -> Any:
+    flags = ConfigFile.read(folder / "model.yaml").as_flags(build_parser(), _layout_flags(folder, **layout))
+    return megatron_arguments(flags, dist.get_world_size())
+
+
+def _layout_flags(folder: Path, tp: int = 1, pp: int = 1, ep: int = 1) -> list[str]:
     flags = (
-        f"--tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp} --seq-length {SEQUENCE_LENGTH} "
-        "--micro-batch-size 2 --train-iters 1 --lr 1e-3"
+        f"--tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp} --expert-model-parallel-size {ep} "
+        f"--seq-length {SEQUENCE_LENGTH} --micro-batch-size 2 --train-iters 1 --lr 1e-3"
     ).split()
     if "vocab-size: 101" in (folder / "model.yaml").read_text(encoding="utf-8"):
         flags += ["--padded-vocab-size", "104"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.conversion import troubles
-from tests.conversion.models import CONFIGS, TRAINED, build
+from tests.conversion.models import CONFIGS, TRAINED, build, trained_config
 from tests.data.conftest import build_hugging_face_folder
 
 ROOT = Path(__file__).parents[2]
@@ -38,12 +38,17 @@ class Outcome:
 
 
 def convert(command_lines: Sequence[Sequence[str | Path]]) -> list[Outcome]:
-    """Run the command with several command lines, one after the other, in one process."""
-    argv = [["convert", *map(str, line)] for line in command_lines]
+    """Run ``megatron-ogpsa convert`` with several command lines, one after the other, in one process."""
+    return run([("convert", *line) for line in command_lines])
+
+
+def run(command_lines: Sequence[Sequence[str | Path]], folder: Path = ROOT) -> list[Outcome]:
+    """The same of any subcommands that need Megatron on the meta device, in ``folder``."""
+    argv = [[str(word) for word in line] for line in command_lines]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.planning.several"],
-        cwd=ROOT,
+        cwd=folder,
         env=environment,
         input=json.dumps(argv),
         capture_output=True,
@@ -79,10 +84,9 @@ def conversions(tmp_path_factory: pytest.TempPathFactory) -> Conversions:
         build(top / name, config())
     build(top / "bf16-in-files", CONFIGS["qwen3"](), torch.bfloat16, max_shard_size="8KB")
     build_hugging_face_folder(top / "bf16-in-files")  # a tokenizer
-    for name, config in TRAINED.items():
-        build(top / name, config())
-        build_hugging_face_folder(top / name)
-    names = [*CONFIGS, *TRAINED, "bf16-in-files"]
+    build(top / TRAINED, trained_config())
+    build_hugging_face_folder(top / TRAINED)
+    names = [*CONFIGS, TRAINED, "bf16-in-files"]
     there = [(top / name, top / f"{name}-megatron") for name in names]
     back = [(top / f"{name}-megatron", top / f"{name}-back", "--max-shard-size", "8e-6") for name in names]
     refused = troubles.make(top / "llama2", top / "troubles")

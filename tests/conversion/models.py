@@ -52,11 +52,14 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3-moe-unnormalised": lambda: Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=16, norm_topk_prob=False),
 }
 
-TRAINED: dict[str, Callable[[], PreTrainedConfig]] = {
-    "trained-tp2": lambda: LlamaConfig(**SHAPE | TRAINED_SHAPE, rope_parameters=LLAMA3_ROPE),
-    "trained-pp2": lambda: Qwen2Config(**SHAPE | TRAINED_SHAPE, tie_word_embeddings=True),
-}
-"""Those that learn from text."""
+TRAINED = "trained"
+"""One that learns from text."""
+
+
+def trained_config() -> PreTrainedConfig:
+    """Untied, with Llama 3's rope scaling."""
+    return LlamaConfig(**SHAPE | TRAINED_SHAPE, rope_parameters=LLAMA3_ROPE)
+
 
 SEQUENCE_LENGTH = 24
 

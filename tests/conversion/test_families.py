@@ -28,7 +28,7 @@ def test_logits_are_those_of_transformers(
     record_property: Callable[[str, object], None],
 ) -> None:
     world_size, sizes = LAYOUTS[layout]
-    folders = {name: conversions.megatron(name) for name in CONFIGS}
+    folders = {name: conversions.megatron(name) for name in [*CONFIGS, "bf16-in-files"]}  # all into fp32 parameters
     *_, last = distributed(world_size).run("tests.conversion.cases:logits", folders=folders, **sizes)
     for name, found in last.items():
         expected, inv_freq = logits_of(conversions.original(name))
