@@ -1,7 +1,7 @@
 """The page of all figures, from their data: ``python -m megatron_ogpsa.benchmarks.report docs/performance``.
 
-The folder holds ``projection.json`` (:mod:`megatron_ogpsa.benchmarks.projection`), ``growth.json`` (the same, more ranks and
-numbers of blocks) and ``steps.jsonl`` (:mod:`megatron_ogpsa.benchmarks.step`, a line for each layout).
+The folder holds ``projection.json`` (:mod:`megatron_ogpsa.benchmarks.projection`), ``large.json`` (the same, of longer vectors),
+``growth.json`` (of more ranks and numbers of blocks, and with the passes in PyTorch) and ``steps.jsonl`` (:mod:`megatron_ogpsa.benchmarks.step`, a line for each layout).
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ is known yet; both benchmarks run there as they are (`--device cuda`).
 
 ## The two passes
 
-`{projection_command}` ({projection_date}; {device}; {threads} thread{threads_plural}; {versions}).
+`{projection_command}`, and of the longest vectors `{large_command}` ({projection_date}; {device}; {threads} thread{threads_plural};
+{versions}).
 
 A projected step reads the gradient and the basis twice and writes the gradient once: dots c = Qᵀg with ‖g‖², in fp64; then
 g ← g − Q·r. Given as a share of the bandwidth of a triad (a = b + s·c, fp32) of the same size in the same round. Above 100 %
@@ -44,7 +45,8 @@ then bound by that, not by memory.
 ![Milliseconds against the number of basis vectors, and against the number of blocks](performance/growth.png)
 
 `{growth_command}`: time grows with the bytes, which are linear in k; a pass over many blocks costs what its pieces cost,
-some {per_block:.1f} µs a block.
+some {per_block:.1f} µs a block. Tile by tile in PyTorch, as they were before they were compiled, the two passes take
+{in_pytorch_least:.1f} to {in_pytorch_most:.1f} times as long.
 
 ## A training step
 
@@ -70,19 +72,23 @@ GPUs, FP8, a trainer of another library on the same tokens, useful tokens in DPO
 """
 
 
-def as_markdown(projection: Json, growth: Json, steps: Sequence[Json]) -> str:
+def as_markdown(projection: Json, large: Json, growth: Json, steps: Sequence[Json]) -> str:
     """The page."""
     arguments = steps[0]["arguments"]
+    slower = [_both(result, " in PyTorch") / _both(result) for result in growth["results"]]
     return _PAGE.format(
         projection_command=projection["command"],
+        large_command=large["command"],
         projection_date=projection["date"],
         device=projection["device"],
         threads=projection["threads"],
         threads_plural="s" if projection["threads"] > 1 else "",
         versions=", ".join(f"{name} {version}" for name, version in projection["versions"].items()),
-        projection=_table(_projection_rows(projection["results"])),
+        projection=_table(_projection_rows([*projection["results"], *large["results"]])),
         num_blocks=max(result["blocks"] for result in projection["results"]),
         growth_command=growth["command"],
+        in_pytorch_least=min(slower),
+        in_pytorch_most=max(slower),
         per_block=_microseconds_per_block(growth["results"]),
         parameters=steps[0]["parameters"] * steps[0]["tensor parallel"] / 1e6,
         seq_length=arguments["seq_length"],
@@ -100,9 +106,14 @@ def _projection_rows(results: Iterable[Json]) -> list[list[str]]:
         cells += [str(result["blocks"]), f"{speeds['triad']['gigabytes_per_second']:.1f} GB/s"]
         for name in ("dots", "subtract"):
             cells += [f"{speeds[name]['gigabytes_per_second']:.1f} GB/s", f"{speeds[name]['of_triad']:.0%}"]
-        cells.append(f"{speeds['dots']['milliseconds'] + speeds['subtract']['milliseconds']:.1f}")
+        cells.append(f"{_both(result):.1f}")
         rows.append(cells)
     return rows
+
+
+def _both(result: Json, kind: str = "") -> float:
+    """Milliseconds of both passes."""
+    return float(sum(result["passes"][name + kind]["milliseconds"] for name in _COLOURS))
 
 
 def _microseconds_per_block(results: Sequence[Json]) -> float:
@@ -110,8 +121,7 @@ def _microseconds_per_block(results: Sequence[Json]) -> float:
     rank = min(result["rank"] for result in results)
     by_blocks = sorted((r for r in results if r["rank"] == rank), key=lambda result: int(result["blocks"]))
     first, last = by_blocks[0], by_blocks[-1]
-    more = sum(last["passes"][name]["milliseconds"] - first["passes"][name]["milliseconds"] for name in _COLOURS)
-    return max(0.0, float(1e3 * more / (last["blocks"] - first["blocks"])))
+    return max(0.0, 1e3 * (_both(last) - _both(first)) / (last["blocks"] - first["blocks"]))
 
 
 def _step_rows(steps: Iterable[Json]) -> list[list[str]]:
@@ -179,11 +189,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def page_of(folder: Path) -> str:
     """The page that belongs to the data in ``folder``."""
-    projection, growth = (
-        json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("projection", "growth")
-    )
+    names = ("projection", "large", "growth")
+    accounts = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names]
     steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text(encoding="utf-8").splitlines()]
-    return as_markdown(projection, growth, steps)
+    return as_markdown(*accounts, steps)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def test_the_page_is_made_of_its_data() -> None:
     assert report.page_of(FOLDER) == FOLDER.with_suffix(".md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["projection", "growth"])
+@pytest.mark.parametrize("name", ["projection", "large", "growth"])
 def test_the_pages_commands_measure_what_it_shows(name: str) -> None:
     account = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     args = projection._parser().parse_args(shlex.split(account["command"])[3:])

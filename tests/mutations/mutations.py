@@ -124,12 +124,12 @@ REDUCTIONS = (
     Mutation(
         "tp-reduction-dropped",
         "megatron_ogpsa/spaces.py",
-        """        sums = sum_over_ranks(gram_and_dots(layout, basis.rows_KN, self._shard.spans), self._shard.reduction.group)
+        """        sums = sum_over_ranks(dots(layout, basis.rows_KN, self._shard.spans), self._shard.reduction.group)
         coefficients_BK""",
         """        from megatron.core import parallel_state
 
         group = parallel_state.get_pipeline_model_parallel_group()
-        sums = sum_over_ranks(gram_and_dots(layout, basis.rows_KN, self._shard.spans), group)
+        sums = sum_over_ranks(dots(layout, basis.rows_KN, self._shard.spans), group)
         coefficients_BK""",
         (f"{PARITY}[tp2]",),
         "coefficients of a step are not summed over tensor-parallel ranks",
@@ -158,11 +158,11 @@ REDUCTIONS = (
     Mutation(
         "conflict-decided-per-rank",
         "megatron_ogpsa/spaces.py",
-        """        sums = sum_over_ranks(gram_and_dots(layout, basis.rows_KN, self._shard.spans), self._shard.reduction.group)
+        """        sums = sum_over_ranks(dots(layout, basis.rows_KN, self._shard.spans), self._shard.reduction.group)
         coefficients_BK, squared_norm_B = sums[:, :-1], sums[:, -1]
         removed_BK = basis.removed(coefficients_BK)
 """,
-        """        sums = gram_and_dots(layout, basis.rows_KN, self._shard.spans).contiguous()
+        """        sums = dots(layout, basis.rows_KN, self._shard.spans).contiguous()
         local_BK = basis.removed(sums[:, :-1])
         sum_over_ranks(sums, self._shard.reduction.group)
         removed_BK = sum_over_ranks(local_BK.contiguous(), self._shard.reduction.group)
