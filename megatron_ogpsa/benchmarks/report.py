@@ -1,7 +1,8 @@
 """The page of all figures, from their data: ``python -m megatron_ogpsa.benchmarks.report docs/performance``.
 
-The folder holds ``projection.json`` (:mod:`megatron_ogpsa.benchmarks.projection`), ``large.json`` (the same, of longer vectors),
-``growth.json`` (of more ranks and numbers of blocks, and with the passes in PyTorch) and ``steps.jsonl`` (:mod:`megatron_ogpsa.benchmarks.step`, a line for each layout).
+The folder holds ``projection.json`` (:mod:`megatron_ogpsa.benchmarks.projection`), ``large.json`` (of longer vectors),
+``growth.json`` (of more ranks and numbers of blocks, and with the passes in PyTorch), and ``steps.jsonl``
+(:mod:`megatron_ogpsa.benchmarks.step`, a line for each layout).
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ is known yet; both benchmarks run there as they are (`--device cuda`).
 
 ## The two passes
 
-`{projection_command}`, and of the longest vectors `{large_command}` ({projection_date}; {device}; {threads} thread{threads_plural};
-{versions}).
+`{projection_command}`, and of the longest vectors `{large_command}` ({projection_date}; {device};
+{threads} thread{threads_plural}; {versions}).
 
 A projected step reads the gradient and the basis twice and writes the gradient once: dots c = Qᵀg with ‖g‖², in fp64; then
 g ← g − Q·r. Given as a share of the bandwidth of a triad (a = b + s·c, fp32) of the same size in the same round. Above 100 %
@@ -190,9 +191,9 @@ def main(argv: list[str] | None = None) -> int:
 def page_of(folder: Path) -> str:
     """The page that belongs to the data in ``folder``."""
     names = ("projection", "large", "growth")
-    accounts = [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names]
+    projection, large, growth = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names)
     steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text(encoding="utf-8").splitlines()]
-    return as_markdown(*accounts, steps)
+    return as_markdown(projection, large, growth, steps)
 
 
 if __name__ == "__main__":
