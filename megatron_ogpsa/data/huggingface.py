@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import override
@@ -46,6 +49,18 @@ class HuggingFaceChatTokenizer(ChatTokenizer):
         return sha256_of(vocabulary.encode(), self.template, self.pad_id)
 
 
+@contextmanager
+def _hub_retries_unseen() -> Iterator[None]:
+    """A misspelt folder is taken for a name on the Hub, which each rank would ask many times, with a line each time."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def load_huggingface(folder: str, chat_template: str | None) -> HuggingFaceChatTokenizer:
     """Load a folder or a set of the Hub; the parameters and errors are those of ``load_chat_tokenizer``."""
     flag = f"--tokenizer-model {folder}"
@@ -53,10 +68,12 @@ def load_huggingface(folder: str, chat_template: str | None) -> HuggingFaceChatT
     if not is_local and (Path(folder).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", folder)):
         raise UserError(f"{flag}: not a folder; give a folder with tokenizer.json, or a name on the Hub")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=is_local, trust_remote_code=False)
+        with _hub_retries_unseen():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=is_local, trust_remote_code=False)
     except Exception as error:  # transformers lets through whatever its parsers and the network raise
         fault = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{flag}: no tokenizer could be loaded ({fault}); check the folder") from error
+        found = "" if is_local else "there is no such folder here, and from the Hub "
+        raise UserError(f"{flag}: {found}no tokenizer could be loaded ({fault}); check the folder") from error
     if not tokenizer.is_fast:
         raise UserError(f"{flag}: a slow tokenizer, which knows no character offsets; save a fast one (tokenizer.json)")
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
