@@ -54,7 +54,7 @@ some {per_block:.1f} µs a block. Tile by tile in PyTorch, as they were before t
 A GPT of {parameters:.0f}M parameters, sequences of {seq_length}, micro-batches of {micro_batch_size}, {accumulate}
 accumulated, two references, per tensor: plain, projected, and with the hooks of the authors' released code (whole copies
 of the references on each rank, brought to the gradient's device and orthonormalised anew in each tensor's hook on each
-micro-batch), in turn in one process group:
+micro-batch), in turn in one process group; then with `--tensor-model-parallel-size 2`, and with `--space update`:
 
 ```bash
 torchrun --nproc-per-node 2 -m megatron_ogpsa.benchmarks.step --json docs/performance/steps.jsonl
