@@ -45,8 +45,8 @@ then bound by that, not by memory.
 
 ![Milliseconds against the number of basis vectors, and against the number of blocks](performance/growth.png)
 
-`{growth_command}`: time grows with the bytes, which are linear in k; a pass over many blocks costs what its pieces cost,
-some {per_block:.1f} µs a block. Tile by tile in PyTorch, as they were before they were compiled, the two passes take
+`{growth_command}`: time grows with the bytes, which are linear in k; with thousands of blocks
+it grows by {per_block:.1f} µs a block. Tile by tile in PyTorch, as they were before they were compiled, the two passes take
 {in_pytorch_least:.1f} to {in_pytorch_most:.1f} times as long.
 
 ## A training step
@@ -69,7 +69,7 @@ capturing, one all-reduce, orthonormalising.
 
 ## Not measured
 
-GPUs, FP8, a trainer of another library on the same tokens, useful tokens in DPO's packed batches.
+GPUs, FP8, a trainer of another library on the same tokens, more processes than two, cheaper refreshes (staggered references).
 """
 
 
