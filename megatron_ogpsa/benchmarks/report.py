@@ -26,7 +26,7 @@ _PAGE = """# What projection costs
 Every figure here is a ratio, or stands beside one: medians over rounds in which the things that are compared take turns, so
 that a machine that is shared or changes its speed is fair to all of them. Made by
 `python -m megatron_ogpsa.benchmarks.report docs/performance` from the data in [performance](performance). No figure of a GPU
-is known yet; both benchmarks run there as they are (`--device cuda`).
+is known yet: both benchmarks are written to run there too, which has not been tried.
 
 ## The two passes
 

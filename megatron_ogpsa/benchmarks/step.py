@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ogpsa.benchmarks.authors_hooks import AuthorsHooks
-from megatron_ogpsa.benchmarks.timing import in_turn, median_ratio
+from megatron_ogpsa.benchmarks.timing import in_turn, median_ratio, wait
 from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
 
 
@@ -145,15 +145,20 @@ def _forward_step(iterator: Iterator[Tensor], model: torch.nn.Module) -> tuple[T
 
 def refresh_seconds(loop: Loop) -> dict[str, float]:
     """Of a refresh: its reference passes, and what is not passes."""
+
+    def now() -> float:
+        wait(loop.device)
+        return time.perf_counter()
+
     passes = 0.0
-    start = last = time.perf_counter()
+    start = last = now()
     loop.ogpsa.begin_refresh()
     for name in loop.references():
-        passes += time.perf_counter() - last
+        passes += now() - last
         loop.ogpsa.capture(name)
-        last = time.perf_counter()
+        last = now()
     loop.ogpsa.finish_refresh()
-    return {"passes": passes, "beside passes": time.perf_counter() - start - passes}
+    return {"passes": passes, "beside passes": now() - start - passes}
 
 
 def authors_hooks(loop: Loop) -> AuthorsHooks:

@@ -24,14 +24,15 @@ def in_turn(
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     function()
-    _wait(device)
+    wait(device)
     return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done what was queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -65,6 +65,7 @@ def _kernels(layout: SegmentLayout, rows_KN: Tensor, spans: Sequence[Tensor]) ->
         and rows_KN.is_contiguous()
         and rows_KN.dtype in (torch.float32, torch.bfloat16)
         and all(span.dtype == torch.float32 and span.is_contiguous() for span in spans)
+        and layout.num_elements > 0  # some ranks hold none
         and ((device == "cpu" and layout.num_elements >= COMPILED_FROM) or (device == "cuda" and _has_triton()))
     )
     if not fits:
