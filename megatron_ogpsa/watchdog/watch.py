@@ -180,18 +180,31 @@ class Watch:
         self._place = place_of(traceback_stack(traceback))
         told = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if isinstance(error, RuntimeError) and self._place.collective is not None:
-            found, _ = self._two_looks(link)
-            dead = [suspect for suspect in found if suspect.kind in ("silent", "unheard")]
-            if link.ending is None and dead:
-                me = self._record()
-                self._announced(link, story_of_loss(me, told, dead, me.told_at), HANG_EXIT_CODE)
-            if link.ending is not None:
-                if link.ending.is_failure:
-                    time.sleep(GRACE_SECONDS)  # its own rank, or the launcher, is to speak and act first
-                self._end(link, link.ending)
+            self._end_if_a_consequence(link, told)
         me = self._record()
         self._announced(link, f"{me.identity} has failed {me.whereabouts}: {told}", exit_code=1, is_failure=True)
         self._keep_store(link, "informed", self._num_ranks - 1, CONSEQUENCE_SECONDS)
+
+    def _end_if_a_consequence(self, link: Link, told: str) -> None:
+        """End with the others if another rank has ended or is lost; returns if this rank's collective failed by itself.
+
+        Raises:
+            StoreSilent: it cannot be known.
+        """
+        try:
+            found, _ = self._two_looks(link)
+        except StoreSilent:
+            if link.ending is None:
+                raise
+            found = []  # the holder of the store has ended as announced, as soon as all knew of it
+        dead = [suspect for suspect in found if suspect.kind in ("silent", "unheard")]
+        if link.ending is None and dead:
+            me = self._record()
+            self._announced(link, story_of_loss(me, told, dead, me.told_at), HANG_EXIT_CODE)
+        if link.ending is not None:
+            if link.ending.is_failure:
+                time.sleep(GRACE_SECONDS)  # its own rank, or the launcher, is to speak and act first
+            self._end(link, link.ending)
 
     def _announced(self, link: Link, message: str, exit_code: int, *, is_failure: bool = False) -> Ending:
         """The end of the run: this one, told on this node, unless another rank has announced one."""

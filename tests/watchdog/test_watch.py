@@ -1,0 +1,76 @@
+"""A rank whose collective fails because the run has been ended says nothing, also where nobody can be asked any more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, NoReturn
+
+import pytest
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from megatron_ogpsa.watchdog import HANG_EXIT_CODE, Watch, watch
+from megatron_ogpsa.watchdog.board import Address, Ending
+from megatron_ogpsa.watchdog.link import StoreSilent
+
+ANNOUNCED = Ending(message="rank 1 is frozen", host="a", rank=0, exit_code=HANG_EXIT_CODE, is_failure=False)
+
+
+class Exited(BaseException):
+    """In place of the process's end."""
+
+
+class LinkToAStoreThatHasEnded:
+    """What a rank has that was told of the end, or was not, before rank 0 took the store away."""
+
+    address = Address("localhost", 1, "rank 0")
+
+    def __init__(self, ending: Ending | None) -> None:
+        self.ending = ending
+
+    def ask(self, question: Callable[[Any], Any]) -> NoReturn:
+        raise StoreSilent("has ended")
+
+    tell_now = ask
+
+    def close(self, seconds: float) -> None:
+        pass
+
+
+def lost_connection() -> Future[NoReturn]:
+    """Its ``result`` raises, and no frame of it is this project's, as where a collective fails."""
+    lost: Future[NoReturn] = Future()
+    lost.set_exception(RuntimeError("Connection closed by peer"))
+    return lost
+
+
+def run_watched(monkeypatch: pytest.MonkeyPatch, ending: Ending | None, fail: Callable[[], None]) -> None:
+    def leave(self: Watch, code: int) -> NoReturn:
+        raise Exited(code)
+
+    monkeypatch.setattr(distributed_c10d, "_get_default_group", lost_connection().result)
+    monkeypatch.setattr(Watch, "_exit", leave)
+    monkeypatch.setattr(watch, "QUIET_SECONDS", 0.0)
+    with Watch(rank=2, num_ranks=4, timeout=60.0, is_ready=lambda: False) as watching:
+        watching._link = LinkToAStoreThatHasEnded(ending)  # type: ignore[assignment]
+        fail()
+
+
+def test_a_rank_that_knows_of_the_end_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its collective fails as rank 0 ends, which does so as soon as all ranks have been told, with the store."""
+    with pytest.raises(Exited, match=str(HANG_EXIT_CODE)):
+        run_watched(monkeypatch, ANNOUNCED, dist.barrier)
+
+
+def test_a_rank_that_knows_of_none_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        run_watched(monkeypatch, None, dist.barrier)
+
+
+def test_so_does_one_that_fails_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise MemoryError("not enough room")
+
+    with pytest.raises(MemoryError):
+        run_watched(monkeypatch, ANNOUNCED, fail)
