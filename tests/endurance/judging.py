@@ -13,13 +13,22 @@ MEMORY_TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Sample:
-    """One rank at one step: bytes in memory, bytes of it that no other process shares, and open file descriptors."""
+    """One rank at one step, looked at from outside.
+
+    Attributes:
+        resident: bytes in memory.
+        unshared: bytes of it that no other process shares.
+        descriptors: open file descriptors that were open at the sample before as well; in the first sample, all.
+        passing: what the others are open on. The rank does not stop to be looked at: it may be writing a checkpoint.
+            What it fails to close is held in the sample after.
+    """
 
     rank: int
     step: int
     resident: int
     unshared: int
     descriptors: int
+    passing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,8 @@ class Verdict:
         growth: the largest resident memory after the settled step, relative to that step's, minus 1.
         unshared_growth: the same of unshared memory.
         slope: bytes that resident memory grows by in a step, least squares from the settled step on.
-        descriptors: every number of open descriptors that was seen from the settled step on.
+        descriptors: every number of held descriptors that was seen from the settled step on.
+        passing: what else was open in some sample from then on.
     """
 
     rank: int
@@ -39,6 +49,7 @@ class Verdict:
     unshared_growth: float
     slope: float
     descriptors: tuple[int, ...]
+    passing: tuple[str, ...]
 
     @property
     def is_flat(self) -> bool:
@@ -69,6 +80,7 @@ def judge(samples: Sequence[Sample]) -> list[Verdict]:
                 unshared_growth=max(sample.unshared for sample in settled) / first.unshared - 1,
                 slope=_slope([(sample.step, sample.resident) for sample in settled]),
                 descriptors=tuple(sorted({sample.descriptors for sample in settled})),
+                passing=tuple(sorted({name for sample in settled for name in sample.passing})),
             )
         )
     return verdicts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         f"every 20 steps, from outside. {result['date']}, CPU ({result['machine']}), {versions}.",
         "",
         f"Asked: from step {SETTLED_STEP} on, resident memory never more than {MEMORY_TOLERANCE:.0%} above that step's, "
-        "and one number of open file descriptors.",
+        "and one number of open file descriptors. A rank is not stopped to be looked at: descriptors count that are open in "
+        "two looks, one after the other; what was open in one only is named below the table.",
         "",
         "![Memory and open descriptors of each rank over the steps](endurance.png)",
         "",
@@ -38,6 +40,14 @@ def as_markdown(result: Mapping[str, Any]) -> str:
                 f"| {verdict['growth']:+.2%} | {verdict['unshared_growth']:+.2%} | {verdict['slope'] / 1024:+.2f} KiB a step "
                 f"| {descriptors} | {'holds' if holds else '**does not hold**'} |"
             )
+    passing = {
+        re.sub(r"\d{3,}", "…", Path(name).name): stage
+        for stage, outcome in result["stages"].items()
+        for verdict in outcome["verdicts"]
+        for name in verdict["passing"]
+    }
+    if passing:
+        lines += ["", "Open in one look: " + ", ".join(f"`{name}` ({stage})" for name, stage in passing.items()) + "."]
     return "\n".join(lines) + "\n"
 
 

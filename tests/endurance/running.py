@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -92,6 +93,7 @@ def run(stage: str, folder: Path, steps: int) -> list[Sample]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     samples: list[Sample] = []
     lines: list[str] = []
+    open_before: dict[int, set[tuple[str, str]]] = {}
     with (
         subprocess.Popen(
             command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -103,7 +105,8 @@ def run(stage: str, folder: Path, steps: int) -> list[Sample]:
             lines.append(line)
             if (found := STEP.search(line)) and int(found[1]) <= steps:
                 step = int(found[1])
-                samples += [sample_of(rank, process, step) for rank, process in ranks_of(launcher.pid).items()]
+                for rank, process in ranks_of(launcher.pid).items():
+                    samples.append(sample_of(rank, process, step, open_before))
                 bar.update(step - bar.n)
     (folder / f"{stage}.log").write_text("".join(lines), encoding="utf-8")
     if launcher.returncode != 0:
@@ -117,7 +120,19 @@ def ranks_of(launcher: int) -> dict[int, psutil.Process]:
     return {int(process.environ()["RANK"]): process for process in processes if "RANK" in process.environ()}
 
 
-def sample_of(rank: int, process: psutil.Process, step: int) -> Sample:
-    """The rank as it is now."""
-    memory = process.memory_full_info()
-    return Sample(rank, step, memory.rss, memory.uss, process.num_fds())
+def sample_of(rank: int, process: psutil.Process, step: int, open_before: dict[int, set[tuple[str, str]]]) -> Sample:
+    """The rank as it is now; what it has open takes the place of its ``open_before``."""
+    memory, now_open = process.memory_full_info(), open_descriptors(process.pid)
+    held = now_open & open_before.get(rank, now_open)
+    open_before[rank] = now_open
+    passing = tuple(sorted(target for _, target in now_open - held))
+    return Sample(rank, step, memory.rss, memory.uss, len(held), passing)
+
+
+def open_descriptors(pid: int) -> set[tuple[str, str]]:
+    """Number and target of each open descriptor; those that close while they are read are not."""
+    found = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.add((entry.name, os.readlink(entry)))
+    return found

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
 import pytest
 
 from tests.endurance.judging import Sample, judge
+from tests.endurance.running import sample_of
 
 GIB = 2**30
 
@@ -50,3 +55,22 @@ def test_each_rank_is_judged_by_its_own_samples() -> None:
 def test_a_run_that_ended_early_shows_nothing() -> None:
     with pytest.raises(ValueError, match="rank 0 has 1 samples"):
         judge(run({0: 1.0, 200: 1.0}))
+
+
+def test_what_was_open_in_passing_is_told_and_not_counted() -> None:
+    samples = run(FLAT)
+    samples[50] = replace(samples[50], passing=("out/iter_0000500/__0_0.distcp",))
+    (verdict,) = judge(samples)
+    assert verdict.holds_descriptors
+    assert verdict.passing == ("out/iter_0000500/__0_0.distcp",)
+
+
+def test_a_descriptor_counts_once_it_is_open_in_two_looks(tmp_path: Path) -> None:
+    process, before = psutil.Process(), {}
+    first = sample_of(0, process, 0, before)
+    with (tmp_path / "leaked").open("w"):
+        second, third = (sample_of(0, process, step, before) for step in (20, 40))
+    fourth = sample_of(0, process, 60, before)
+    assert second.passing == (str(tmp_path / "leaked"),)
+    assert third.passing == ()
+    assert [sample.descriptors - first.descriptors for sample in (second, third, fourth)] == [0, 1, 0]
