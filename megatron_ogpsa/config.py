@@ -50,6 +50,10 @@ class OGPSAConfig:
     an angle θ have the small eigenvalue θ²/2, so the default still tells apart θ = 1e-5 (5e-11) and takes copies that
     differ by fp32 rounding (about 1e-15) for one."""
 
+    energy: float = 1.0
+    """Share of each reference gradient's square that the basis must hold in each block; the leading directions that do are
+    kept and the others dropped. 1 keeps all. The basis takes as many rows as the block that needs most."""
+
     basis_dtype: BasisDtype = "fp32"
     """How the basis is stored: 4 or 2 bytes for each reference and each element of the local gradient shard."""
 
@@ -79,6 +83,13 @@ class OGPSAConfig:
             )
         if not 0.0 < self.rank_tolerance < 1.0:
             raise UserError(f"rank_tolerance={self.rank_tolerance}: use a share between 0 and 1, such as 1e-12")
+        if not 0.0 < self.energy <= 1.0:
+            raise UserError(f"energy={self.energy}: use a share over 0 and up to 1, such as 0.95; 1 keeps all")
+        if self.energy < 1.0 and self.mode == "conflict":
+            raise UserError(
+                f"energy={self.energy} with mode='conflict': its cone has a side for every whole reference; use mode "
+                "'orthogonal', or energy 1"
+            )
 
     @property
     def torch_basis_dtype(self) -> torch.dtype:

@@ -8,6 +8,9 @@ every refresh                                     every step
    capture(name)          local copy
  finish_refresh()         one all-reduce
 ```
+
+References need not all be captured anew: ``begin_refresh(keep=names)`` takes the others out of the basis, where they are
+whole up to the rounding of its storage.
 """
 
 from __future__ import annotations
@@ -27,8 +30,8 @@ from megatron_ogpsa.config import MAX_CONFLICT_REFERENCES, OGPSAConfig
 from megatron_ogpsa.errors import UnsupportedError
 from megatron_ogpsa.projection.basis import orthonormalise
 from megatron_ogpsa.projection.conflict import Cone
-from megatron_ogpsa.projection.passes import dots
-from megatron_ogpsa.projection.segments import Rows, combine_rows, cross_products, gram_and_dots
+from megatron_ogpsa.projection.passes import combine, dots, gram, products
+from megatron_ogpsa.projection.segments import Rows
 from megatron_ogpsa.sharding.gradients import GradientShard
 from megatron_ogpsa.spaces import SPACES, Basis, GradientSpace, some_of
 from megatron_ogpsa.streaming import HostRows, host_rows
@@ -39,15 +42,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceInterval:
-    """What a refresh tells of one reference over the steps since the refresh before.
+    """What a refresh tells of one reference over the steps since it was last captured.
 
     Attributes:
         captured: ‖Qᵀa‖²/‖a‖², the share of the fresh gradient's energy in the subspace that was protected; 1 if the basis
-            is not stale at all, NaN for a gradient that is zero.
-        predicted_change: ⟨a, θ_now − θ_then⟩, a being the gradient at the refresh before: what the steps since have done
-            to the reference's loss, to first order. Zero up to rounding if the update is projected, and Adam's doing if
-            the gradient is. None if the reference is new, or if the parameters lie within the inner optimizer
-            (``--optimizer-cpu-offload``, ``--use-precision-aware-optimizer``).
+            is not stale at all and was not cut by ``energy``, NaN for a gradient that is zero.
+        predicted_change: ⟨a, θ_now − θ_then⟩, a being the gradient as it was captured before: what the steps since have
+            done to the reference's loss, to first order. Zero up to rounding if the update is projected, and Adam's doing if
+            the gradient is. None if the reference is new, if the basis was cut by ``energy``, or if the parameters lie
+            within the inner optimizer (``--optimizer-cpu-offload``, ``--use-precision-aware-optimizer``).
     """
 
     captured: float
@@ -61,7 +64,8 @@ class OGPSA:
         rejected_refreshes: refreshes in a row whose references were not finite, so that the last good basis was kept.
         rejected_references: of the last refresh, what was not finite, and where.
         reference_names: of the basis in use.
-        interval: what the last refresh tells of the steps since the one before it; empty after the first.
+        interval: what the last refresh tells of each reference that it captured; empty after the first.
+        kept_energy: the smallest share of a reference gradient's square that the basis holds; 1 unless ``energy`` is less.
     """
 
     def __init__(
@@ -73,12 +77,15 @@ class OGPSA:
         self.rejected_references = ""
         self.reference_names: list[str] = []
         self.interval: dict[str, ReferenceInterval] = {}
+        self.kept_energy = 1.0
         self._optimizer = optimizer
         self._shard = GradientShard(optimizer, chunks, by_tensor=config.granularity == "tensor")
         self._space = SPACES[config.space](optimizer, self._shard, check_leak=config.check_leak)
         self._captured_names: list[str] | None = None
         self._captured_KN: Tensor | None = None
+        self._num_kept = 0  # of these, the first
         self._along_BK: Tensor | None = None  # Qᵀθ as the basis was made, this rank's share
+        self._changes: dict[str, float] = {}  # first-order changes of references from their capture to that moment
 
     @property
     def enabled(self) -> bool:
@@ -118,10 +125,38 @@ class OGPSA:
 
     # ------------------------------------------------------------------------------------------------- refresh
 
-    def begin_refresh(self) -> None:
-        """Start collecting reference gradients; until :meth:`finish_refresh` the last basis stays in use."""
-        self._captured_names = []
+    def begin_refresh(self, keep: Sequence[str] = ()) -> None:
+        """Start collecting reference gradients; until :meth:`finish_refresh` the last basis stays in use. Local.
+
+        Args:
+            keep: references that are not captured anew: their gradients come out of the basis, A = Q·(QᵀA). That adds
+                the rounding of fp32 each time, about 3e-8 of their length, and after n times about √n of it.
+
+        Raises:
+            RuntimeError: a reference to be kept is not in the basis, or the basis does not hold it whole.
+        """
+        if unknown := [name for name in keep if not self.has_basis or name not in self.reference_names]:
+            raise RuntimeError(
+                f"begin_refresh() is to keep {unknown[0]!r}, which is not in the basis: capture it first"
+            )
+        if keep and (self.needs_refresh or self.config.basis_dtype != "fp32" or self.config.energy < 1.0):
+            raise RuntimeError(
+                "begin_refresh(keep=...) needs a finite basis in fp32 that holds all energy: references come out of any "
+                "other damaged, and the more so the nearer they are to each other; capture them all"
+            )
+        self._captured_names = list(keep)
         self._captured_KN = self._rows(len(self.reference_names))
+        self._num_kept = len(keep)
+        if keep:
+            self._recover(keep, self._captured_KN[: len(keep)])
+
+    @torch.no_grad()
+    def _recover(self, names: Sequence[str], out_JN: Tensor) -> None:
+        """Write reference gradients as the basis holds them."""
+        basis = self._space.basis
+        assert basis is not None
+        of_names = [self.reference_names.index(name) for name in names]
+        combine(self._shard.layout, basis.rows_KN, basis.reference_BKK[:, :, of_names], out_JN)
 
     def capture(self, name: str) -> None:
         """Keep the gradient that lies in Megatron's buffers now as the reference ``name``. Local, no communication.
@@ -199,7 +234,9 @@ class OGPSA:
             return False
         self.rejected_refreshes = 0
         self.interval = self._told_of_interval(names, gram_BKK, with_old_BKJ, moved_BJ)
-        transform = orthonormalise(gram_BKK, self.config.rank_tolerance)
+        transform = orthonormalise(gram_BKK, self.config.rank_tolerance, self.config.energy)
+        if self.config.energy < 1.0:
+            transform, self.kept_energy = transform.without_empty_columns(), transform.kept_energy(gram_BKK)
         reference_BKK = transform.reference_BKK.to(layout.device)
         self._space.basis = None  # its memory serves the new one
         self._space.needs_refresh = False
@@ -220,21 +257,21 @@ class OGPSA:
         [B, K, K], [B, K, J], [B, J]; the last two are None where there is no basis, or no way to the parameters.
         """
         layout, basis = self._shard.layout, self._space.basis
-        tables = [gram_and_dots(layout, rows_KN)]
+        tables = [gram(layout, rows_KN)]
         if basis is not None:
-            tables.append(cross_products(layout, rows_KN, basis.rows_KN))
+            tables.append(products(layout, rows_KN, basis.rows_KN))
             along_BK = self._along(basis)
             if along_BK is not None and self._along_BK is not None:
                 tables.append(along_BK - self._along_BK)
         joined = torch.cat([table.flatten(1) for table in tables], dim=1)
         summed = sum_over_ranks(joined, self._shard.reduction.group).cpu()
         parts = summed.split([table.flatten(1).shape[1] for table in tables], dim=1)
-        gram, *others = (part.reshape(table.shape) for part, table in zip(parts, tables, strict=True))
-        return gram, others[0] if others else None, others[1] if others[1:] else None
+        gram_BKK, *others = (part.reshape(table.shape) for part, table in zip(parts, tables, strict=True))
+        return gram_BKK, others[0] if others else None, others[1] if others[1:] else None
 
     def _along(self, basis: Basis) -> Tensor | None:
-        """Qᵀθ, this rank's share, fp64 [B, K]."""
-        if not self._shard.reaches_parameters:
+        """Qᵀθ, this rank's share, fp64 [B, K]; None where it is out of reach, or Q does not hold whole references."""
+        if not self._shard.reaches_parameters or self.config.energy < 1.0:
             return None
         layout = self._shard.parameter_layout
         return dots(layout, basis.rows_KN, self._shard.parameters)[:, :-1]
@@ -245,16 +282,23 @@ class OGPSA:
         """What the sums of a refresh tell of the steps since the last one."""
         basis = self._space.basis
         if basis is None or with_old_BKJ is None or self.needs_refresh:
+            self._changes = {}
             return {}
         energy_K = gram_BKK.diagonal(dim1=-2, dim2=-1).sum(dim=0)
         captured_K = with_old_BKJ.square().sum(dim=(0, 2)) / energy_K
         predicted: dict[str, float] = {}
         if moved_BJ is not None:  # a_j = Q·(Qᵀa_j), so that ⟨a_j, Δ⟩ = ⟨Qᵀa_j, QᵀΔ⟩
             changes_K = torch.einsum("bjk,bj->k", basis.reference_BKK.cpu(), moved_BJ)
-            predicted = dict(zip(self.reference_names, changes_K.tolist(), strict=True))
+            predicted = {
+                name: self._changes.get(name, 0.0) + change
+                for name, change in zip(self.reference_names, changes_K.tolist(), strict=True)
+            }
+        kept = names[: self._num_kept]
+        self._changes = {name: predicted[name] for name in kept if name in predicted}
         return {
             name: ReferenceInterval(captured=captured, predicted_change=predicted.get(name))
             for name, captured in zip(names, captured_K.tolist(), strict=True)
+            if name not in kept
         }
 
     def _not_finite(self, gram_BKK: Tensor, names: Sequence[str]) -> str:
@@ -276,8 +320,10 @@ class OGPSA:
             references: A, ``rows_KN``, as passes take it.
         """
         dtype = self.config.torch_basis_dtype
-        out_KN = rows_KN if dtype == rows_KN.dtype else self._rows(rows_KN.shape[0], dtype)
-        combine_rows(self._shard.layout, references, weights_BKK, out_KN)
+        num_rows = weights_BKK.shape[-1]
+        fits = dtype == rows_KN.dtype and num_rows == rows_KN.shape[0]
+        out_KN = rows_KN if fits else self._rows(num_rows, dtype)
+        combine(self._shard.layout, references, weights_BKK, out_KN)
         return HostRows(out_KN, self._shard.layout.device) if self._is_on_host else out_KN
 
     def add_references_once(self, weight: float) -> None:

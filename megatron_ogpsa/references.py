@@ -165,6 +165,7 @@ def refresh(
     micro_batch_size: int,
     decoder_seq_length: int | None = None,
     is_first_step: bool = False,
+    keep: Sequence[str] = (),
 ) -> Refreshed:
     """Compute the reference gradients as training gradients are computed, and give the plugin its new basis.
 
@@ -175,6 +176,7 @@ def refresh(
         forward_backward: Megatron's schedule for this layout (``get_forward_backward_func``).
         is_first_step: whether the model has not been trained in this run. FP8 scales that follow from earlier passes do
             not fit then, so that each reference gradient is taken after a short pass that finds some.
+        keep: names of gradients that the plugin takes out of its basis instead, of other references than these.
     """
 
     def run(forward_step: Callable[..., Any], micro_batches: Sequence[MicroBatch], bar: tqdm[NoReturn] | None) -> None:
@@ -193,7 +195,7 @@ def refresh(
 
     finds_scales = is_first_step and starts_without_scales(chunks)
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    ogpsa.begin_refresh()
+    ogpsa.begin_refresh(keep)
     sums: list[LossSum] = []
     with _progress_bar(references) as bar:
         for reference in references:

@@ -65,11 +65,17 @@ torchrun --nproc-per-node 2 -m megatron_ogpsa.benchmarks.step --json docs/perfor
 A projected step has as many collectives as a plain one: its sums ride in the all-reduce of the norm. With updates projected
 it is one more. On CPU the authors' copies lie beside the gradient, so that bringing them there, which on a GPU crosses
 the bus on every micro-batch, costs nothing here. *Beside passes* is what a refresh takes beside its reference passes:
-capturing, one all-reduce, orthonormalising.
+capturing, one all-reduce, orthonormalising. Rows that give its milliseconds have these passes compiled, the others had
+them tile by tile in PyTorch. The rows were not measured side by side: how busy other jobs kept the machine shows in the
+time of a plain step, and where it is longer the ratios scatter more.
+
+A refresh finds its reference data ready: they are tokenized once, when the run starts, cut into each rank's micro-batches
+and kept in host memory, page-locked where there is a GPU. Nothing is read from disk or tokenized during a refresh.
 
 ## Not measured
 
-GPUs, FP8, a trainer of another library on the same tokens, more processes than two, cheaper refreshes (staggered references).
+GPUs, FP8, tokens per second of whole runs, a trainer of another library on the same tokens, more processes than two,
+cheaper refreshes (staggered references).
 """
 
 
@@ -142,10 +148,16 @@ def _step_rows(steps: Iterable[Json]) -> list[list[str]]:
                 f"{step['collectives of a step, plain']} → {step['collectives of a step, ogpsa']}",
                 f"{step['bytes of the basis'] / step["elements of this rank's shard"]:.1f} B an element of the shard",
                 f"{step["bytes of the authors' copies"] / step["elements of this rank's shard"]:.1f} B",
-                f"{step['refresh: share beside its passes']:.1%} of a refresh",
+                _beside_passes(step),
             ]
         )
     return rows
+
+
+def _beside_passes(step: Json) -> str:
+    share = f"{step['refresh: share beside its passes']:.1%} of a refresh"
+    milliseconds = step.get("refresh: milliseconds beside its passes")  # older data have none
+    return share if milliseconds is None else f"{share}, {milliseconds:.0f} ms"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -199,7 +199,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one layout, on this rank."""
     loop = Loop(args)
     loop.step()  # Adam makes its state
-    refreshes = [refresh_seconds(loop) for _ in range(3)][1:]
+    refreshes = [refresh_seconds(loop) for _ in range(4)][1:]
     hooks = authors_hooks(loop)
 
     def hooked_step() -> None:
@@ -236,6 +236,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "bytes of the basis": loop.ogpsa.basis_bytes,
         "bytes of the authors' copies": hooks.bytes_held,
         "refresh: share beside its passes": beside / (passes + beside),
+        "refresh: milliseconds beside its passes": 1e3 * beside / len(refreshes),
         "refresh / plain step": statistics.median(sum(one.values()) for one in refreshes)
         / statistics.median(seconds["plain"]),
     }
@@ -259,7 +260,8 @@ def main(argv: list[str] | None = None) -> int:
     figures = measure(args)
     if dist.get_rank() == 0:
         layout = {"world size": dist.get_world_size(), "tensor parallel": args.tensor_model_parallel_size}
-        figures = layout | {"threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")} | figures
+        machine = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "load average": os.getloadavg()[1]}
+        figures = layout | machine | {"date": time.strftime("%Y-%m-%d")} | figures
         for name, value in figures.items():
             print(f"{name:45} {value:.4g}" if isinstance(value, float) else f"{name:45} {value}")
         if args.json:

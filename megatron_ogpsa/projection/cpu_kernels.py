@@ -1,4 +1,4 @@
-"""The two passes of a step on CPU, compiled with Numba: each reads the gradient and the basis from memory once.
+"""The passes over gradient, references and basis on CPU, compiled with Numba: each reads what it needs from memory once.
 
 PyTorch has no operation that multiplies fp32 vectors and adds the products in fp64, and copies of the operands in fp64
 take four times as long as reading them (:mod:`megatron_ogpsa.benchmarks.projection` measures both). Loops go over chunks
@@ -26,7 +26,7 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from megatron_ogpsa.projection.pieces import BlockOrder, Pieces, pieces_by_span
+from megatron_ogpsa.projection.pieces import BlockOrder, in_columns, pieces_by_span
 from megatron_ogpsa.projection.segments import SegmentLayout
 
 LONGEST_PIECE = 2**15
@@ -53,6 +53,24 @@ def _fp32(context: Any, element: Any) -> Any:
         return builder.bitcast(builder.shl(builder.zext(arguments[0], word), word(16)), ir.FloatType())
 
     return types.float32(element), generate
+
+
+@intrinsic
+def _as_element(context: Any, value: Any, like: Any) -> Any:
+    """fp32 as an element such as ``like``: as it is, or rounded to the nearest bf16, to even in between; NaN stays NaN."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        number = arguments[0]
+        if isinstance(like, types.Float):
+            return number
+        word = ir.IntType(32)
+        bits = builder.bitcast(number, word)
+        is_odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+        nearest = builder.lshr(builder.add(bits, builder.add(is_odd, word(0x7FFF))), word(16))
+        is_nan = builder.fcmp_unordered("uno", number, number)
+        return builder.trunc(builder.select(is_nan, word(0x7FC0), nearest), ir.IntType(16))
+
+    return like(types.float32, like), generate
 
 
 @numba.njit(fastmath=_REASSOCIATED, **_JIT)
@@ -183,8 +201,54 @@ def _subtract_all(vector: Any, rows: Any, starts: Any, stops: Any, columns: Any,
             _subtract(vector[start:stop], rows, start + shift, stop + shift, weights[p], part)
 
 
+@numba.njit(**_JIT)
+def _gram(rows: Any, starts: Any, stops: Any, weights: Any, sums: Any) -> None:
+    """The lower triangle of R·Rᵀ, row by row, of each piece."""
+    for p in range(starts.size):
+        for start in range(starts[p], stops[p], _CHUNK):
+            stop = min(start + _CHUNK, stops[p])
+            first = 0
+            for k in range(rows.shape[0]):
+                _add_dots(rows[k, start:stop], rows[:k], start, stop, sums[p, first : first + k + 1])
+                first += k + 1
+        sums[p] *= weights[p]
+
+
+@numba.njit(**_JIT)
+def _products(rows: Any, others: Any, starts: Any, stops: Any, weights: Any, sums: Any) -> None:
+    """R·Oᵀ, and in the last column the squared norms of R, of each piece."""
+    for p in range(starts.size):
+        for start in range(starts[p], stops[p], _CHUNK):
+            stop = min(start + _CHUNK, stops[p])
+            for k in range(rows.shape[0]):
+                _add_dots(rows[k, start:stop], others, start, stop, sums[p, k])
+        sums[p] *= weights[p]
+
+
+@numba.njit(**_JIT)
+def _combine(rows: Any, out: Any, starts: Any, stops: Any, weights: Any) -> None:
+    """out[r] = Σ_k w_kr·rows[k], in fp64, each product and each sum rounded on its own, in the order of k."""
+    num_rows, num_out = rows.shape[0], out.shape[0]
+    totals = np.empty((num_out, _CHUNK), np.float64)
+    for p in range(starts.size):
+        for start in range(starts[p], stops[p], _CHUNK):
+            length = min(start + _CHUNK, stops[p]) - start
+            for r in range(num_out):
+                total, row, weight = totals[r], rows[0, start : start + length], weights[p, 0, r]
+                for i in range(length):
+                    total[i] = np.float64(row[i]) * weight
+                for k in range(1, num_rows):
+                    row, weight = rows[k, start : start + length], weights[p, k, r]
+                    for i in range(length):
+                        total[i] += np.float64(row[i]) * weight
+            for r in range(num_out):  # all are read by now: ``out`` may be ``rows``
+                total, target = totals[r], out[r, start : start + length]
+                for i in range(length):
+                    target[i] = _as_element(np.float32(total[i]), target[i])
+
+
 class CpuKernels:
-    """The two passes over the spans of one layout.
+    """The passes over the spans of one layout, and over the columns of its basis.
 
     Args:
         layout: on CPU; its spans are fp32.
@@ -192,49 +256,83 @@ class CpuKernels:
 
     def __init__(self, layout: SegmentLayout) -> None:
         self._spans = pieces_by_span(layout, most=LONGEST_PIECE)
-        self._blocks_P = torch.cat([pieces.blocks_P for pieces in self._spans])
-        self._order = BlockOrder(self._blocks_P, layout.num_blocks)
+        self._columns = in_columns(self._spans)
+        self._order = BlockOrder(self._columns.blocks_P, layout.num_blocks)
 
     def dots(self, spans: Sequence[Tensor], rows_KN: Tensor) -> Tensor:
         """R·g and, in the last column, ‖g‖², of each block: fp64 [B, K+1], this rank's share.
 
         Products and sums are fp64. The result does not depend on the number of threads.
         """
-        sums_PJ = torch.zeros(len(self._blocks_P), rows_KN.shape[0] + 1, dtype=torch.float64)
-        self._run(_dots, spans, rows_KN, lambda pieces: pieces.weights_P, sums_PJ)
+        sums_PJ = torch.zeros(len(self._columns), rows_KN.shape[0] + 1, dtype=torch.float64)
+        work: list[tuple[Any, ...]] = []
+        for pieces, span, own_PJ in zip(self._spans, spans, self._by_span(sums_PJ), strict=True):
+            per_piece = (pieces.starts_P, pieces.stops_P, pieces.columns_P, pieces.weights_P, own_PJ)
+            work += _calls((span.detach(), rows_KN), per_piece)
+        _run(_dots, work)
         return self._order.sums_of_blocks(sums_PJ)
 
     def subtract(self, spans: Sequence[Tensor], rows_KN: Tensor, coefficients_BK: Tensor) -> None:
         """g ← g − Σ_k r_bk·q_k, b being the block of each element; bitwise as :func:`subtract_combination` has it."""
-        weights_PK = coefficients_BK.float()[self._blocks_P]
-        self._run(_subtract_all, spans, rows_KN, None, weights_PK)
-
-    def _run(
-        self,
-        kernel: Callable[..., None],
-        spans: Sequence[Tensor],
-        rows_KN: Tensor,
-        column: Callable[[Pieces], Tensor] | None,
-        table_P: Tensor,
-    ) -> None:
-        """Run ``kernel`` on all pieces, on as many threads as torch would use. ``table_P`` has a row for each piece."""
-        rows = (rows_KN.view(torch.uint16) if rows_KN.dtype == torch.bfloat16 else rows_KN).numpy()
-        table = table_P.numpy()
+        weights_PK = coefficients_BK.float()[self._columns.blocks_P]
         work: list[tuple[Any, ...]] = []
-        first = 0
-        for pieces, span in zip(self._spans, spans, strict=True):
-            columns = [pieces.starts_P, pieces.stops_P, pieces.columns_P, *([column(pieces)] if column else [])]
-            arrays = [*(tensor.numpy() for tensor in columns), table[first : first + len(pieces)]]
-            for part in _parts(len(pieces), torch.get_num_threads()):
-                work.append((span.detach().numpy(), rows, *(array[part] for array in arrays)))
-            first += len(pieces)
-        if torch.get_num_threads() == 1:
-            for arguments in work:
-                kernel(*arguments)
-            return
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for done in [pool.submit(kernel, *arguments) for arguments in work]:
-                done.result()
+        for pieces, span, own_PK in zip(self._spans, spans, self._by_span(weights_PK), strict=True):
+            per_piece = (pieces.starts_P, pieces.stops_P, pieces.columns_P, own_PK)
+            work += _calls((span.detach(), rows_KN), per_piece)
+        _run(_subtract_all, work)
+
+    def gram(self, rows_KN: Tensor) -> Tensor:
+        """R·Rᵀ of each block: fp64 [B, K, K], this rank's share. R is fp32; as :meth:`dots` otherwise."""
+        num_rows = rows_KN.shape[0]
+        below, left = torch.tril_indices(num_rows, num_rows)
+        sums_PT = torch.zeros(len(self._columns), len(below), dtype=torch.float64)
+        columns = self._columns
+        _run(_gram, _calls((rows_KN,), (columns.starts_P, columns.stops_P, columns.weights_P, sums_PT)))
+        sums_BT = self._order.sums_of_blocks(sums_PT)
+        gram_BKK = sums_BT.new_empty(len(sums_BT), num_rows, num_rows)
+        gram_BKK[:, below, left] = gram_BKK[:, left, below] = sums_BT
+        return gram_BKK
+
+    def products(self, rows_KN: Tensor, others_JN: Tensor) -> Tensor:
+        """R·Oᵀ of each block: fp64 [B, K, J], this rank's share. R is fp32; as :meth:`dots` otherwise."""
+        sums_PKJ = torch.zeros(len(self._columns), len(rows_KN), len(others_JN) + 1, dtype=torch.float64)
+        columns = self._columns
+        per_piece = (columns.starts_P, columns.stops_P, columns.weights_P, sums_PKJ)
+        _run(_products, _calls((rows_KN, others_JN), per_piece))
+        return self._order.sums_of_blocks(sums_PKJ.flatten(1)).unflatten(1, sums_PKJ.shape[1:])[..., :-1]
+
+    def combine(self, rows_KN: Tensor, weights_BKJ: Tensor, out_JN: Tensor) -> None:
+        """out = Wᵀ·R, block by block; R is fp32, and may be ``out``. Bitwise as :func:`combine_rows` has it."""
+        columns = self._columns
+        weights_PKJ = weights_BKJ[columns.blocks_P]
+        _run(_combine, _calls((rows_KN, out_JN), (columns.starts_P, columns.stops_P, weights_PKJ)))
+
+    def _by_span(self, table_P: Tensor) -> Sequence[Tensor]:
+        """The rows of each span's pieces."""
+        return table_P.split([len(pieces) for pieces in self._spans])
+
+
+def _calls(whole: Sequence[Tensor], per_piece: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    """Arguments of a kernel for each thread: ``whole`` as it is, and its run of pieces."""
+    arrays, tables = [_array(tensor) for tensor in whole], [_array(tensor) for tensor in per_piece]
+    return [
+        (*arrays, *(table[part] for table in tables)) for part in _parts(len(per_piece[0]), torch.get_num_threads())
+    ]
+
+
+def _array(tensor: Tensor) -> Any:
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _run(kernel: Callable[..., None], work: Sequence[tuple[Any, ...]]) -> None:
+    """Call ``kernel`` with each of ``work``, on as many threads as torch would use."""
+    if torch.get_num_threads() == 1:
+        for arguments in work:
+            kernel(*arguments)
+        return
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for done in [pool.submit(kernel, *arguments) for arguments in work]:
+            done.result()
 
 
 def _parts(length: int, number: int) -> list[slice]:

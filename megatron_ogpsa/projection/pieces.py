@@ -51,6 +51,18 @@ def pieces_by_span(layout: SegmentLayout, *, most: int) -> list[Pieces]:
     return [_table(span, layout.device) for span in rows]
 
 
+def in_columns(spans: Sequence[Pieces]) -> Pieces:
+    """All pieces of a layout, by where they lie in the columns of the basis instead of their spans."""
+    columns_P = torch.cat([pieces.columns_P for pieces in spans])
+    return Pieces(
+        starts_P=columns_P,
+        stops_P=columns_P + torch.cat([pieces.stops_P - pieces.starts_P for pieces in spans]),
+        columns_P=columns_P,
+        blocks_P=torch.cat([pieces.blocks_P for pieces in spans]),
+        weights_P=torch.cat([pieces.weights_P for pieces in spans]),
+    )
+
+
 def _runs(tile: Tile) -> list[tuple[int, int, int, float]]:
     """(offset in the tile, elements, block, weight) of each segment of a tile."""
     if tile.lengths_S is None:

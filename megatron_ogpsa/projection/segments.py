@@ -297,7 +297,7 @@ def subtract_combination(
         spans[tile.span][tile.start : tile.stop].sub_(_combination(tile, coefficients_BK, rows_KT.float()))
 
 
-def combine_rows(layout: SegmentLayout, rows_KN: Rows, weights_BKK: Tensor, out_KN: Tensor) -> None:
+def combine_rows(layout: SegmentLayout, rows_KN: Rows, weights_BKJ: Tensor, out_JN: Tensor) -> None:
     """out = Wᵀ·rows, block by block: turns reference gradients into basis vectors. ``out`` may be ``rows`` itself, or the
     host memory that they come from.
 
@@ -305,6 +305,6 @@ def combine_rows(layout: SegmentLayout, rows_KN: Rows, weights_BKK: Tensor, out_
     """
     for tile, stored_KT in _tiles_of(layout, rows_KN):
         rows_KT = stored_KT.double()
-        combined = [_combination(tile, weights_BK, rows_KT) for weights_BK in weights_BKK.unbind(-1)]
-        for out_N, combined_T in zip(out_KN, combined, strict=True):
-            out_N[tile.columns] = combined_T.to(out_KN.dtype)
+        combined = [_combination(tile, weights_BK, rows_KT) for weights_BK in weights_BKJ.unbind(-1)]
+        for out_N, combined_T in zip(out_JN, combined, strict=True):
+            out_N[tile.columns] = combined_T.to(out_JN.dtype)

@@ -245,6 +245,14 @@ def span(unit_NK: Tensor) -> Tensor:
     return left_NK[:, singular_K > 1e-6 * singular_K[0]]
 
 
+def leading(unit_NK: Tensor, energy: float) -> Tensor:
+    """The first left singular vectors with which every unit reference keeps such a share of its square."""
+    basis_NK = span(unit_NK)
+    held_KJ = (basis_NK.T @ unit_NK).square().cumsum(dim=0)
+    is_enough_K = (held_KJ >= energy).all(dim=1)
+    return basis_NK[:, : int(is_enough_K.long().argmax()) + 1] if is_enough_K.any() else basis_NK
+
+
 def component(unit_NK: Tensor, vector_N: Tensor) -> Tensor:
     """The part of a vector in the span of unit vectors."""
     basis_NK = span(unit_NK)

@@ -60,7 +60,8 @@ def rules(layout: str, settings: list[dict[str, Any]]) -> list[dict[str, float]]
         plant(training, gradient)
         actual, (_, grad_norm, _) = projected_gradient(training)
         compared = functools.partial(_compared, config, actual, float(grad_norm), references, gradient)
-        results.append(on_first_rank(compared) | {"rank": ogpsa.metrics["rank"]})
+        told = {name: ogpsa.metrics[name] for name in ("rank", "rank_total")} | {"kept": ogpsa.kept_energy}
+        results.append(on_first_rank(compared) | told)
         ogpsa.detach()
     return results
 
@@ -74,6 +75,8 @@ def _compared(
 ) -> dict[str, float]:
     """A projected gradient against the oracle's."""
     granularity, remove = config["granularity"], oracle.conflict if config.get("mode") == "conflict" else None
+    if "energy" in config:
+        remove = functools.partial(_in_leading, config["energy"])
     expected = oracle.project(gradient, references, granularity, remove)
     return {
         "error": oracle.relative_error(actual, expected),
@@ -83,6 +86,42 @@ def _compared(
         "size": oracle.norm(gradient) / oracle.norm(expected),
         "removed": 1 - (oracle.norm(expected) / oracle.norm(gradient)) ** 2,
     }
+
+
+def _in_leading(energy: float, unit_NK: torch.Tensor, vector_N: torch.Tensor) -> torch.Tensor:
+    basis_NK = oracle.leading(unit_NK, energy)
+    return basis_NK @ (basis_NK.T @ vector_N)
+
+
+def in_turns(layout: str, config: dict[str, Any], rounds: int) -> list[dict[str, float]]:
+    """After each refresh of one reference out of three the projection against the oracle's, with the newest of each."""
+    shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
+    training = build(ALL_LAYOUTS[layout], oracle.random_weights(shape, seed=1), clip_grad=0.0)
+    names = [name for name in oracle.shapes_of(shape) if not ALL_LAYOUTS[layout].is_frozen(name)]
+    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(**config))
+    *fresh, gradient = opposed(shape, names, 3 * (rounds + 1), None)
+    newest = {f"reference {index}": fresh[index] for index in range(3)}
+    refresh_planted(training, ogpsa, [*newest.values()])
+    results = []
+    for turn, reference in enumerate(fresh[3:]):
+        name = f"reference {turn % 3}"
+        ogpsa.begin_refresh(keep=[other for other in newest if other != name])
+        plant(training, reference)
+        ogpsa.capture(name)
+        ogpsa.finish_refresh()
+        newest[name] = reference
+        plant(training, gradient)
+        actual, _ = projected_gradient(training)
+        mode, granularity = config.get("mode", "orthogonal"), config["granularity"]
+        remove = oracle.conflict if mode == "conflict" else None
+        expected = oracle.project(gradient, [*newest.values()], granularity, remove)
+        results.append(
+            {
+                "error": oracle.relative_error(actual, expected),
+                "told of": sorted(ogpsa.interval) == [name],
+            }
+        )
+    return results
 
 
 def added_once(layout: str, granularity: str, weight: float) -> list[dict[str, float]]:

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from megatron_ogpsa.projection import passes
 from megatron_ogpsa.projection.cpu_kernels import CpuKernels
-from megatron_ogpsa.projection.segments import Segment, SegmentLayout, gram_and_dots, subtract_combination
+from megatron_ogpsa.projection.segments import (
+    Segment,
+    SegmentLayout,
+    combine_rows,
+    cross_products,
+    gram_and_dots,
+    subtract_combination,
+)
 from tests.core import gpu_kernel_cases
 from tests.harness import WorkerGroup
 
@@ -57,25 +64,79 @@ def test_both_passes_are_those_of_pytorch(num_rows: int, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 9])
+def test_the_passes_of_a_refresh_are_those_of_pytorch(num_rows: int, dtype: torch.dtype) -> None:
+    """``dtype``: of the basis in use and of the one that is made."""
+    layout = layout_of()
+    references, basis = (
+        random(num_rows, layout.num_elements),
+        random(num_rows + 1, layout.num_elements, seed=1).to(dtype),
+    )
+    kernels, close = CpuKernels(layout), {"rtol": 1e-13, "atol": 1e-10}  # as of dots
+    gram = kernels.gram(references)
+    torch.testing.assert_close(gram, gram_and_dots(layout, references), **close)
+    assert torch.equal(gram, gram.mT)
+    expected = cross_products(layout, references, basis)
+    torch.testing.assert_close(kernels.products(references, basis), expected, **close)
+    weights = random(NUM_BLOCKS, num_rows, num_rows, seed=2).double()
+    wanted, found = torch.empty_like(references, dtype=dtype), torch.empty_like(references, dtype=dtype)
+    combine_rows(layout, references, weights, wanted)
+    kernels.combine(references, weights, found)
+    assert torch.equal(found, wanted)
+    fewer, more = torch.empty_like(found[:1]), torch.empty_like(basis)
+    kernels.combine(references, weights[:, :, :1], fewer)
+    assert torch.equal(fewer, wanted[:1])
+    combine_rows(layout, references, weights.repeat(1, 1, 2)[:, :, : num_rows + 1], basis)
+    kernels.combine(references, weights.repeat(1, 1, 2)[:, :, : num_rows + 1], more)
+    assert torch.equal(more, basis)
+    if dtype == references.dtype:
+        kernels.combine(references, weights, references)
+        assert torch.equal(references, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_basis_is_rounded_as_pytorch_rounds(dtype: torch.dtype) -> None:
+    """Halfway between two bf16, between two fp32, beyond the largest of either, subnormal, not finite."""
+    halves = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3.4e38, -3.39e38, 1e-40, -1e-45, 0.0])
+    special = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    row = torch.cat((halves, special)).repeat(200)
+    layout = SegmentLayout([[Segment(len(row), 0, True)]], 1, CPU)
+    for weight in (1.0, -1.0, 1 + 2**-24, 2.0):
+        wanted, found = torch.empty(1, len(row), dtype=dtype), torch.empty(1, len(row), dtype=dtype)
+        weights = torch.tensor([[[weight]]], dtype=torch.float64)
+        combine_rows(layout, row[None], weights, wanted)
+        CpuKernels(layout).combine(row[None], weights, found)
+        torch.testing.assert_close(found, wanted, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products_of_integers_are_exact(dtype: torch.dtype) -> None:
     layout, generator = layout_of(), torch.Generator().manual_seed(0)
     rows = torch.randint(-4, 5, (6, layout.num_elements), generator=generator).to(dtype)
     spans = list(torch.randint(-4, 5, (layout.num_elements,), generator=generator).float().split(layout.span_lengths))
-    assert torch.equal(CpuKernels(layout).dots(spans, rows), gram_and_dots(layout, rows, spans))
+    kernels, references = CpuKernels(layout), rows[:5].float()
+    assert torch.equal(kernels.dots(spans, rows), gram_and_dots(layout, rows, spans))
+    assert torch.equal(kernels.gram(references), gram_and_dots(layout, references))
+    assert torch.equal(kernels.products(references, rows), cross_products(layout, references, rows))
 
 
 def test_sums_are_fp64_and_do_not_depend_on_the_number_of_threads(threads: Callable[[int], None]) -> None:
     layout = SegmentLayout([[Segment(2**18, 0, True)]], 1, CPU)
     rows, vector = random(3, layout.num_elements), random(layout.num_elements, seed=1) + 3.0
-    found = []
+    weights, found = random(1, 3, 3, seed=2).double(), []
     for number in (1, 2, 5):
         threads(number)
-        found.append(CpuKernels(layout).dots([vector], rows))
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+        kernels, basis = CpuKernels(layout), torch.empty_like(rows)
+        kernels.combine(rows, weights, basis)
+        found.append((kernels.dots([vector], rows), kernels.gram(rows), kernels.products(rows, vector[None]), basis))
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
     exact = torch.cat((rows, vector[None])).double() @ vector.double()
     # fp32 sums give 1e-6 here.
-    torch.testing.assert_close(found[0][0], exact, rtol=1e-12, atol=1e-12 * float(exact[-1]))
+    close = {"rtol": 1e-12, "atol": 1e-12 * float(exact[-1])}
+    torch.testing.assert_close(found[0][0][0], exact, **close)
+    torch.testing.assert_close(found[0][1][0], rows.double() @ rows.double().T, **close)
+    torch.testing.assert_close(found[0][2][0, :, 0], exact[:-1], **close)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -88,17 +149,21 @@ def test_what_is_not_finite_is_seen(element: int, value: float) -> None:
     expected = gram_and_dots(layout, rows, list(vector.split(layout.span_lengths)))
     assert torch.equal(dots.isfinite(), expected.isfinite())
     assert not dots.isfinite().all()
+    rows[1, element] = value
+    gram = CpuKernels(layout).gram(rows)
+    assert torch.equal(gram.isfinite(), gram_and_dots(layout, rows).isfinite())
+    assert not gram[:, 1, 1].isfinite().all()
 
 
 def test_only_large_shards_are_worth_loading_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = layout_of()
     vector = random(layout.num_elements)
     spans, rows = list(vector.split(layout.span_lengths)), random(1, layout.num_elements, seed=1)
-    assert passes._kernels(layout, rows, spans) is None
+    assert passes._kernels(layout, spans, [rows]) is None
     monkeypatch.setattr(passes, "COMPILED_FROM", layout.num_elements)
-    assert isinstance(passes._kernels(layout, rows, spans), CpuKernels)
-    assert passes._kernels(layout, rows.double(), spans) is None
-    assert passes._kernels(layout, rows, [span.bfloat16() for span in spans]) is None
+    assert isinstance(passes._kernels(layout, spans, [rows]), CpuKernels)
+    assert passes._kernels(layout, spans, [rows.double()]) is None
+    assert passes._kernels(layout, [span.bfloat16() for span in spans], [rows]) is None
 
 
 @pytest.mark.parametrize("layout", ["dp2-bf16", "tp2"])

@@ -97,6 +97,36 @@ def test_a_bf16_basis_costs_the_rounding_of_bf16(distributed: Distributed, layou
             assert result["leak"] < 5e-4, setting
 
 
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+def test_a_basis_is_cut_by_energy(distributed: Distributed, layout: str) -> None:
+    cuts = (("tensor", 0.5), ("tensor", 0.7), ("model", 0.5))
+    settings = [{"granularity": granularity, "count": 5, "energy": energy} for granularity, energy in cuts]
+    results = run(distributed, layout, settings)
+    for setting, result in results:
+        assert result["error"] < TOLERANCE, setting
+        assert setting["energy"] <= result["kept"] < 1, setting
+        assert result["leak"] > 1e-3, setting  # along what was given up
+    assert results[0][1]["rank_total"] < results[1][1]["rank_total"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "config"),
+    [
+        ("tp2", {"granularity": "tensor"}),
+        ("pp2", {"granularity": "model", "mode": "conflict"}),
+        ("dp2", {"granularity": "model", "basis_device": "cpu"}),
+    ],
+)
+def test_references_that_wait_for_their_turn_come_out_of_the_basis(
+    distributed: Distributed, layout: str, config: dict[str, Any]
+) -> None:
+    """Each is recovered twice before its turn comes again: after four rounds no worse than after one."""
+    group = distributed(LAYOUTS[layout].world_size)
+    for results in group.run("tests.core.rule_cases:in_turns", layout=layout, config=config, rounds=4):
+        assert max(result["error"] for result in results) < TOLERANCE
+        assert all(result["told of"] for result in results)
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("layout", ["dp2-plain", "tp2-pp2", "ep2-dp2"])
 def test_references_are_added_to_one_step_unprojected(distributed: Distributed, layout: str, granularity: str) -> None:

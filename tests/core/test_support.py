@@ -41,6 +41,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
         "ogpsa_space": "gradient",
         "ogpsa_rank_per_reference": 1,
         "ogpsa_refresh_interval": None,
+        "ogpsa_energy": 1.0,
         "ogpsa_reference_loss": [],
         "ogpsa_stage": "sft",
         "ogpsa_basis_dtype": "fp32",
@@ -51,7 +52,8 @@ def arguments() -> Callable[..., argparse.Namespace]:
         "calculate_per_token_loss": True,
     }
     switches = "ogpsa_authors_rule ogpsa_authors_leak fp8 fp4 use_megatron_fsdp use_torch_fsdp2 mtp_num_layers".split()
-    switches += ["ogpsa_packing", "hybrid_context_parallel"]
+    switches += ["ogpsa_packing", "hybrid_context_parallel", "ogpsa_stagger_references", "ogpsa_adaptive_interval"]
+    switches += ["save", "save_interval", "non_persistent_save_interval"]
     switches += "optimizer_cuda_graph perform_rl_step optimizer_cpu_offload use_precision_aware_optimizer".split()
     return lambda **changes: argparse.Namespace(**(plain | dict.fromkeys(switches) | changes))
 
@@ -179,6 +181,8 @@ def test_misuse_of_a_refresh_is_told(distributed: Callable[[int], WorkerGroup]) 
             "--ogpsa-rank-per-reference 2 with --ogpsa-authors-rule: the authors' is one",
         ),
         ({"ogpsa_mode": "conflict"}, "--ogpsa-mode conflict with --ogpsa-authors-rule: the authors' is orthogonal"),
+        ({"ogpsa_energy": 0.9}, "--ogpsa-energy 0.9 with --ogpsa-authors-rule: the authors' is 1"),
+        ({"ogpsa_adaptive_interval": 0.9}, "--ogpsa-adaptive-interval 0.9 with --ogpsa-authors-rule"),
         (
             {"ogpsa_stage": "dpo", "ogpsa_reference_loss": [("math", "nll_chosen")]},
             "--ogpsa-reference-loss nll_chosen with --ogpsa-authors-rule: the authors' is nll_pair",
@@ -201,3 +205,50 @@ def test_what_is_not_the_authors_is_refused_with_their_rule(
     check_projection_arguments(arguments(ogpsa_authors_rule=True, ogpsa_authors_leak=True))
     with pytest.raises(UserError, match=f"^{words}"):
         check_projection_arguments(arguments(**({"ogpsa_authors_rule": True} | change)))
+
+
+TWO = {"ogpsa_reference": [("math", "math.jsonl"), ("code", "code.jsonl")]}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ogpsa_stagger_references": True}, "--ogpsa-stagger-references with one --ogpsa-reference"),
+        (
+            TWO | {"ogpsa_stagger_references": True, "ogpsa_basis_dtype": "bf16"},
+            "--ogpsa-stagger-references with --ogpsa-basis-dtype bf16",
+        ),
+        (
+            TWO | {"ogpsa_stagger_references": True, "ogpsa_energy": 0.9},
+            "--ogpsa-stagger-references with --ogpsa-energy 0.9",
+        ),
+        ({"ogpsa_energy": 0.9, "ogpsa_mode": "conflict"}, "--ogpsa-energy 0.9 with --ogpsa-mode conflict"),
+        (
+            {"ogpsa_energy": 0.9, "ogpsa_adaptive_interval": 0.9},
+            "--ogpsa-adaptive-interval 0.9 with --ogpsa-energy 0.9",
+        ),
+        (
+            {"ogpsa_refresh_interval": 1, "ogpsa_adaptive_interval": 0.9},
+            "--ogpsa-adaptive-interval 0.9 with --ogpsa-refresh-interval 1",
+        ),
+        (
+            TWO
+            | {"ogpsa_stagger_references": True, "ogpsa_refresh_interval": 9, "ogpsa_adaptive_interval": 0.9}
+            | {"save": "out", "save_interval": 10},
+            "--ogpsa-adaptive-interval 0.9 with --ogpsa-refresh-interval 9 and a checkpoint every 10 steps",
+        ),
+        (
+            {"ogpsa_adaptive_interval": 0.9, "save": "out", "save_interval": 30},
+            "--ogpsa-adaptive-interval 0.9 with --ogpsa-refresh-interval 30 and a checkpoint every 30 steps",
+        ),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused_with_a_remedy(
+    arguments: Callable[..., argparse.Namespace], change: dict[str, Any], words: str
+) -> None:
+    from megatron_ogpsa.integration.projection import check_projection_arguments
+
+    check_projection_arguments(arguments(**TWO, ogpsa_stagger_references=True, ogpsa_adaptive_interval=0.9))
+    check_projection_arguments(arguments(ogpsa_energy=0.9, ogpsa_adaptive_interval=0.8))
+    with pytest.raises(UserError, match=f"^{words}: .+; "):
+        check_projection_arguments(arguments(**change))
