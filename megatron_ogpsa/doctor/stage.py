@@ -123,6 +123,7 @@ class Stage:
 
     def _project(self) -> Finding:
         from megatron_ogpsa.integration.projection import check_projection_arguments
+        from megatron_ogpsa.integration.schedule import schedule_from_arguments
         from megatron_ogpsa.integration.stages import check_arguments
 
         args = self._args
@@ -134,7 +135,7 @@ class Stage:
         return ok(
             "projection",
             f"{args.ogpsa_stage} with {names} protected, by {args.ogpsa_granularity}, in {args.ogpsa_space} space, "
-            f"refreshed every {args.ogpsa_refresh_interval} steps",
+            f"{schedule_from_arguments(args)}",
         )
 
     def _tokenize(self) -> Finding:

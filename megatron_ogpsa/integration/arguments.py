@@ -172,11 +172,14 @@ def _add_projection_arguments(group: argparse._ArgumentGroup) -> None:
         help="Gradients of each reference, from as many disjoint parts of its samples: a larger subspace is protected, for "
         "as many times the basis' memory and no more passes over data (default: 1).",
     )
+    _add_schedule_arguments(group)
     group.add_argument(
-        "--ogpsa-refresh-interval",
-        metavar="N",
-        type=_positive_int,
-        help="Optimizer steps between two refreshes of the reference gradients (default: 30 for sft, 5 for dpo).",
+        "--ogpsa-energy",
+        metavar="SHARE",
+        type=_share,
+        default=1.0,
+        help="Keep of each block's reference gradients only as many leading directions as hold this share of every one's "
+        "square (default: 1, all).",
     )
     group.add_argument(
         "--ogpsa-reference-loss",
@@ -238,6 +241,29 @@ def _add_projection_arguments(group: argparse._ArgumentGroup) -> None:
     _add_authors_arguments(group)
 
 
+def _add_schedule_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--ogpsa-refresh-interval",
+        metavar="N",
+        type=_positive_int,
+        help="Optimizer steps between two refreshes of the reference gradients (default: 30 for sft, 5 for dpo).",
+    )
+    group.add_argument(
+        "--ogpsa-adaptive-interval",
+        metavar="SHARE",
+        type=_proper_share,
+        help="Refresh as often as keeps this share of every reference gradient protected: after one step at first; the "
+        "interval is doubled, up to --ogpsa-refresh-interval, where under a quarter of what this allows was lost, and halved "
+        "where less was protected still.",
+    )
+    group.add_argument(
+        "--ogpsa-stagger-references",
+        action="store_true",
+        help="Refresh one reference at a time, evenly spread over --ogpsa-refresh-interval, in place of all of them at its "
+        "end; all at the start and after each checkpoint.",
+    )
+
+
 def _add_authors_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--ogpsa-authors-rule",
@@ -281,6 +307,23 @@ def _positive_int(text: str) -> int:
     value = int(text) if text.lstrip("+-").isdigit() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return value
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a share over 0 and up to 1, such as 0.9")
+    return value
+
+
+def _proper_share(text: str) -> float:
+    value = _share(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a share between 0 and 1, such as 0.8: no basis stays whole")
     return value
 
 

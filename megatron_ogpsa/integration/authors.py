@@ -46,6 +46,13 @@ def check_authors_arguments(args: argparse.Namespace) -> None:
                 f"--ogpsa-rank-per-reference {args.ogpsa_rank_per_reference}",
                 "one gradient for each reference",
             ),
+            (args.ogpsa_energy < 1.0, f"--ogpsa-energy {args.ogpsa_energy}", "1"),
+            (args.ogpsa_stagger_references, "--ogpsa-stagger-references", "all references at once"),
+            (
+                args.ogpsa_adaptive_interval is not None,
+                f"--ogpsa-adaptive-interval {args.ogpsa_adaptive_interval}",
+                "one interval",
+            ),
             (losses, f"--ogpsa-reference-loss {losses and losses[0]}", REFERENCE_LOSS[args.ogpsa_stage]),
             (
                 len(args.ogpsa_reference) > MAX_REFERENCES,
@@ -57,8 +64,18 @@ def check_authors_arguments(args: argparse.Namespace) -> None:
                 raise UserError(
                     f"{flag} with --ogpsa-authors-rule: the authors' is {theirs}; drop one of the two flags"
                 )
-    if args.ogpsa_authors_leak and args.ogpsa_space != "gradient":
-        raise UserError("--ogpsa-authors-leak with --ogpsa-space update: it leaks into the gradient; drop one of them")
+    for is_other, flag, reason in (
+        (args.ogpsa_space != "gradient", f"--ogpsa-space {args.ogpsa_space}", "it leaks into the gradient"),
+        (args.ogpsa_stagger_references, "--ogpsa-stagger-references", "all references leak at once"),
+        (
+            args.ogpsa_adaptive_interval is not None,
+            "--ogpsa-adaptive-interval",
+            "it leaks at multiples of one interval",
+        ),
+        (args.ogpsa_energy < 1.0, f"--ogpsa-energy {args.ogpsa_energy}", "what leaks is the whole references"),
+    ):
+        if args.ogpsa_authors_leak and is_other:
+            raise UserError(f"--ogpsa-authors-leak with {flag}: {reason}; drop one of them")
     if args.ogpsa_authors_leak and not args.calculate_per_token_loss:
         raise UserError(
             "--ogpsa-authors-leak without --calculate-per-token-loss: references and training would be scaled differently; "

@@ -78,9 +78,11 @@ def load_pairs(source: str, max_samples: int | None = None) -> TokenizedPreferen
     return _load_on_all_ranks(build_preference_dataset, source, max_samples)
 
 
-def _load_on_all_ranks[T](build_dataset: Callable[..., T], source: str, max_samples: int | None) -> T:
-    """With ``--data-cache-path`` rank 0 goes first, and the others find its cache."""
-    from megatron.training import get_args
+def _load_on_all_ranks[T: TokenizedChatDataset | TokenizedPreferenceDataset](
+    build_dataset: Callable[..., T], source: str, max_samples: int | None
+) -> T:
+    """With ``--data-cache-path`` rank 0 goes first, and the others find its cache. Rank 0 says what was read."""
+    from megatron.training import get_args, print_rank_0
 
     args = get_args()
     cache_dir = Path(args.data_cache_path) if args.data_cache_path else None
@@ -98,7 +100,23 @@ def _load_on_all_ranks[T](build_dataset: Callable[..., T], source: str, max_samp
 
     if cache_dir is not None:
         agreed(lambda: build() if dist.get_rank() == 0 else None)
-    return agreed(build)
+    dataset = agreed(build)
+    print_rank_0(described(source, dataset, is_packed=args.ogpsa_packing))
+    return dataset
+
+
+_LITTLE_USE = 0.9
+"""Below this share of tokens packing is worth a word."""
+
+
+def described(source: str, dataset: TokenizedChatDataset | TokenizedPreferenceDataset, *, is_packed: bool) -> str:
+    """One line: samples, rows, and how much of what is computed is padding."""
+    share = dataset.useful_token_share
+    remedy = "" if is_packed or share >= _LITTLE_USE else "; --ogpsa-packing puts several samples into a row"
+    return (
+        f"data {source}: {dataset.num_samples} samples in {len(dataset)} rows of {dataset.seq_length} positions, "
+        f"{share:.1%} tokens, {1 - share:.1%} padding{remedy}"
+    )
 
 
 @cache

@@ -1,7 +1,8 @@
 """Projection in Megatron's training loop: when references are refreshed, and what the log says about it.
 
 A refresh is due at the start, every interval, and after each checkpoint: then a resumed run and an undisturbed one have
-the same basis, without any in the checkpoint.
+the same basis, without any in the checkpoint. Which references it is of, and how the interval changes, is told by
+:mod:`megatron_ogpsa.integration.schedule`.
 """
 
 from __future__ import annotations
@@ -9,23 +10,30 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_ogpsa.config import MAX_CONFLICT_REFERENCES, OGPSAConfig
 from megatron_ogpsa.errors import UnsupportedError, UserError
+from megatron_ogpsa.integration.agreement import agreed
 from megatron_ogpsa.integration.authors import LEAK_NOTICE, check_authors_arguments, leak_weight
 from megatron_ogpsa.integration.checkpoints import read_state
-from megatron_ogpsa.integration.protection import Losses, tell_interval
+from megatron_ogpsa.integration.protection import tell_interval
 from megatron_ogpsa.integration.reference_data import loss_of_reference
+from megatron_ogpsa.integration.schedule import (
+    RefreshSchedule,
+    check_schedule_arguments,
+    least_captured,
+    schedule_from_arguments,
+)
 from megatron_ogpsa.precision.fp8_support import check_fp8_flags
 from megatron_ogpsa.watchdog import progress
 
 if TYPE_CHECKING:
     from megatron_ogpsa.plugin import OGPSA
-    from megatron_ogpsa.references import Reference
+    from megatron_ogpsa.references import MeanLoss, Reference, Refreshed
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +51,7 @@ def config_from_arguments(args: argparse.Namespace) -> OGPSAConfig:
         granularity=args.ogpsa_granularity,
         mode=args.ogpsa_mode,
         space=args.ogpsa_space,
+        energy=args.ogpsa_energy,
         refresh_interval=args.ogpsa_refresh_interval,
         basis_dtype=args.ogpsa_basis_dtype,
         basis_device=args.ogpsa_basis_device,
@@ -71,6 +80,7 @@ def check_projection_arguments(args: argparse.Namespace) -> None:
     if unknown := sorted({name for name, _ in args.ogpsa_reference_loss if name is not None} - set(names)):
         raise UserError(f"--ogpsa-reference-loss {unknown[0]}=…: no --ogpsa-reference has this name")
     check_authors_arguments(args)
+    check_schedule_arguments(args)
     config_from_arguments(args)
     gradients = len(names) * args.ogpsa_rank_per_reference
     if args.ogpsa_mode == "conflict" and gradients > MAX_CONFLICT_REFERENCES:
@@ -125,10 +135,11 @@ class ProjectionRun:
         self._load_reference = load_reference
         self._ogpsa: OGPSA | None = None
         self._references: list[Reference] = []
+        self._schedule = RefreshSchedule(1)  # the flags' once a run with references starts
         self._refresh_is_due = True
         self._refresh_seconds = 0.0
         self._bad_refreshes = 0
-        self._losses: Losses = {}
+        self._losses: dict[str, Mapping[str, MeanLoss]] = {}
 
     def start(self, model: list[Any], optimizer: Any, forward_backward: Callable[..., Any], iteration: int) -> None:
         """Load the references and attach the plugin."""
@@ -138,42 +149,31 @@ class ProjectionRun:
 
         self._references = [self._load_reference(name, source) for name, source in self._args.ogpsa_reference]
         self._ogpsa = attach(optimizer, model, config_from_arguments(self._args))
+        self._schedule = schedule_from_arguments(self._args)
+        if self._args.load and not self._args.finetune:
+            before = self._saved_state(iteration)
+            self._compare_with(before)
+            self._schedule.restore(before.get("schedule", {}))
         described = ", ".join(
             f"{r.name} ({r.num_samples} samples, {r.num_supervised_tokens} tokens, {r.loss})" for r in self._references
         )
         print_rank_0(
             f"OGPSA: references {described}; {len(self._ogpsa.block_names)} blocks by {self._args.ogpsa_granularity}, "
-            f"mode {self._args.ogpsa_mode}, space {self._args.ogpsa_space}, "
-            f"refreshed every {self._args.ogpsa_refresh_interval} steps"
+            f"mode {self._args.ogpsa_mode}, space {self._args.ogpsa_space}, {self._schedule}"
         )
         if self._args.ogpsa_authors_leak:
             print_rank_0(LEAK_NOTICE)
-        if self._args.load and not self._args.finetune:
-            self._compare_with(read_state(self._args, iteration))
 
     def before_step(self, model: list[Any], optimizer: Any, forward_backward: Callable[..., Any], step: int) -> None:
         """Refresh the basis if one is due."""
         assert self._ogpsa is not None
         self._stop_if_steps_are_lost(step)
-        is_regular = step % self._ogpsa.config.refresh_interval == 0
-        if not (self._refresh_is_due or is_regular or self._ogpsa.needs_refresh):
+        is_of_all = self._refresh_is_due or self._ogpsa.needs_refresh
+        if not (is_of_all or self._schedule.is_due(step)):
             return
-        from megatron_ogpsa.references import refresh
-
-        started = time.monotonic()
-        with progress.during("refresh"):
-            refreshed = refresh(
-                self._ogpsa,
-                self._references,
-                optimizer=optimizer,
-                chunks=model,
-                forward_backward=forward_backward,
-                seq_length=self._args.seq_length,
-                micro_batch_size=self._args.micro_batch_size,
-                decoder_seq_length=self._args.decoder_seq_length,
-                is_first_step=step == 0,
-            )
-        self._refresh_seconds = time.monotonic() - started
+        in_turns = self._args.ogpsa_stagger_references and not is_of_all
+        due = [self._references[self._schedule.turn]] if in_turns else self._references
+        refreshed = self._refresh(due, model, optimizer, forward_backward, step)
         self._refresh_is_due = False
         if not refreshed.is_new:
             self._bad_refreshes += 1
@@ -182,10 +182,60 @@ class ProjectionRun:
         if refreshed.is_new and weight:
             self._ogpsa.add_references_once(weight)
         tell_interval(step, refreshed.losses, self._losses, self._ogpsa.interval)
-        self._losses = refreshed.losses
+        self._losses |= refreshed.losses
+        if not refreshed.is_new:
+            self._schedule.postpone(step)
+        elif is_of_all:
+            self._schedule.restart(step)
+        else:
+            self._advance(due, step)
+
+    def _refresh(
+        self,
+        due: Sequence[Reference],
+        model: list[Any],
+        optimizer: Any,
+        forward_backward: Callable[..., Any],
+        step: int,
+    ) -> Refreshed:
+        """Of the references that are due; the others are kept."""
+        from megatron_ogpsa.references import refresh
+
+        assert self._ogpsa is not None
+        names = [reference.name for reference in due]
+        started = time.monotonic()
+        with progress.during("refresh"):
+            refreshed = refresh(
+                self._ogpsa,
+                due,
+                optimizer=optimizer,
+                chunks=model,
+                forward_backward=forward_backward,
+                seq_length=self._args.seq_length,
+                micro_batch_size=self._args.micro_batch_size,
+                decoder_seq_length=self._args.decoder_seq_length,
+                is_first_step=step == 0,
+                keep=[
+                    part for reference in self._references if reference.name not in names for part in reference.parts
+                ],
+            )
+        self._refresh_seconds = time.monotonic() - started
+        return refreshed
+
+    def _advance(self, due: Sequence[Reference], step: int) -> None:
+        """Let what a regular refresh has found decide when the next one is."""
+        from megatron.training import print_rank_0
+
+        assert self._ogpsa is not None
+        adapts, before = self._args.ogpsa_adaptive_interval is not None, self._schedule.interval
+        captured = least_captured([[*r.parts] for r in due], self._ogpsa.interval) if adapts else None
+        self._schedule.advance(step, captured)
+        if self._schedule.interval != before:
+            print_rank_0(f"OGPSA: references are refreshed every {self._schedule.interval} steps from now on")
 
     def figures(self) -> dict[str, torch.Tensor]:
-        """What was removed (a share of the gradient, or a length of the update), the rank, a refresh's time, and counters.
+        """What was removed (a share of the gradient, or a length of the update), the rank, a refresh's time, and counters;
+        where they are asked for, the interval in force and the least energy that is kept of a reference.
 
         Counters are of this process: steps that were skipped, and refreshes that were rejected, for what is not finite.
         """
@@ -199,6 +249,10 @@ class ProjectionRun:
             "ogpsa skipped steps": float(self._ogpsa.skipped_steps if self._ogpsa is not None else 0),
             "ogpsa bad refreshes": float(self._bad_refreshes),
         }
+        if self._args.ogpsa_adaptive_interval is not None:
+            values["ogpsa interval"] = float(self._schedule.interval)
+        if self._args.ogpsa_energy < 1.0 and self._ogpsa is not None:
+            values["ogpsa energy"] = self._ogpsa.kept_energy
         if self._args.ogpsa_authors_leak:
             values["ogpsa leaked"] = metrics.get("added", 0.0)
         return {name: torch.tensor([value], device=torch.cuda.current_device()) for name, value in values.items()}
@@ -222,6 +276,7 @@ class ProjectionRun:
                 for name in sorted(vars(self._args))
                 if name.startswith("ogpsa_") and name not in NOT_SETTINGS
             },
+            "schedule": self._schedule.state(),
         }
 
     def _stop_if_steps_are_lost(self, step: int) -> None:
@@ -247,6 +302,13 @@ class ProjectionRun:
                 f"{told}, in {self._ogpsa.rejected_refreshes} refreshes in a row, up to step {step + 1}: look at its data, "
                 "lower --lr, or allow more with --ogpsa-max-bad-refreshes"
             )
+
+    def _saved_state(self, iteration: int) -> dict[str, Any]:
+        """Of the checkpoint that was loaded, as rank 0 reads it: what follows from it must be the same on all ranks."""
+        is_first = torch.distributed.get_rank() == 0
+        box = [agreed(lambda: read_state(self._args, iteration) if is_first else {})]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
 
     def _compare_with(self, before: dict[str, Any]) -> None:
         """Say where a resumed run departs from the one that wrote the checkpoint; going on is the user's choice."""

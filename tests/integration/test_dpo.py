@@ -53,6 +53,13 @@ def test_a_resumed_run_is_bitwise_the_undisturbed_one(train: Train, tmp_path: Pa
     assert whole.exit_code == 0, whole.output[-3000:]
     assert "OGPSA: references general (8 samples, " in whole.output
     assert re.search(r"reference log-probabilities of 41 pairs, weights [0-9a-f]{32}", whole.output)
+    of_data = (
+        r"data \S*{}: {} samples in {} rows of 128 positions, ([\d.]+)% tokens, ([\d.]+)% padding; --ogpsa-packing"
+    )
+    for given in (("pairs.jsonl", 41, 41), ("general_pairs.jsonl", 8, 8)):
+        (shares,) = re.findall(of_data.format(*given), whole.output)  # told once, not by each rank
+        assert sum(map(float, shares)) == pytest.approx(100)
+        assert 0 < float(shares[0]) < 90
     assert re.search(
         r"DPO iteration +6 \| rewards/chosen: -?[\d.]+ \| rewards/rejected: -?[\d.]+ \| .*accuracy", whole.output
     )

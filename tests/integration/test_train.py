@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -25,7 +26,7 @@ EXPERT_BIAS = EP2 + (
 
 LAYOUTS = {
     "tp2-pp2": "",
-    "dp2-update-space": DP2 + "--ogpsa-space update --no-dist-ckpt-optim-fully-reshardable",
+    "dp2-update-space": DP2 + "--ogpsa-space update --ogpsa-energy 0.6 --no-dist-ckpt-optim-fully-reshardable",
     "ep2-expert-bias": EXPERT_BIAS,
 }
 
@@ -47,12 +48,59 @@ def test_a_resumed_run_is_bitwise_the_undisturbed_one(train: Train, tmp_path: Pa
     again = train(*flags, "--save", "resumed", "--load", "resumed", "--tensorboard-dir", "resumed-log")
     assert again.exit_code == 0, again.output[-3000:]
 
+    (share,) = re.findall(
+        r"data \S*/safety.jsonl: 64 samples in 64 rows of 128 positions, ([\d.]+)% tokens", whole.output
+    )
+    assert 0 < float(share) < 90
+
     figures = (*FIGURES, removed)
     undisturbed, resumed = scalars(tmp_path / "whole-log", *figures), scalars(tmp_path / "resumed-log", *figures)
     for name in figures:
         assert [*resumed[name]] == [4, 5, 6]
         assert {step: undisturbed[name][step] for step in (4, 5, 6)} == resumed[name], name
     assert all(0 < amount < 1 for amount in undisturbed[removed].values())
+    if "--ogpsa-energy" in flags:
+        assert all(
+            0.6 <= kept <= 1 for kept in scalars(tmp_path / "whole-log", "ogpsa energy")["ogpsa energy"].values()
+        )
+    assert differences(tmp_path / "resumed", tmp_path / "whole") == []
+
+
+def test_a_resumed_run_takes_turns_and_adapts_as_the_undisturbed_one(
+    train: Train, inputs: Path, tmp_path: Path
+) -> None:
+    """At a learning rate so small that the basis lasts, the interval is not where it began when the checkpoint comes."""
+    other = tmp_path / "other.jsonl"
+    other.write_text(
+        "".join(json.dumps({"prompt": f"name number {i}", "response": f"{i}"}) + "\n" for i in range(8)),
+        encoding="utf-8",
+    )
+    references = ["--ogpsa-reference", f"general={inputs / 'general.jsonl'}", "--ogpsa-reference", f"other={other}"]
+    flags = [
+        *DP2.split(),
+        *references,
+        *("--ogpsa-reference-samples", "8", "--ogpsa-space", "update", "--lr", "1e-5", "--train-iters", "24"),
+        *("--ogpsa-stagger-references", "--ogpsa-refresh-interval", "8", "--ogpsa-adaptive-interval", "0.9"),
+        *("--save-interval", "12", "--no-dist-ckpt-optim-fully-reshardable"),
+        # Whose masks would turn a reference's gradient from one refresh to the next.
+        *("--hidden-dropout", "0.0", "--attention-dropout", "0.0"),
+    ]
+    whole = train(*flags, "--save", "whole", "--tensorboard-dir", "whole-log")
+    assert whole.exit_code == 0, whole.output[-3000:]
+    assert "one refreshed every 1 steps, in turns, and up to 4 as long as 90% stays protected" in whole.output
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed/iter_0000024")
+    (tmp_path / "resumed/latest_checkpointed_iteration.txt").write_text("12", encoding="utf-8")
+    again = train(*flags, "--save", "resumed", "--load", "resumed", "--tensorboard-dir", "resumed-log")
+    assert again.exit_code == 0, again.output[-3000:]
+
+    figures = (*FIGURES, "ogpsa interval", "ogpsa removed length")
+    undisturbed, resumed = scalars(tmp_path / "whole-log", *figures), scalars(tmp_path / "resumed-log", *figures)
+    for name in figures:
+        assert {step: undisturbed[name][step] for step in range(13, 25)} == resumed[name], name
+    intervals = undisturbed["ogpsa interval"]
+    assert [intervals[step] for step in (1, 3, 12, 24)] == [2, 4, 8, 8]
     assert differences(tmp_path / "resumed", tmp_path / "whole") == []
 
 
