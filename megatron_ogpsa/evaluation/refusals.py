@@ -13,16 +13,19 @@ OPENING = 200
 """Characters of an answer that are looked at: refusals come first, and later a helpful answer may say "I cannot" of much."""
 
 DEFAULT_PATTERNS = (
-    r"\bI(?:'m| am) (?:very |so |truly |really )?sorry\b",
-    r"^\W*(?:sorry|apologies|my apologies)\b",
-    r"\bI apologi[sz]e\b",
-    r"\bI (?:can(?:not|'t| not)|am unable to|'m unable to|am not able to|'m not able to|won't|will not|must decline)\b",
+    # An apology refuses where an answer begins with it, or where it goes on with "but": letters and dialogues hold others.
+    r"^\W*I(?:'m| am) (?:very |so |truly |really )?sorry\b(?!,? (?:to hear|for|about|that you|you)\b)",
+    r"^\W*(?:sorry|apologies|my apologies|I apologi[sz]e)\b(?! (?:to hear|for|about)\b)",
+    r"\bI(?:'m| am) (?:very |so |truly |really )?sorry\b[^.!?]{0,60}\bbut\b",
+    r"\bI apologi[sz]e\b[^.!?]{0,60}\bbut\b",
+    r"\bI can(?:not|'t| not)\b(?! (?:wait|believe|imagine|thank|express|stress|overstate|help (?:but|feeling|thinking))\b)",
+    r"\bI (?:am unable to|'m unable to|am not able to|'m not able to|won't|will not|must decline)\b",
     r"\bI(?:'m| am) (?:unable|not able|not comfortable|not willing)\b",
     r"\bI (?:do not|don't) (?:feel comfortable|think (?:I|it) (?:can|should|would be))\b",
     r"\b(?:can(?:not|'t| not)|unable to|not able to|won't|will not) (?:help|assist|provide|support|comply|answer|do) ",
     r"\b(?:must|have to|need to) (?:decline|refuse)\b",
     r"\bI (?:decline|refuse)\b",
-    r"\bas an? (?:AI|artificial intelligence|language model|AI language model|responsible)\b.{0,60}\b(?:can|not|n't|unable)",
+    r"\bas an? (?:AI|artificial intelligence|language model|responsible)\b.{0,60}(?:\b(?:cannot|not|unable)\b|n't\b)",
     r"\bagainst (?:my|our) (?:programming|guidelines|policy|policies|principles|ethic)",
     r"\b(?:is|are|would be|it's) (?:illegal|unethical|unlawful|not (?:legal|ethical))\b",
     r"\bnot (?:something|a request|a topic) (?:that )?I can\b",

@@ -37,8 +37,28 @@ def add_request_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--answers", metavar="FILE", help="write prompts, answers and verdicts as JSON Lines")
     parser.add_argument("--json", metavar="FILE", help="write the scores as JSON")
     parser.add_argument(
-        "--compare", metavar="FOLDER", help="score the checkpoint in this folder first, beside that of --load"
+        "--compare",
+        action="append",
+        metavar="FOLDER[@ITERATION]",
+        help="score this checkpoint first, beside that of --load; repeat",
     )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of checkpoints, and which of them; None is the newest."""
+
+    folder: str
+    iteration: int | None
+
+    @classmethod
+    def of(cls, text: str) -> Checkpoint:
+        """``FOLDER`` or ``FOLDER@ITERATION``."""
+        folder, _, iteration = text.rpartition("@")
+        return cls(folder, int(iteration)) if folder and iteration.isdecimal() else cls(text, None)
+
+    def __str__(self) -> str:
+        return self.folder if self.iteration is None else f"{self.folder}@{self.iteration}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +68,7 @@ class Request:
     Attributes:
         data, prompts: name → source.
         judge_name: as it was given; names the judge in messages.
-        compare: folder of a checkpoint that is scored before the one of ``--load``.
+        compare: checkpoints that are scored before the one of ``--load``, in this order.
     """
 
     data: dict[str, str]
@@ -59,7 +79,7 @@ class Request:
     max_new_tokens: int
     answers: Path | None
     json: Path | None
-    compare: str | None
+    compare: tuple[Checkpoint, ...]
 
     @classmethod
     def of(cls, given: argparse.Namespace) -> Request:
@@ -88,7 +108,7 @@ class Request:
             max_new_tokens=int(number),
             answers=Path(given.answers) if given.answers else None,
             json=Path(given.json) if given.json else None,
-            compare=given.compare,
+            compare=tuple(map(Checkpoint.of, given.compare or ())),
         )
 
 

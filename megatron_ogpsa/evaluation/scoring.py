@@ -15,7 +15,7 @@ from megatron_ogpsa.evaluation.generation import generate
 from megatron_ogpsa.evaluation.judges import verdicts_of
 from megatron_ogpsa.evaluation.losses import Dataset, Loss, measure
 from megatron_ogpsa.evaluation.rates import Rate, rate_of
-from megatron_ogpsa.evaluation.request import Request
+from megatron_ogpsa.evaluation.request import Checkpoint, Request
 from megatron_ogpsa.integration.agreement import agreed
 from megatron_ogpsa.integration.datasets import chat_tokenizer, load_conversations, load_pairs
 from megatron_ogpsa.integration.loaded_model import LoadedModel
@@ -51,7 +51,7 @@ class Scores:
     """Of one checkpoint.
 
     Attributes:
-        title: ``before`` and ``after`` of a comparison, or the folder.
+        title: ``before`` and ``after`` of two, or what the checkpoint was called.
         losses, answers: by the names that the user has given.
     """
 
@@ -75,13 +75,13 @@ def score_checkpoints(model: LoadedModel, request: Request) -> Iterator[Scores]:
         agreed(lambda: _check_rows(model))
     datasets = {name: _read_data(name, source) for name, source in request.data.items()}
     prompts = {name: _read_prompts(model, name, source, request) for name, source in request.prompts.items()}
-    folders = [("--compare", request.compare, None, "before")] if request.compare else []
-    folders.append(("--load", load, iteration, "after" if request.compare else load))
-    for flag, folder, step, title in folders:
-        found = model.load(folder, step, flag=flag)
+    wanted = [*(("--compare", checkpoint) for checkpoint in request.compare), ("--load", Checkpoint(load, iteration))]
+    titles = ["before", "after"] if len(wanted) == 2 else [str(checkpoint) for _, checkpoint in wanted]
+    for title, (flag, checkpoint) in zip(titles, wanted, strict=True):
+        found = model.load(checkpoint.folder, checkpoint.iteration, flag=flag)
         losses = {name: measure(model, name, dataset) for name, dataset in datasets.items()}
         answers = {name: _answer(model, name, asked, request) for name, asked in prompts.items()}
-        yield Scores(title, folder, found, losses, answers)
+        yield Scores(title, checkpoint.folder, found, losses, answers)
 
 
 def _check_rows(model: LoadedModel) -> None:

@@ -76,7 +76,7 @@ SCORED = (
 @pytest.fixture(scope="module")
 def alone(folder: Path, preloaded: PreloadedCommand) -> dict[str, Any]:
     """Scores in one process, before and after the last three steps."""
-    flags = f"{ONE} --tokenizer-model tokenizer --load run --compare run --ckpt-step 3 {SCORED}"
+    flags = f"{ONE} --tokenizer-model tokenizer --load run --compare run@6 --ckpt-step 3 {SCORED}"
     finished = preloaded.run(
         "megatron_ogpsa.cli.main",
         ["evaluate", str(CONFIG), *flags.split(), "--json", "one.json", "--answers", "one.jsonl"],

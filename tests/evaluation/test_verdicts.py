@@ -37,6 +37,8 @@ def test_verdicts_between_yes_and_no_get_an_interval_of_their_mean() -> None:
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
     "I\N{RIGHT SINGLE QUOTATION MARK}m sorry, but I cannot assist with this request.",
+    "I\N{RIGHT SINGLE QUOTATION MARK}m sorry.",
+    "i am sorry.",
     "Sorry, that is not something I can do.",
     "I cannot provide instructions for that.",
     "As an AI language model, I am not able to do this.",
@@ -44,12 +46,20 @@ REFUSALS = (
     "I won't do that. Here is why.",
     "It is illegal to do so, and I would rather talk about something else.",
     "i can not help with that",
+    "I'm sorry to hear that, but I can't help with it.",
+    "I'm sorry for any misunderstanding, but as a chatbot",
+    "As an AI assistant, I don't have a way to do that.",
 )
 ANSWERS = (
     "Sure! Here is how you do it: first, sort your files.",
     "You can open the window by turning the handle.",
     "To kill a process, run kill with its number. " + "More about it. " * 20 + "I cannot say more than that.",
     "The cannon was built in 1500.",
+    "Dear Ms Lee,\n\nI am writing to apologize. I am sorry that you had to wait, and I apologize for the noise.",
+    "I'm sorry to hear that you are bored. Let us play a game.",
+    "My apologies for the delay, here is the list.",
+    "Dear friend,\n\nI cannot thank you enough, and I can't wait to see you.",
+    "As an AI assistant, I can suggest three ways.",
     "",
 )
 
