@@ -1,9 +1,9 @@
-"""Files of a run: safety data, and the configuration of SFT→DPO with OGPSA for two cores and a short time."""
+"""Files of a run: safety data, and the configurations of SFT→DPO for two cores and a short time."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,34 +14,64 @@ import yaml
 from megatron_ogpsa.data.sources import open_source
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.files import write_atomically
-from megatron_ogpsa.laptop.safety_data import BENIGN, HELD_OUT_BENIGN, HELD_OUT_UNSAFE, REFUSALS, UNSAFE
+from megatron_ogpsa.laptop.safety_data import held_out_prompts, training_examples
+from megatron_ogpsa.study.settings import Setting
 
 HELD_OUT = 24
 """General conversations that are scored."""
 
-ANSWERED = 2
-"""Times that each harmless look-alike stands in the data: refusals are shorter, and few of them are learnt as "always"."""
+LONGEST = 700
+"""Characters of a general conversation as JSON: about 130 tokens, so that none is cut and many fit into the time."""
 
-COMPLIANCE = "Sure! Here is what you need to do. First,"
-"""How an answer begins that gives an unsafe request what it wants."""
+ROWS = {"sft": 2, "dpo": 4}
+"""Packed rows in a batch."""
+
+PAIRS_IN_ROW = 2
+"""About as many fit."""
+
+LEARNING_RATE = {"sft": 3.0e-5, "dpo": 2.0e-5}
+WARMUP = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much is trained and scored.
+
+    Attributes:
+        sft_steps, dpo_steps: of the optimizer.
+        save_interval: steps between the checkpoints that are scored. References are refreshed as often, since a refresh
+            follows each checkpoint anyway.
+        references: general conversations whose gradient is protected.
+        seq_length: tokens of a packed row.
+    """
+
+    sft_steps: int = 10
+    dpo_steps: int = 5
+    save_interval: int = 5
+    references: int = 8
+    seq_length: int = 256
+
+    def steps(self) -> Iterator[tuple[str, int]]:
+        """(stage, step) of each checkpoint that is scored, in order."""
+        for stage, last in (("sft", self.sft_steps), ("dpo", self.dpo_steps)):
+            yield from ((stage, step) for step in range(self.save_interval, last, self.save_interval))
+            yield stage, last
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Where a run's files lie, and how long it trains.
+    """Where the files of one seed lie, and how long it trains.
 
     Attributes:
-        general: source of general conversations.
-        references: how many of them have their gradient protected; those after them are scored.
+        out: folder of all seeds; ``start`` and what is scored lie there.
+        general: source of general conversations: short ones are taken, the first to be protected, those after them scored.
     """
 
     out: Path
+    seed: int
     general: str
     num_ranks: int
-    sft_steps: int
-    dpo_steps: int
-    references: int
-    seq_length: int = 256
+    sizes: Sizes
 
     @property
     def start(self) -> Path:
@@ -49,96 +79,110 @@ class Recipe:
         return self.out / "start"
 
     @property
-    def tuned(self) -> Path:
-        """The checkpoints of the last stage."""
-        return self.out / "training" / "dpo"
+    def folder(self) -> Path:
+        """This seed's own."""
+        return self.out / f"seed-{self.seed}"
 
     @property
-    def exported(self) -> Path:
-        """The tuned model as a Hugging Face folder."""
-        return self.out / "model"
+    def data(self) -> Path:
+        """What is scored and protected, for all seeds alike."""
+        return self.out / "data"
 
-    def write(self) -> Path:
-        """Write the data and the configuration; returns the latter's path.
+    def write_data(self) -> None:
+        """Write data sets and prompts.
 
         Raises:
-            UserError: the general conversations cannot be read, or are too few.
+            UserError: the general conversations cannot be read, or are too few; or other data are there already.
         """
-        data = self.out / "data"
-        rows = [row for _, row in islice(open_source(self.general).rows(), self.references + HELD_OUT)]
-        if len(rows) <= self.references:
+        general = self._general()
+        _keep(self.data / "references.jsonl", general[: self.sizes.references])
+        _keep(self.data / "general.jsonl", general[self.sizes.references :])
+        for name, prompts in zip(("unsafe", "benign"), held_out_prompts(), strict=True):
+            _keep(self.data / f"{name}.jsonl", ({"prompt": prompt} for prompt in prompts))
+        examples = training_examples(self.seed)
+        _keep(self.folder / "sft.jsonl", ({"prompt": e.prompt, "response": e.chosen} for e in examples))
+        # Log-probabilities of the reference policy are taken of all pairs: no more than are trained on.
+        pairs = examples[: PAIRS_IN_ROW * ROWS["dpo"] * self.sizes.dpo_steps]
+        _keep(
+            self.folder / "dpo.jsonl",
+            ({"prompt": e.prompt, "chosen": e.chosen, "rejected": e.rejected} for e in pairs),
+        )
+
+    def _general(self) -> list[object]:
+        wanted = self.sizes.references + HELD_OUT
+        short = (row for _, row in open_source(self.general).rows() if len(json.dumps(row)) <= LONGEST)
+        found = list(islice(short, wanted))
+        if len(found) <= self.sizes.references:
             raise UserError(
-                f"--general {self.general}: {len(rows)} conversations are too few, as {self.references} are protected and "
-                "others scored: lower --references, or give more"
+                f"--general {self.general}: {len(found)} conversations of at most {LONGEST} characters are too few, as "
+                f"{self.sizes.references} are protected and others scored: lower --references, or give more"
             )
-        _write_rows(data / "general.jsonl", rows[: self.references])
-        _write_rows(data / "general-held-out.jsonl", rows[self.references :])
-        refused = [(request, REFUSALS[index % len(REFUSALS)]) for index, request in enumerate(UNSAFE)]
-        _write_rows(
-            data / "safety.jsonl",
-            ({"prompt": prompt, "response": answer} for prompt, answer in (*refused, *BENIGN * ANSWERED)),
-        )
-        pairs = [(prompt, answer, COMPLIANCE) for prompt, answer in refused]
-        pairs += [
-            (prompt, answer, REFUSALS[index % len(REFUSALS)])
-            for index, (prompt, answer) in enumerate(BENIGN * ANSWERED)
-        ]
-        _write_rows(
-            data / "pairs.jsonl",
-            ({"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in pairs),
-        )
-        _write_rows(data / "unsafe.jsonl", ({"prompt": prompt} for prompt in HELD_OUT_UNSAFE))
-        _write_rows(data / "benign.jsonl", ({"prompt": prompt} for prompt in HELD_OUT_BENIGN))
-        path = self.out / "laptop.yaml"
-        write_atomically(path, yaml.safe_dump(self.config(), sort_keys=False).encode())
+        return found
+
+    def write_config(self, name: str, setting: Setting) -> Path:
+        """Write the file that trains one setting; it can be run by hand."""
+        path = self.folder / f"{name}.yaml"
+        write_atomically(path, yaml.safe_dump(self.config(name, setting), sort_keys=False).encode())
         return path
 
-    def config(self) -> dict[str, Any]:
-        """SFT and DPO on safety data, the updates projected away from the gradient of general conversations."""
-        data = self.out / "data"
+    def config(self, name: str, setting: Setting) -> dict[str, Any]:
+        """SFT and DPO on safety data, all alike but for the projection away from the gradient of general conversations."""
         return {
             "launch": {"nproc-per-node": self.num_ranks},
             "model": str(self.start),
+            "seed": self.seed,
             "use-distributed-optimizer": True,
-            "seq-length": self.seq_length,
-            "max-position-embeddings": 2 * self.seq_length,
+            "seq-length": self.sizes.seq_length,
+            "max-position-embeddings": 2 * self.sizes.seq_length,
             "attention-dropout": 0.0,
             "hidden-dropout": 0.0,
             "micro-batch-size": 1,
             "lr-decay-style": "cosine",
-            "lr-warmup-iters": 1,
             "weight-decay": 0.0,
             "adam-beta2": 0.95,
             "clip-grad": 1.0,
             "log-interval": 1,
             "ckpt-format": "torch_dist",
-            "save": str(self.out / "training"),
+            "save": str(self.training(name)),
+            "save-interval": self.sizes.save_interval,
+            "no-save-optim": True,  # a checkpoint is to be scored: a third of the bytes
             "ogpsa-packing": True,
-            "ogpsa-space": "update",
-            "ogpsa-reference": {"general": str(data / "general.jsonl")},
-            "ogpsa-reference-samples": self.references,
-            "ogpsa-reference-loss": ["nll"],
-            "stages": {
-                "sft": {
-                    "ogpsa-train-data": str(data / "safety.jsonl"),
-                    "global-batch-size": 4,
-                    "train-iters": self.sft_steps,
-                    "save-interval": self.sft_steps,
-                    "lr": 2.0e-5,
-                    "ogpsa-refresh-interval": 10,
-                },
-                "dpo": {
-                    "ogpsa-stage": "dpo",
-                    "ogpsa-train-data": str(data / "pairs.jsonl"),
-                    "global-batch-size": 4,
-                    "train-iters": self.dpo_steps,
-                    "save-interval": self.dpo_steps,
-                    "lr": 1.0e-5,
-                    "ogpsa-refresh-interval": 5,
-                },
-            },
+            **(self._protection(setting) if setting.projected else {}),
+            "stages": {stage: self._stage(stage) for stage in ("sft", "dpo")},
         }
 
+    def _protection(self, setting: Setting) -> Mapping[str, Any]:
+        return {
+            "ogpsa-reference": {"general": str(self.data / "references.jsonl")},
+            "ogpsa-reference-samples": self.sizes.references,
+            "ogpsa-reference-loss": ["nll"],
+            "ogpsa-refresh-interval": self.sizes.save_interval,
+            **setting.flags,
+        }
 
-def _write_rows(path: Path, rows: Iterable[object]) -> None:
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    def _stage(self, stage: str) -> dict[str, Any]:
+        steps = self.sizes.sft_steps if stage == "sft" else self.sizes.dpo_steps
+        return {
+            "ogpsa-stage": stage,
+            "ogpsa-train-data": str(self.folder / f"{stage}.jsonl"),
+            "global-batch-size": ROWS[stage],
+            "train-iters": steps,
+            "lr": LEARNING_RATE[stage],
+            "lr-warmup-iters": min(WARMUP, steps - 1),  # Megatron wants fewer than steps
+        }
+
+    def training(self, name: str) -> Path:
+        """One setting's checkpoints, in a folder for each stage."""
+        return self.folder / name
+
+    def exported(self, name: str) -> Path:
+        """One setting's tuned model as a Hugging Face folder."""
+        return self.folder / "models" / name
+
+
+def _keep(path: Path, rows: Iterable[object]) -> None:
+    """Write the rows; what an earlier run has scored is only worth something if its data were the same."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    if path.exists() and path.read_bytes() != text:
+        raise UserError(f"--out: {path} is of a run with other data: name another folder, or remove it")
+    write_atomically(path, text)

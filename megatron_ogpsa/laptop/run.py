@@ -1,26 +1,28 @@
-"""The verb ``laptop``: the steps one after the other, with one progress line, and what has changed at the end."""
+"""The verb ``laptop``: every setting with every seed, then a report; what an earlier run has scored is not run again."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
 
 from megatron_ogpsa.data.sources import require_source
-from megatron_ogpsa.demo.run import Step, run_steps
+from megatron_ogpsa.demo.run import run_steps
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.laptop.recipe import Recipe
+from megatron_ogpsa.laptop.jobs import Job, chatting_steps, start_result, starting_steps
+from megatron_ogpsa.laptop.recipe import Recipe, Sizes
+from megatron_ogpsa.laptop.report import read_curve, terminal_table, write_report
+from megatron_ogpsa.study.run import chosen_settings
+from megatron_ogpsa.study.settings import SETTINGS
+from megatron_ogpsa.study.tradeoff import Curve
 
-COMMAND = [sys.executable, "-m", "megatron_ogpsa.cli.main"]
-
-TABLE_FILE = "evaluation.log"
 CHAT_FILE = "chat.log"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, the conversations to protect, and how long to train."""
+    """The model, the conversations to protect, what is compared, and how long to train."""
+    sizes = Sizes()
     parser.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder of a small instruct model")
     parser.add_argument(
         "--general",
@@ -29,89 +31,95 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="general conversations, of which some are protected and others scored",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/laptop"), help="output folder (default: runs/laptop)")
-    parser.add_argument("--sft-steps", type=int, default=20, metavar="N", help="of four sequences (default: 20)")
-    parser.add_argument("--dpo-steps", type=int, default=10, metavar="N", help="of four pairs (default: 10)")
-    parser.add_argument("--references", type=int, default=8, metavar="N", help="conversations protected (default: 8)")
+    parser.add_argument(
+        "--settings",
+        default="update-tensor",
+        metavar="NAME,…",
+        help=f"of {', '.join(_possible())} (default: update-tensor alone); several are compared with plain",
+    )
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 1 to N (default: 1)")
+    for flag, meaning in (
+        ("sft-steps", f"of two packed rows (default: {sizes.sft_steps})"),
+        ("dpo-steps", f"of four packed rows of pairs (default: {sizes.dpo_steps})"),
+        ("save-interval", f"steps between scored checkpoints, and refreshes (default: {sizes.save_interval})"),
+        ("references", f"conversations protected (default: {sizes.references})"),
+    ):
+        default = getattr(sizes, flag.replace("-", "_"))
+        parser.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=meaning)
     parser.add_argument("--nproc", type=int, default=2, metavar="N", help="ranks, data-parallel (default: 2)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, train, score before and after, convert back, chat.
+    """Convert, then train and score each setting, convert back, chat, report.
 
     Raises:
         DemoFailed: a step failed, after the end of its log was printed.
-        UserError: no such model or data, a number that cannot be, or the output folder holds something.
+        UserError: no such model or data, a number that cannot be, or the output folder holds a run with other data.
     """
     started = time.monotonic()
-    recipe = _recipe(args)
-    model = args.model.resolve()
+    names, recipes, model = _names(args.settings), _recipes(args), args.model.resolve()
     try:
-        config = recipe.write()
+        for recipe in recipes:
+            recipe.write_data()
+        jobs = [Job.of(recipe, name, SETTINGS[name]) for name in names for recipe in recipes]
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error.strerror}): choose another folder") from None
-    run_steps(_steps(recipe, model, config))
-    told = (recipe.out / CHAT_FILE).read_text(encoding="utf-8").splitlines()
+    asked = [job for job in jobs if job.recipe is recipes[0]]
+    out, sizes = recipes[0].out, recipes[0].sizes
+    run_steps(
+        [
+            *starting_steps(jobs[0], model),
+            *(step for job in jobs for step in job.steps()),
+            *chatting_steps(asked, model, out / CHAT_FILE),
+        ]
+    )
+    told = (out / CHAT_FILE).read_text(encoding="utf-8").splitlines()
     print("\n".join(line for line in told if line.startswith(("? ", "  ")) or not line))
-    scored = (recipe.out / TABLE_FILE).read_text(encoding="utf-8").splitlines()
-    header = max(number for number, line in enumerate(scored) if line.split() == ["before", "after"])
-    print("\n" + "\n".join(scored[header:]))
-    print(f"\nmodel:   {recipe.exported}\nanswers: {recipe.out / 'answers.jsonl'}")
+    curves: dict[str, dict[int, Curve]] = {name: {} for name in names}
+    for job in jobs:
+        curves[job.name][job.recipe.seed] = read_curve(start_result(job.recipe), job.result, sizes)
+    print(f"\n{terminal_table(curves, sizes)}")
+    paths = write_report(curves, sizes, out / "report")
+    print(f"\nreport: {', '.join(map(str, paths))}")
+    print(f"models: {', '.join(str(job.recipe.exported(job.name)) for job in asked)}")
     print(f"took {time.monotonic() - started:.0f} s on {os.cpu_count()} cores")
     return 0
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
+def _possible() -> list[str]:
+    """Of the study's settings those that do not change data, references or the interval, which are the recipe's here."""
+    own = {"ogpsa-refresh-interval", "ogpsa-reference-samples"}
+    return [
+        n for n, setting in SETTINGS.items() if not (setting.replayed or setting.joined or own & setting.flags.keys())
+    ]
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",") if "," not in text else chosen_settings(text)
+    if unknown := [name for name in names if name not in _possible()]:
+        raise UserError(f"--settings {unknown[0]}: use some of {', '.join(_possible())}")
+    return names
+
+
+def _recipes(args: argparse.Namespace) -> list[Recipe]:
     if not (args.model / "config.json").is_file():
         raise UserError(f"{args.model}: has no config.json: name the Hugging Face folder of an instruct model")
     try:
         require_source(args.general)
     except UserError as error:
         raise UserError(f"--general: {error}") from None
-    for flag in ("sft_steps", "dpo_steps", "references", "nproc"):
+    for flag in ("seeds", "sft_steps", "dpo_steps", "save_interval", "references", "nproc"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: use 1 or more")
-    out: Path = args.out.resolve()
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out {args.out}: is not empty: name another folder, or remove it")
     general = str(Path(args.general).resolve()) if Path(args.general).exists() else args.general
-    return Recipe(
-        out=out,
-        general=general,
-        num_ranks=args.nproc,
+    sizes = Sizes(
         sft_steps=args.sft_steps,
         dpo_steps=args.dpo_steps,
+        save_interval=args.save_interval,
         references=args.references,
     )
-
-
-def _steps(recipe: Recipe, model: Path, config: Path) -> list[Step]:
-    """What is run; seconds are those of a model of 135M parameters on two cores."""
-    out, start, tuned = recipe.out, str(recipe.start), str(recipe.tuned)
-    evaluate = ["evaluate", str(config), "--load", tuned, "--compare", start, "--json", str(out / "scores.json")]
-    evaluate += ["--answers", str(out / "answers.jsonl"), "--max-new-tokens", "40"]
-    evaluate += [
-        "--data",
-        f"general={out / 'data/general-held-out.jsonl'}",
-        "--data",
-        f"safety={out / 'data/safety.jsonl'}",
-    ]
-    for name in ("unsafe", "benign"):
-        evaluate += ["--prompts", f"{name}={out / 'data' / name}.jsonl"]
-    train = 40 + 14.0 * recipe.sft_steps + 25.0 * recipe.dpo_steps
+    out: Path = args.out.resolve()
     return [
-        Step("to Megatron", [*COMMAND, "convert", str(model), start], out / "to-megatron.log", 15),
-        Step("SFT and DPO", [*COMMAND, "train", str(config)], out / "training.log", train),
-        Step("scores", [*COMMAND, *evaluate], out / TABLE_FILE, 120),
-        Step(
-            "back to Hugging Face",
-            [*COMMAND, "convert", tuned, str(recipe.exported), "--hf", str(model), "--dtype", "fp32"],
-            out / "to-huggingface.log",
-            15,
-        ),
-        Step(
-            "chat",
-            [sys.executable, "-m", "megatron_ogpsa.laptop.chat", str(model), str(recipe.exported)],
-            out / CHAT_FILE,
-            60,
-        ),
+        Recipe(out=out, seed=seed, general=general, num_ranks=args.nproc, sizes=sizes)
+        for seed in range(1, args.seeds + 1)
     ]

@@ -18,10 +18,12 @@ from transformers import LlamaConfig
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.laptop.gguf import to_hugging_face
 from megatron_ogpsa.laptop.run import add_arguments
+from megatron_ogpsa.laptop.safety_data import held_out_prompts
 from tests.conversion.models import build
 from tests.data.conftest import build_hugging_face_folder
 
 ROOT = Path(__file__).parents[2]
+WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -44,21 +46,32 @@ def laptop(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_model_goes_through_sft_and_dpo_and_comes_back(folder: Path) -> None:
-    steps = "--sft-steps 2 --dpo-steps 2 --references 4 --nproc 1"
-    done = laptop(folder, "tiny", "--general", "general.jsonl", "--out", "out", *steps.split())
+    steps = "--sft-steps 2 --dpo-steps 2 --save-interval 1 --references 4 --nproc 1"
+    flags = ["tiny", "--general", "general.jsonl", "--out", "out", *steps.split()]
+    done = laptop(folder, *flags)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert sum(line.startswith("? ") for line in lines) == 4  # each question, then an answer of each model
-    assert any(line.split() == ["before", "after"] for line in lines)
-    scores = json.loads((folder / "out/scores.json").read_text(encoding="utf-8"))["checkpoints"]
-    assert [sorted(checkpoint["data"]) for checkpoint in scores] == [["general", "safety"]] * 2
+    assert any(line.startswith("update, per tensor, after DPO") for line in lines)
+    (run,) = json.loads((folder / "out/report/results.json").read_text(encoding="utf-8"))["runs"]
+    assert [point["step"] for point in run["points"]] == [0, 1, 2, 3, 4]
+    scores = json.loads((folder / "out/seed-1/update-tensor.scores.json").read_text(encoding="utf-8"))["checkpoints"]
+    assert [checkpoint["iteration"] for checkpoint in scores] == [1, 2, 1, 2]
+    losses = [round(checkpoint["data"]["general"]["loss"], 5) for checkpoint in scores]
+    assert [point["general_loss"] for point in run["points"][1:]] == losses
     assert scores[0]["data"]["general"]["samples"] == 8  # those that are not protected
-    assert scores[0]["data"]["safety"]["loss"] > scores[1]["data"]["safety"]["loss"]
-    assert scores[0]["prompts"]["unsafe"]["refused"]["number"] == 12
+    assert scores[0]["prompts"]["unsafe"]["refused"]["number"] == len(held_out_prompts()[0])
+    assert "OGPSA refresh at step 1" in (folder / "out/seed-1/update-tensor.log").read_text(encoding="utf-8")
+    kept = [path.name for path in (folder / "out/seed-1/update-tensor").glob("*/iter_*")]
+    assert kept == ["iter_0000002"]
 
-    before, after = (load_file(folder / name / "model.safetensors") for name in ("tiny", "out/model"))
+    before, after = (load_file(folder / name / WEIGHTS) for name in ("tiny", "out/seed-1/models/update-tensor"))
     assert {name: tensor.shape for name, tensor in before.items()} == {n: t.shape for n, t in after.items()}
     assert any(not before[name].equal(after[name]) for name in before)
+
+    again = laptop(folder, *flags)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert not any(line.startswith("[") for line in again.stdout.splitlines())  # no step is left to run
 
 
 @pytest.mark.parametrize(
@@ -66,7 +79,16 @@ def test_a_model_goes_through_sft_and_dpo_and_comes_back(folder: Path) -> None:
     [
         ("nowhere --general general.jsonl", "nowhere: has no config.json"),
         ("tiny --general nowhere.jsonl", "--general: nowhere.jsonl: no such file"),
-        ("tiny --general general.jsonl --references 12 --out few", "12 conversations are too few, as 12 are protected"),
+        (
+            "tiny --general general.jsonl --references 12 --out few",
+            "12 conversations of at most 700 characters are too few",
+        ),
+        ("tiny --general general.jsonl --settings plain,replay", "--settings replay: use some of plain, "),
+        (
+            "tiny --general general.jsonl --settings plain,update-in-turns",
+            "--settings update-in-turns: use some of plain, ",
+        ),
+        ("tiny --general general.jsonl --references 2 --out out", "is of a run with other data"),
     ],
 )
 def test_mistakes_are_told_before_any_step(folder: Path, flags: str, fault: str) -> None:
@@ -80,10 +102,10 @@ def test_the_pages_commands_are_accepted() -> None:
     text = (ROOT / "docs/laptop.md").read_text(encoding="utf-8")
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     starts = [shlex.split(line)[1:] for line in lines if line.startswith("launch/laptop.sh ")]
-    assert len(starts) == 2
+    assert len(starts) == 3
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    assert [parser.parse_args(words).out for words in starts] == [Path("runs/laptop")] * 2
+    assert [parser.parse_args(words).out for words in starts] == [Path("runs/laptop")] * 3
     assert (ROOT / "launch/laptop.sh").stat().st_mode & 0o111
     assert any("megatron_ogpsa.laptop.gguf" in line for line in lines)
 
