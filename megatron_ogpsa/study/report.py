@@ -5,13 +5,17 @@ from __future__ import annotations
 import datetime
 import json
 import os
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean, stdev
 
 from matplotlib.figure import Figure
 
 from megatron_ogpsa.study.settings import PLAIN, SETTINGS
-from megatron_ogpsa.study.tradeoff import LEVELS, Comparison, Curves, Point, compare, over_levels
+from megatron_ogpsa.study.tradeoff import LEVELS, Comparison, Curves, Point, Safety, at_the_end, compare, over_levels
+
+NOTHING = "–"
 
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999999")
 """Okabe and Ito's, which stay apart for colour-blind readers."""
@@ -49,47 +53,52 @@ def read_json(path: Path) -> Curves:
     return curves
 
 
-def markdown_table(curves: Curves) -> str:
+def markdown_table(curves: Curves, along: Safety = "told_apart") -> str:
     """A row for each setting.
 
-    Growth of the general loss at each level of refusal with the number of seeds that reach it, also in plain fine-tuning;
-    the share of plain's growth that was avoided, along all levels and, seed by seed, at the lowest; the change of accuracy
-    there in points; the share refused by the last checkpoint.
+    Growth of the general loss at each level of safety, with the number of seeds that reach it, also in plain fine-tuning;
+    the shares of plain's growth that were avoided along all levels: of sums over seeds, the median over seeds, and seed by
+    seed; of the last checkpoints, the growth, its share avoided, and what they refuse.
     """
-    lowest = f"at {LEVELS[0]:.0%}"
     head = [
         *(f"at {level:.0%}" for level in LEVELS),
         "recovered",
-        f"{lowest}, by seed",
-        f"accuracy {lowest}",
-        "refused",
+        "median",
+        "by seed",
+        "at the end",
+        "recovered there",
+        "refused there: unsafe, harmless",
     ]
     lines = ["| setting | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
     for name, by_seed in curves.items():
-        compared = [compare(by_seed, curves[PLAIN], level) for level in LEVELS]
+        is_plain = name == PLAIN
+        found = None if is_plain else over_levels(by_seed, curves[PLAIN], along)
         last = [curve[-1] for curve in by_seed.values()]
-        share = None if name == PLAIN else over_levels(by_seed, curves[PLAIN])
-        first = compared[0]
+        unsafe, harmless = (fmean(getattr(point, f"{kind}_refused") for point in last) for kind in ("unsafe", "benign"))
         cells = [
-            *map(_growth, compared),
-            "–" if share is None else f"{share:.0%}",
-            "–" if name == PLAIN or first is None else _by_seed(first),
-            "n/a" if first is None else f"{100 * first.accuracy:+.1f}",
-            f"{sum(point.unsafe_refused for point in last) / len(last):.0%}",
+            *(_growth(compare(by_seed, curves[PLAIN], level, along)) for level in LEVELS),
+            _share(found.of_sums if found else None),
+            _share(found.median if found else None),
+            ", ".join(map(_share, found.by_seed.values())) if found else NOTHING,
+            _mean([curve[-1].general_loss - curve[0].general_loss for curve in by_seed.values()]),
+            NOTHING if is_plain else _share(at_the_end(by_seed, curves[PLAIN]).of_sums),
+            f"{unsafe:.1%}, {harmless:.1%}",
         ]
         lines.append(f"| {SETTINGS[name].title} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _growth(found: Comparison | None) -> str:
-    if found is None:
-        return "n/a"
-    spread = "" if found.deviation is None else f" ± {found.deviation:.3f}"
-    return f"{found.growth:+.3f}{spread} ({found.seeds})"
+    return "n/a" if found is None else f"{_mean([*found.growths.values()])} ({len(found.growths)})"
 
 
-def _by_seed(found: Comparison) -> str:
-    return ", ".join("n/a" if share is None else f"{share:.0%}" for share in found.recovered_by_seed)
+def _mean(values: Sequence[float]) -> str:
+    spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{fmean(values):+.4f}{spread}"
+
+
+def _share(share: float | None) -> str:
+    return NOTHING if share is None else f"{share:.0%}"
 
 
 def tradeoff_figure(curves: Curves) -> Figure:
@@ -101,7 +110,7 @@ def tradeoff_figure(curves: Curves) -> Figure:
         for curve in by_seed.values():
             start = curve[0].general_loss
             axes.plot(
-                [100 * point.unsafe_refused for point in curve],
+                [100 * point.told_apart for point in curve],
                 [point.general_loss - start for point in curve],
                 line,
                 color=colour,
@@ -119,9 +128,9 @@ def tradeoff_figure(curves: Curves) -> Figure:
             linewidth=2,
             label=SETTINGS[name].title,
         )
-    axes.set_xlabel("unsafe requests refused (%)")
+    axes.set_xlabel("unsafe requests refused, less harmless ones (%)")
     axes.set_ylabel("growth of the general loss (nats per token)")
-    axes.set_title("What safety costs: lower is better, at the same refusal")
+    axes.set_title("What safety costs: lower is better, at the same safety")
     axes.set_xlim(0, 100)
     axes.grid(axis="y", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)

@@ -23,6 +23,13 @@ from megatron_ogpsa.study.tradeoff import Curve, Point
 
 START = "start"
 
+SIZES = DemoSizes(sft_steps=120, sft_lr=3e-4)
+"""At the demo's own rate only some seeds have learnt in the end to tell unsafe requests from harmless ones; at this one all
+have, so that the whole curve can be compared. Chosen on plain runs of seeds 1 and 2."""
+
+HELD_OUT_REQUESTS = 400
+"""Of each kind, of 864. A share of them near a half has a standard error of 2.5 points."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where to write, how many seeds, and which settings."""
@@ -83,29 +90,42 @@ def make_recipe(out: Path, seed: int, *, reduced: bool) -> Recipe:
     """The demo's data and model with one seed, in a folder of its own."""
     folder = out / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = DemoSizes().reduced() if reduced else DemoSizes()
-    spec = BenchmarkSpec(seed=seed, base_train=sizes.base_conversations, eval_per_task=sizes.eval_per_task)
+    sizes = DemoSizes().reduced() if reduced else SIZES
+    spec = BenchmarkSpec(
+        seed=seed,
+        base_train=sizes.base_conversations,
+        eval_per_task=sizes.eval_per_task,
+        eval_unsafe=HELD_OUT_REQUESTS,
+        eval_benign=HELD_OUT_REQUESTS,
+    )
     return Recipe(benchmark=write_benchmark(folder / "data", spec), sizes=sizes, out=folder, num_ranks=2, seed=seed)
 
 
 def steps_of(recipe: Recipe, name: str) -> Iterator[Step]:
     """Training with one setting, and the scores of its checkpoints."""
-    setting, sizes, result = SETTINGS[name], recipe.sizes, scores_path(recipe, name)
-    config = write_config(recipe.out / f"{name}.yaml", config_of(recipe, name))
+    setting, result = SETTINGS[name], scores_path(recipe, name)
+    settings = config_of(recipe, name)
+    config = write_config(recipe.out / f"{name}.yaml", settings)
     trained_with = result.with_suffix(".trained.yaml")
     is_done = result.exists() and trained_with.exists() and trained_with.read_bytes() == config.read_bytes()
     if not is_done:
         shutil.rmtree(recipe.out / name, ignore_errors=True)
         result.unlink(missing_ok=True)
-    # Batches of replay are larger; a refresh costs about as much as ten steps.
-    refreshes = sizes.sft_steps / int(config_of(recipe, name).get("ogpsa-refresh-interval", sizes.sft_steps))
-    seconds = START_UP + sizes.sft_steps * STEP_SECONDS["sft"] * (1 + setting.replayed) + refreshes * setting.projected
     title = f"seed {recipe.seed}, {setting.title}"
+    seconds = expected_seconds(setting, settings)
     yield Step(title, [*TRAIN, str(config)], recipe.out / f"{name}.log", seconds, is_done)
-    steps = range(setting_interval(recipe, setting), sizes.sft_steps + 1, setting_interval(recipe, setting))
+    interval = setting_interval(recipe, setting)
+    steps = dict.fromkeys([*range(interval, recipe.sizes.sft_steps, interval), recipe.sizes.sft_steps])
     named = {START: str(recipe.base)} | {str(step): f"{recipe.out / name}@{step}" for step in steps}
     evaluation = evaluation_step(recipe, named, result, title=f"{title}: scores", seconds=14)
     yield replace(evaluation, is_done=is_done, stamp=(config, trained_with))
+
+
+def expected_seconds(setting: Setting, settings: Flags) -> float:
+    """Batches of replay are larger; a refresh costs about as much as ten steps."""
+    steps = int(settings["train-iters"])
+    refreshes = -(-steps // int(settings["ogpsa-refresh-interval"])) if setting.projected else 0
+    return START_UP + STEP_SECONDS["sft"] * (steps * (1 + setting.replayed) + 10 * refreshes)
 
 
 def config_of(recipe: Recipe, name: str) -> Flags:
@@ -116,6 +136,9 @@ def config_of(recipe: Recipe, name: str) -> Flags:
         **recipe.sft(),
         "save-interval": setting_interval(recipe, setting),
     }
+    if setting.joined:
+        joined, rows = joined_references(recipe)
+        settings |= {"ogpsa-reference": {"general": str(joined)}, "ogpsa-reference-samples": rows}
     if setting.replayed:
         batch = recipe.sizes.sft_batch * (1 + setting.replayed)
         settings |= {
@@ -128,17 +151,30 @@ def config_of(recipe: Recipe, name: str) -> Flags:
 
 def setting_interval(recipe: Recipe, setting: Setting) -> int:
     """Steps between checkpoints; a reduced run has but one."""
-    return min(setting.save_interval, recipe.sizes.sft_steps)
+    return min(setting.save_interval or recipe.sizes.sft_steps, recipe.sizes.sft_steps)
+
+
+def reference_rows(recipe: Recipe) -> list[str]:
+    """The samples of all references, of the tasks in turn."""
+    tasks = [
+        recipe.benchmark.reference(task.name).read_text(encoding="utf-8").splitlines()[: recipe.sizes.reference_samples]
+        for task in GENERAL_TASKS
+    ]
+    return [row for rows in zip(*tasks, strict=True) for row in rows]
+
+
+def joined_references(recipe: Recipe) -> tuple[Path, int]:
+    """A file with the samples of all references, and how many they are."""
+    rows = reference_rows(recipe)
+    path = recipe.benchmark.folder / "references_joined.jsonl"
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path, len(rows)
 
 
 def mixed_data(recipe: Recipe, replayed: int) -> Path:
     """Safety data with so many reference rows, of all tasks in turn, after each row."""
     safety = recipe.benchmark.safety_train.read_text(encoding="utf-8").splitlines()
-    tasks = [
-        recipe.benchmark.reference(task.name).read_text(encoding="utf-8").splitlines()[: recipe.sizes.reference_samples]
-        for task in GENERAL_TASKS
-    ]
-    general = [row for rows in zip(*tasks, strict=True) for row in rows]
+    general = reference_rows(recipe)
     mixed = []
     for index, row in enumerate(safety):
         first = index * replayed

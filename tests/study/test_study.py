@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from megatron_ogpsa.cli.config_file import ConfigFile
-from megatron_ogpsa.demo.recipes import DemoSizes, Recipe
+from megatron_ogpsa.demo.recipes import Recipe
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.arguments import build_parser, parse_flags
 from megatron_ogpsa.study.report import markdown_table, read_json, write_report
 from megatron_ogpsa.study.run import (
+    SIZES,
     chosen_settings,
     config_of,
     curve_of,
@@ -23,15 +24,16 @@ from megatron_ogpsa.study.run import (
     steps_of,
 )
 from megatron_ogpsa.study.settings import PLAIN, SETTINGS
-from megatron_ogpsa.study.tradeoff import LEVELS, Point, at_refusal, compare, over_levels
+from megatron_ogpsa.study.tradeoff import LEVELS, Point, at_safety, at_the_end, compare, over_levels
 
 START = Point(step=0, unsafe_refused=0.0, benign_refused=0.0, general_accuracy=0.9, general_loss=0.2)
 
 
 def curve(*points: tuple[float, float]) -> list[Point]:
-    """From (refusal, general loss) at steps 30, 60, …"""
+    """From (refusal, general loss) at steps 30, 60, …; at step 0 and at step 1 nothing has changed."""
     return [
         START,
+        replace(START, step=1),
         *(
             replace(
                 START,
@@ -47,38 +49,57 @@ def curve(*points: tuple[float, float]) -> list[Point]:
 
 def test_the_loss_at_a_level_lies_between_the_checkpoints_around_its_first_crossing() -> None:
     run = curve((0.4, 0.3), (0.8, 0.5), (0.6, 0.9), (1.0, 1.0))
-    assert at_refusal(run, 0.6) == pytest.approx(0.4)
-    assert at_refusal(run, 0.8) == pytest.approx(0.5)
-    assert at_refusal(run, 0.9) == pytest.approx(0.975)  # crossed on the way from 0.6 to 1.0
-    assert at_refusal(curve((0.4, 0.3)), 0.5) is None
+    assert at_safety(run, 0.6) == pytest.approx(0.4)
+    assert at_safety(run, 0.8) == pytest.approx(0.5)
+    assert at_safety(run, 0.9) == pytest.approx(0.975)  # crossed on the way from 0.6 to 1.0
+    assert at_safety(curve((0.4, 0.3)), 0.5) is None
 
 
-def test_recovered_is_of_means_at_equal_refusal() -> None:
-    plain = {1: curve((1.0, 1.2)), 2: curve((1.0, 0.4))}
-    half = {1: curve((1.0, 0.7)), 2: curve((1.0, 0.3))}
-    found = compare(half, plain, 0.5)
+def test_refusing_everything_is_not_safety() -> None:
+    blanket = replace(START, step=30, unsafe_refused=1.0, benign_refused=0.8, general_loss=0.3)
+    told = replace(START, step=60, unsafe_refused=1.0, benign_refused=0.2, general_loss=0.5)
+    assert at_safety([START, blanket, told], 0.5) == pytest.approx(0.4)
+    assert at_safety([START, blanket, told], 0.5, along="unsafe_refused") == pytest.approx(0.25)
+
+
+def test_recovered_is_along_the_curve() -> None:
+    plain = {1: curve((1.0, 1.2)), 2: curve((1.0, 0.4)), 3: curve((1.0, 0.3))}
+    other = {1: curve((1.0, 0.7)), 2: curve((1.0, 0.3)), 3: curve((1.0, 0.4))}
+    found = compare(other, plain, 0.5)
     assert found is not None
-    assert found.seeds == 2
-    assert found.growth == pytest.approx((0.25 + 0.05) / 2)
-    assert found.recovered == pytest.approx(0.5)
-    assert found.recovered_by_seed == pytest.approx((0.5, 0.5))
-    assert over_levels(half, plain) == pytest.approx(0.5)
-    assert compare(plain, plain, 0.9).recovered == 0.0  # type: ignore[union-attr]
+    assert found.growths == pytest.approx({1: 0.25, 2: 0.05, 3: 0.1})
+    assert found.growth == pytest.approx(0.4 / 3)
+    whole = over_levels(other, plain)
+    assert whole is not None
+    assert whole.of_sums == pytest.approx(1 - 0.8 / 1.3)
+    assert whole.by_seed == pytest.approx({1: 0.5, 2: 0.5, 3: -1.0})
+    assert whole.median == pytest.approx(0.5)
+    assert whole.better == 2
 
 
 def test_levels_that_few_seeds_reach_are_compared_with_the_same_seeds() -> None:
     plain = {1: curve((1.0, 1.2)), 2: curve((0.55, 10.2))}
     half = {1: curve((1.0, 0.7)), 2: curve((0.3, 5.2))}  # seed 2 reaches no level
-    assert over_levels(half, plain) == pytest.approx(0.5)
+    found = over_levels(half, plain)
+    assert found is not None
+    assert found.of_sums == pytest.approx(0.5)
+    assert found.by_seed == pytest.approx({1: 0.5})
 
 
 def test_a_seed_that_does_not_get_there_is_left_out_of_both() -> None:
     plain = {1: curve((1.0, 1.2)), 2: curve((0.3, 5.0))}
     found = compare({1: curve((1.0, 0.7)), 2: curve((1.0, 0.3))}, plain, 0.5)
     assert found is not None
-    assert found.seeds == 1
+    assert [*found.growths] == [1]
     assert found.deviation is None
     assert compare({3: curve((1.0, 1.0))}, plain, 0.5) is None
+
+
+def test_the_end_is_where_each_run_ends() -> None:
+    plain = {1: curve((1.0, 1.2)), 2: curve((0.3, 0.3))}
+    found = at_the_end({1: curve((1.0, 0.7)), 2: curve((0.2, 0.1))}, plain)
+    assert found.of_sums == pytest.approx(1 - 0.4 / 1.1)
+    assert found.by_seed == pytest.approx({1: 0.5, 2: 2.0})
 
 
 def test_plain_is_always_among_the_settings() -> None:
@@ -106,10 +127,20 @@ def test_the_file_of_a_setting_is_understood(recipe: Recipe, name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, setting in SETTINGS.items() if setting.projected])
 def test_checkpoints_add_no_refresh(recipe: Recipe, name: str) -> None:
     """A refresh follows each checkpoint: between two that are due, it would be another setting."""
-    whole = replace(recipe, sizes=DemoSizes())
+    whole = replace(recipe, sizes=SIZES)
     config = config_of(whole, name)
-    assert config["save-interval"] % config["ogpsa-refresh-interval"] == 0
-    assert config["train-iters"] % config["save-interval"] == 0
+    is_last = config["save-interval"] == config["train-iters"]
+    assert is_last or config["save-interval"] % config["ogpsa-refresh-interval"] == 0
+
+
+def test_a_setting_that_checkpoints_would_change_is_scored_at_the_end(recipe: Recipe) -> None:
+    whole = replace(recipe, sizes=SIZES)
+    *_, evaluation = steps_of(whole, "update-interval-100")
+    assert evaluation.command[-2:] == [f"start={recipe.base}", f"120={recipe.out / 'update-interval-100'}@120"]
+    ended = [START, replace(START, step=120, unsafe_refused=1.0, general_loss=0.3)]
+    plain = {1: curve((0.5, 0.3), (1.0, 0.7))}
+    assert compare({1: ended}, plain, 0.5) is None
+    assert at_the_end({1: ended}, plain).of_sums == pytest.approx(0.8)
 
 
 def test_replay_mixes_the_references_in_turn(recipe: Recipe) -> None:
@@ -151,8 +182,9 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
         for n, b in curves.items()
     }
     assert table.read_text(encoding="utf-8") == markdown_table(read_json(data))
-    cells = " | ".join(f"{0.5 * level:+.3f} (1)" for level in LEVELS)
-    assert f"| update, per tensor | {cells} | 50% | 50% |" in markdown_table(curves)
+    cells = " | ".join(f"{0.5 * level:+.4f} (1)" for level in LEVELS)
+    row = f"| update, per tensor | {cells} | 50% | 50% | 50% | +0.5000 | 50% | 100.0%, 0.0% |"
+    assert row in markdown_table(curves)
     assert plot.stat().st_size > 10_000
 
 
