@@ -9,9 +9,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.mutations.mutations import MUTATIONS, Mutation
+from tests.mutations.mutation import Mutation
 from tests.mutations.report import Report, write_json_report, write_markdown
 from tests.mutations.running import CopyError, Outcome, check_unbroken, copied_project, try_mutation
+from tests.mutations.table import MUTATIONS
 
 
 def main(arguments: Sequence[str] | None = None, mutations: Sequence[Mutation] = MUTATIONS) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ogpsa.files import write_atomically, write_json
-from tests.mutations.mutations import Mutation
+from tests.mutations.mutation import Mutation
 from tests.mutations.running import Outcome
 
 PAGE = """# Tests of the tests
@@ -26,7 +26,7 @@ python -m tests.mutations --list              # what they are
 python -m tests.mutations --only NAME ...     # some of them
 ```
 
-The mistakes are in `tests/mutations/mutations.py`. Before the first one the script runs all chosen tests on the code as
+The mistakes are in `tests/mutations/table`. Before the first one the script runs all chosen tests on the code as
 it is; they must pass. The exit code is 0 if every mistake is caught.
 
 This page is written by `python -m tests.mutations --markdown docs/mutations.md --json docs/mutations.json`.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 from xml.etree import ElementTree
 
-from tests.mutations.mutations import Mutation
+from tests.mutations.mutation import Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
 

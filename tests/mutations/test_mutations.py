@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.mutations.__main__ import main
-from tests.mutations.mutations import MATHEMATICS, MUTATIONS, Mutation
+from tests.mutations.mutation import Mutation
 from tests.mutations.running import ROOT, telling_line
+from tests.mutations.table import MUTATIONS
+from tests.mutations.table.tests_named import MATHEMATICS
 
 FEWEST = 12
 

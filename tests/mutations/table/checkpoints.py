@@ -1,0 +1,59 @@
+"""Mistakes in what a run goes on from."""
+
+from __future__ import annotations
+
+from tests.mutations.mutation import Mutation
+
+CHOICE = "tests/checkpoints/test_choice.py"
+DAMAGED = f"{CHOICE}::test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken"
+
+CHECKPOINTS = (
+    Mutation(
+        "torn-checkpoint-taken",
+        "megatron_ogpsa/checkpoints/choice.py",
+        "        if not bad:\n",
+        "        if not bad or saved.name == found.tracked:\n",
+        (DAMAGED,),
+        "what the tracker names is taken although its files are torn",
+    ),
+    Mutation(
+        "manifest-not-verified",
+        "megatron_ogpsa/checkpoints/manifest.py",
+        "return None if digest == manifest[name] else",
+        "return None if len(digest) == len(manifest[name]) else",
+        (DAMAGED,),
+        "files are read, but their digests are not compared",
+    ),
+    Mutation(
+        "oldest-checkpoint-first",
+        "megatron_ogpsa/checkpoints/survey.py",
+        "key=lambda checkpoint: checkpoint.iteration, reverse=True",
+        "key=lambda checkpoint: checkpoint.iteration",
+        (DAMAGED,),
+        "the oldest whole checkpoint is taken in place of a torn one",
+    ),
+    Mutation(
+        "cut-short-is-finished",
+        "megatron_ogpsa/checkpoints/survey.py",
+        "is_finished=has_marker and not is_cut_short",
+        "is_finished=has_marker",
+        (f"{CHOICE}::test_nothing_was_saved_yet",),
+        "a save that was killed before its manifest counts as a finished one",
+    ),
+    Mutation(
+        "manifest-reaches-outside",
+        "megatron_ogpsa/checkpoints/manifest.py",
+        "if Path(name).name != name]",
+        "if not Path(name).name]",
+        (f"{CHOICE}::test_a_manifest_that_is_none_is_damage",),
+        "a manifest may name files outside of its checkpoint",
+    ),
+    Mutation(
+        "iterations-counted-with-six-digits",
+        "megatron_ogpsa/checkpoints/survey.py",
+        'return folder / f"iter_{iteration:07d}"',
+        'return folder / f"iter_{iteration:06d}"',
+        (f"{CHOICE}::test_a_whole_checkpoint_is_taken_without_a_word",),
+        "the folder that is looked for is not the one that Megatron writes",
+    ),
+)

@@ -1,0 +1,51 @@
+"""Mistakes in how nodes find each other, and in restarts."""
+
+from __future__ import annotations
+
+from tests.mutations.mutation import Mutation
+
+RESOLVED = "tests/cluster/test_settings.py::test_resolved"
+ANEW = "tests/cluster/test_restarts.py::test_runs_that_would_begin_anew"
+
+CLUSTER = (
+    Mutation(
+        "node-rank-from-the-wrong-variable",
+        "megatron_ogpsa/cluster/settings.py",
+        '"node-rank": "NODE_RANK"',
+        '"node-rank": "RANK"',
+        (RESOLVED,),
+        "each node takes its number from the variable of a rank",
+    ),
+    Mutation(
+        "slurm-node-from-the-task",
+        "megatron_ogpsa/cluster/slurm.py",
+        '_variable(environment, "SLURM_NODEID")',
+        '_variable(environment, "SLURM_LOCALID")',
+        (RESOLVED,),
+        "each node of a SLURM step takes itself for node 0",
+    ),
+    Mutation(
+        "file-wins-over-the-environment",
+        "megatron_ogpsa/cluster/settings.py",
+        "    given |= {key: Value(environment[name], name) for",
+        "    given = given or {key: Value(environment[name], name) for",
+        (RESOLVED,),
+        "NNODES and its like are looked at only where the configuration says nothing at all",
+    ),
+    Mutation(
+        "slurm-names-lose-their-zeros",
+        "megatron_ogpsa/cluster/slurm.py",
+        "str(number).zfill(len(first))",
+        "str(number)",
+        ("tests/cluster/test_settings.py::test_slurms_lists_of_nodes",),
+        "node[001-003] are looked for as node1 to node3",
+    ),
+    Mutation(
+        "restart-loads-elsewhere",
+        "megatron_ogpsa/cluster/restarts.py",
+        "if str(load) != str(save):",
+        "if load is None:",
+        (ANEW,),
+        "a run that loads another folder than it saves to begins anew at each restart",
+    ),
+)

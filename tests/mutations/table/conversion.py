@@ -1,0 +1,50 @@
+"""Mistakes between Hugging Face and Megatron."""
+
+from __future__ import annotations
+
+from tests.mutations.mutation import Mutation
+
+LOGITS = "tests/conversion/test_families.py::test_logits_are_those_of_transformers[tp1]"
+
+CONVERSION = (
+    Mutation(
+        "gate-and-up-swapped",
+        "megatron_ogpsa/conversion/families.py",
+        '    "linear_fc1.weight[gate]": "gate_proj.weight",\n    "linear_fc1.weight[up]": "up_proj.weight",\n',
+        '    "linear_fc1.weight[gate]": "up_proj.weight",\n    "linear_fc1.weight[up]": "gate_proj.weight",\n',
+        (LOGITS,),
+        "the halves of the gated first layer change places",
+    ),
+    Mutation(
+        "window-off-by-one",
+        "megatron_ogpsa/conversion/families.py",
+        'f"({window - 1},0)"',
+        'f"({window},0)"',
+        (LOGITS,),
+        "Megatron's window does not count the token itself, Hugging Face's does",
+    ),
+    Mutation(
+        "rope-factor-dropped",
+        "megatron_ogpsa/conversion/families.py",
+        'float(rope["factor"])',
+        "8.0",
+        (LOGITS,),
+        "every Llama 3 is scaled by the first one's factor",
+    ),
+    Mutation(
+        "experts-chosen-after-softmax",
+        "megatron_ogpsa/conversion/families.py",
+        "{} if config.norm_topk_prob else",
+        "{} if not config.norm_topk_prob else",
+        (LOGITS,),
+        "weights of the chosen experts are normalised where they are not to be",
+    ),
+    Mutation(
+        "query-and-key-norms-swapped",
+        "megatron_ogpsa/conversion/families.py",
+        '"self_attn.q_norm.weight"',
+        '"self_attn.k_norm.weight"',
+        (LOGITS,),
+        "queries are normed with the keys' weights",
+    ),
+)

@@ -1,0 +1,21 @@
+"""Tests that several mistakes are noticed by."""
+
+from __future__ import annotations
+
+PARITY = "tests/core/test_parity.py::test_projected_gradient_equals_the_unsharded_one"
+GRAM = "tests/core/test_parity.py::test_gram_matrices_are_bitwise_those_of_the_unsharded_model"
+SIXTEEN_BIT = "tests/core/test_parity.py::test_sixteen_bit_training_projects_in_fp32"
+NOT_FINITE = "tests/core/test_contract.py::test_what_is_not_finite_on_one_rank_is_decided_on_all"
+DETACHED = "tests/core/test_contract.py::test_detached_or_disabled_leaves_megatron_as_it_was"
+COLLECTIVES = "tests/core/test_contract.py::test_a_step_has_no_collective_more_and_a_refresh_has_one"
+CONFLICT = "tests/core/test_rules.py::test_conflict_mode_gives_the_unsharded_solution"
+ADDED = "tests/core/test_rules.py::test_references_are_added_to_one_step_unprojected"
+UPDATES = "tests/core/test_update_space.py::test_weights_are_those_of_one_process"
+MATHEMATICS = "tests/core/test_projection.py"
+REFUSED_WITH_AUTHORS = "tests/core/test_support.py::test_what_is_not_the_authors_is_refused_with_their_rule"
+PREFERENCE = "tests/losses/test_preference.py"
+SHARDED_PREFERENCE = "tests/losses/test_sharded.py"
+RESUMED = "tests/integration/test_train.py::test_a_resumed_run_is_bitwise_the_undisturbed_one"
+PASSES = "tests/core/test_references.py::test_references_are_unsharded_gradients_and_leave_no_trace"
+AUTHORS_LEAK = "tests/integration/test_dpo.py::test_the_authors_rule_and_their_leak"
+INTERVAL = "tests/core/test_interval.py::test_staleness_and_first_order_change_are_those_of_the_whole_model"

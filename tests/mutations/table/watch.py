@@ -1,0 +1,68 @@
+"""Mistakes in what the watch tells of a hang."""
+
+from __future__ import annotations
+
+from tests.mutations.mutation import Mutation
+
+STORY = "tests/watchdog/test_story.py"
+LINE = f"{STORY}::test_the_line_names_ranks_steps_and_collectives"
+BEHIND = f"{STORY}::test_who_is_behind"
+
+WATCH = (
+    Mutation(
+        "watch-names-ranks-from-one",
+        "megatron_ogpsa/watchdog/story.py",
+        'return f"rank {self.rank} (host {self.host}, pid {self.pid})"',
+        'return f"rank {self.rank + 1} (host {self.host}, pid {self.pid})"',
+        (LINE,),
+        "ranks are counted from one, so that the neighbour is blamed",
+    ),
+    Mutation(
+        "watch-names-the-next-step",
+        "megatron_ogpsa/watchdog/story.py",
+        'when = f"step {self.step}" if',
+        'when = f"step {self.step + 1}" if',
+        (LINE,),
+        "the line names the step after the one that hangs",
+    ),
+    Mutation(
+        "busy-ranks-blamed-beside-frozen-ones",
+        "megatron_ogpsa/watchdog/story.py",
+        'return dead or found["busy"] + found["left"]',
+        'return dead + found["busy"] + found["left"]',
+        (BEHIND,),
+        "a rank that computes is blamed although another one is frozen",
+    ),
+    Mutation(
+        "ranks-that-left-are-frozen",
+        "megatron_ogpsa/watchdog/story.py",
+        "    if now.has_left:\n",
+        "    if now.has_left and before is not None and before.beat != now.beat:\n",
+        (BEHIND,),
+        "a rank that has finished, and so tells no more, is called frozen",
+    ),
+    Mutation(
+        "newest-collective-in-flight",
+        "megatron_ogpsa/watchdog/place.py",
+        "return str(min(active,",
+        "return str(max(active,",
+        ("tests/watchdog/test_place.py::test_the_oldest_collective_of_the_flight_recorder",),
+        "the collective that was queued last is named, not the one that all wait for",
+    ),
+    Mutation(
+        "collective-named-by-its-innards",
+        "megatron_ogpsa/watchdog/place.py",
+        "collective = within[-1] if within",
+        "collective = within[0] if within",
+        ("tests/watchdog/test_place.py::test_a_collective_is_named_by_the_function_that_was_called",),
+        "a function within PyTorch is named, not the one that was called",
+    ),
+    Mutation(
+        "suspended-job-hangs",
+        "megatron_ogpsa/watchdog/standing.py",
+        "min(now - self._seen_at, LONGEST_GAP)",
+        "(now - self._seen_at)",
+        ("tests/watchdog/test_place.py::test_time_in_which_the_watch_was_stopped_itself_does_not_count",),
+        "a job that was suspended for an hour is ended as one that hangs",
+    ),
+)
