@@ -73,7 +73,9 @@ class Job:
         scored = list(sizes.steps())
         seconds = 2 * SECONDS["start"] + sizes.sft_steps * SECONDS["sft"] + sizes.dpo_steps * SECONDS["dpo"]
         if self.setting.projected:
-            seconds += (len(scored) + 1) * sizes.references * SECONDS["reference"]
+            steps = sizes.sft_steps + sizes.dpo_steps
+            refreshes = max(len(scored) + 1, steps // sizes.refresh_interval)
+            seconds += refreshes * sizes.references * SECONDS["reference"]
         log = self.recipe.folder / f"{self.name}.log"
         yield Step(self.title, [*COMMAND, "train", str(self.config)], log, seconds, self.is_done)
         evaluate = [*COMMAND, "evaluate", str(self.config), "--load", str(training / "dpo"), *_scored(self.recipe)]

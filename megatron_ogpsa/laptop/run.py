@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from dataclasses import fields
 from pathlib import Path
 
 from megatron_ogpsa.data.sources import require_source
@@ -41,11 +42,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, meaning in (
         ("sft-steps", f"of two packed rows (default: {sizes.sft_steps})"),
         ("dpo-steps", f"of four packed rows of pairs (default: {sizes.dpo_steps})"),
-        ("save-interval", f"steps between scored checkpoints, and refreshes (default: {sizes.save_interval})"),
+        ("save-interval", f"steps between scored checkpoints (default: {sizes.save_interval})"),
+        ("refresh-interval", f"steps between refreshes of what is protected (default: {sizes.refresh_interval})"),
         ("references", f"conversations protected (default: {sizes.references})"),
+        ("parts", f"gradients that are protected, each of a part of these conversations (default: {sizes.parts})"),
     ):
         default = getattr(sizes, flag.replace("-", "_"))
         parser.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=meaning)
+    for stage in ("sft", "dpo"):
+        rate = getattr(sizes, f"{stage}_lr")
+        parser.add_argument(
+            f"--{stage}-lr", type=float, default=rate, metavar="RATE", help=f"peak rate (default: {rate:g})"
+        )
+    parser.add_argument(
+        "--bf16", action="store_true", help="twice as fast on CPUs that multiply bfloat16 (avx512_bf16, amx_bf16)"
+    )
     parser.add_argument("--nproc", type=int, default=2, metavar="N", help="ranks, data-parallel (default: 2)")
 
 
@@ -108,16 +119,27 @@ def _recipes(args: argparse.Namespace) -> list[Recipe]:
         require_source(args.general)
     except UserError as error:
         raise UserError(f"--general: {error}") from None
-    for flag in ("seeds", "sft_steps", "dpo_steps", "save_interval", "references", "nproc"):
+    for flag in (
+        "seeds",
+        "sft_steps",
+        "dpo_steps",
+        "save_interval",
+        "refresh_interval",
+        "references",
+        "parts",
+        "nproc",
+    ):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: use 1 or more")
+    for flag in ("sft_lr", "dpo_lr"):
+        if not 0 < getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: use a rate such as 1e-5")
+    if args.parts > args.references:
+        raise UserError(
+            f"--parts {args.parts}: is more than --references {args.references}: each part wants a conversation"
+        )
     general = str(Path(args.general).resolve()) if Path(args.general).exists() else args.general
-    sizes = Sizes(
-        sft_steps=args.sft_steps,
-        dpo_steps=args.dpo_steps,
-        save_interval=args.save_interval,
-        references=args.references,
-    )
+    sizes = Sizes(**{field.name: getattr(args, field.name) for field in fields(Sizes) if field.name in args})
     out: Path = args.out.resolve()
     return [
         Recipe(out=out, seed=seed, general=general, num_ranks=args.nproc, sizes=sizes)

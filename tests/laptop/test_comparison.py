@@ -21,7 +21,7 @@ from megatron_ogpsa.study.settings import PLAIN, SETTINGS
 from megatron_ogpsa.study.tradeoff import Curve, at_safety
 
 NAMES = (PLAIN, "gradient-tensor", "update-tensor")
-SIZES = Sizes(sft_steps=4, dpo_steps=3, save_interval=2)
+SIZES = Sizes(sft_steps=4, dpo_steps=3, save_interval=2, refresh_interval=2, parts=2)
 
 
 @pytest.fixture
@@ -51,13 +51,14 @@ def test_settings_differ_in_the_projection_alone(recipe: Recipe) -> None:
             assert {key for key in differ if not key.startswith("ogpsa_")} == {"save"}
             assert not differ & {"ogpsa_train_data", "ogpsa_stage", "ogpsa_packing"}
             assert flags["save_interval"] == flags["ogpsa_refresh_interval"]  # checkpoints add no refresh
+            assert flags["ogpsa_rank_per_reference"] == 2
 
 
 def test_long_conversations_are_left_out_and_protected_ones_are_not_scored(recipe: Recipe) -> None:
     protected, scored = (
         (recipe.data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines() for name in ("references", "general")
     )
-    assert (len(protected), len(scored)) == (8, 24)
+    assert (len(protected), len(scored)) == (8, 32)
     assert not set(protected) & set(scored)
     assert not any("long" in row for row in (*protected, *scored))
 

@@ -46,7 +46,9 @@ def laptop(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_model_goes_through_sft_and_dpo_and_comes_back(folder: Path) -> None:
-    steps = "--sft-steps 2 --dpo-steps 2 --save-interval 1 --references 4 --nproc 1"
+    steps = (
+        "--sft-steps 2 --dpo-steps 2 --save-interval 1 --refresh-interval 1 --references 4 --parts 2 --bf16 --nproc 1"
+    )
     flags = ["tiny", "--general", "general.jsonl", "--out", "out", *steps.split()]
     done = laptop(folder, *flags)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
@@ -83,6 +85,8 @@ def test_a_model_goes_through_sft_and_dpo_and_comes_back(folder: Path) -> None:
             "tiny --general general.jsonl --references 12 --out few",
             "12 conversations of at most 700 characters are too few",
         ),
+        ("tiny --general general.jsonl --parts 9", "--parts 9: is more than --references 8"),
+        ("tiny --general general.jsonl --sft-lr 2", "--sft-lr 2.0: use a rate such as 1e-5"),
         ("tiny --general general.jsonl --settings plain,replay", "--settings replay: use some of plain, "),
         (
             "tiny --general general.jsonl --settings plain,update-in-turns",
