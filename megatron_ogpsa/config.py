@@ -37,10 +37,10 @@ class OGPSAConfig:
     """``orthogonal`` removes the whole component in the protected subspace. ``conflict`` gives the nearest gradient
     whose inner product with every reference gradient is not negative (the cone of GEM, arXiv:1706.08840, eq. 11)."""
 
-    space: Space = "gradient"
-    """What is projected. ``gradient``: the gradient, before the optimizer's own rescaling and momentum, which is the
-    paper's rule. ``update``: the change of the parameters that the optimizer makes, momentum and weight decay included;
-    Adam's rescaling carries a projected gradient back into the protected subspace."""
+    space: Space = "update"
+    """What is projected. ``update``: the change of the parameters that the optimizer makes, momentum and weight decay
+    included. ``gradient``: the gradient, before the optimizer's own rescaling and momentum, which is the paper's rule;
+    Adam's rescaling carries it back into the protected subspace, so that it is not the default (docs/study)."""
 
     refresh_interval: int = 30
     """Optimizer steps from one computation of the reference gradients to the next (paper: 30 for SFT, 5 for DPO)."""

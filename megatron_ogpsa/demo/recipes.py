@@ -71,8 +71,8 @@ VARIANTS = {
 """In the order of the table. Those with a projection protect one reference for each general task."""
 
 PROJECTIONS: dict[str, Settings] = {
-    "tensor": {"ogpsa-granularity": "tensor"},
-    "model": {"ogpsa-granularity": "model"},
+    "tensor": {"ogpsa-granularity": "tensor", "ogpsa-space": "gradient"},
+    "model": {"ogpsa-granularity": "model", "ogpsa-space": "gradient"},
     "update": {"ogpsa-granularity": "tensor", "ogpsa-space": "update"},
 }
 """The gradient of each logical tensor, the whole gradient, and each logical tensor's update."""

@@ -204,10 +204,9 @@ def _add_projection_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--ogpsa-space",
-        choices=("gradient", "update"),
-        default="gradient",
+        choices=("update", "gradient"),
         help="Project the gradient, which is the paper's rule, or the change of weights that the optimizer makes of it, "
-        "momentum and weight decay included (default: gradient).",
+        "momentum and weight decay included (default: update; gradient with --ogpsa-authors-rule and --ogpsa-authors-leak).",
     )
     group.add_argument(
         "--ogpsa-basis-dtype",

@@ -74,6 +74,8 @@ def check_projection_arguments(args: argparse.Namespace) -> None:
         return
     if args.ogpsa_refresh_interval is None:
         args.ogpsa_refresh_interval = DEFAULT_REFRESH_INTERVAL[args.ogpsa_stage]
+    if args.ogpsa_space is None:
+        args.ogpsa_space = "gradient" if args.ogpsa_authors_rule or args.ogpsa_authors_leak else "update"
     names = [name for name, _ in args.ogpsa_reference]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"--ogpsa-reference {repeated[0]}=… is given twice: give each reference a name of its own")

@@ -9,6 +9,7 @@ from typing import Any
 Settings = Mapping[str, Any]
 
 UPDATE: Settings = {"ogpsa-space": "update"}
+GRADIENT: Settings = {"ogpsa-space": "gradient"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,8 @@ class Setting:
 PLAIN = "plain"
 SETTINGS: dict[str, Setting] = {
     PLAIN: Setting(title="plain", projected=False),
-    "gradient-tensor": Setting(title="gradient, per tensor"),
-    "gradient-model": Setting(title="gradient, per model", flags={"ogpsa-granularity": "model"}),
+    "gradient-tensor": Setting(title="gradient, per tensor", flags=GRADIENT),
+    "gradient-model": Setting(title="gradient, per model", flags={**GRADIENT, "ogpsa-granularity": "model"}),
     "update-tensor": Setting(title="update, per tensor", flags=UPDATE),
     "update-model": Setting(title="update, per model", flags={**UPDATE, "ogpsa-granularity": "model"}),
     # Passes over 7 x 128 references every 10 steps are 90 rows for 32 of safety: as many are trained on instead.
@@ -68,9 +69,9 @@ SETTINGS: dict[str, Setting] = {
     "update-interval-100": Setting(
         title="update, every 100 steps", flags={**UPDATE, "ogpsa-refresh-interval": 100}, save_interval=None
     ),
-    "gradient-leak": Setting(title="gradient, with the authors' leak", flags={"ogpsa-authors-leak": True}),
-    "gradient-rank-4": Setting(title="gradient, 4 gradients each", flags={"ogpsa-rank-per-reference": 4}),
-    "gradient-conflict": Setting(title="gradient, conflict", flags={"ogpsa-mode": "conflict"}),
+    "gradient-leak": Setting(title="gradient, with the authors' leak", flags={**GRADIENT, "ogpsa-authors-leak": True}),
+    "gradient-rank-4": Setting(title="gradient, 4 gradients each", flags={**GRADIENT, "ogpsa-rank-per-reference": 4}),
+    "gradient-conflict": Setting(title="gradient, conflict", flags={**GRADIENT, "ogpsa-mode": "conflict"}),
     "update-interval-1": Setting(title="update, every step", flags={**UPDATE, "ogpsa-refresh-interval": 1}),
 }
 """In the order in which they are run: what matters most first, since the study can be stopped at any time."""

@@ -78,10 +78,11 @@ def by_hand_and_by_callback(layout: str, real: bool) -> dict[str, bool]:
         run = _run(training := _built(layout), saved_before=frozenset({SAVED}))
     by_callback = _weights(training)
     is_last_copy = parallel_state.get_data_parallel_rank() == parallel_state.get_data_parallel_world_size() - 1
+    log = {"lm loss", "ogpsa removed length", "ogpsa rank"}
     tells = {"ogpsa math/loss", "ogpsa chat/captured"} <= run.written.keys()
     return {
         "is detached": "prepare_grads" not in training.optimizer.__dict__,
-        "logs": all(not losses or {"lm loss", "ogpsa removed", "ogpsa rank"} == losses.keys() for losses in run.log),
+        "logs": all(not losses or log == losses.keys() for losses in run.log),
         "tells of references": tells == (is_last_copy and bool(run.log[0])),
         "as by hand": _same(by_callback, _by_hand(_built(layout), {0, SAVED, INTERVAL})),
     }

@@ -108,7 +108,7 @@ def leaf_optimizer(layout: str) -> dict[str, float]:
     shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
     training = build(ALL_LAYOUTS[layout], oracle.random_weights(shape, seed=1), clip_grad=0.5)
     (training.optimizer,) = training.optimizer.chained_optimizers
-    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(granularity="model"))
+    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(space="gradient", granularity="model"))
     *references, gradient = planted(shape, 3, integers=False)
     refresh_planted(training, ogpsa, references)
     plant(training, gradient)
@@ -204,7 +204,7 @@ def column_of_a_copy(ogpsa: OGPSA) -> int:
 def misuse() -> list[str]:
     """The errors of calls out of order."""
     training = build(LAYOUTS["dp2"], oracle.random_weights(oracle.ModelShape(), seed=1))
-    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(mode="conflict"))
+    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(space="gradient", mode="conflict"))
     messages: list[str] = []
 
     def expect_error(action: Callable[[], object]) -> None:

@@ -38,7 +38,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
         "ogpsa_reference": [("math", "math.jsonl")],
         "ogpsa_granularity": "tensor",
         "ogpsa_mode": "orthogonal",
-        "ogpsa_space": "gradient",
+        "ogpsa_space": None,
         "ogpsa_rank_per_reference": 1,
         "ogpsa_refresh_interval": None,
         "ogpsa_energy": 1.0,
@@ -70,8 +70,8 @@ def arguments() -> Callable[..., argparse.Namespace]:
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
         ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph"),
         ({"perform_rl_step": True}, "--perform-rl-step"),
-        ({"ogpsa_space": "update", "optimizer_cpu_offload": True}, "--optimizer-cpu-offload"),
-        ({"ogpsa_space": "update", "use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
+        ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload"),
+        ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
     ],
 )
 def test_unsupported_flags_are_refused_by_name_with_references_only(
@@ -113,6 +113,25 @@ def test_the_papers_refresh_interval_is_the_stages(arguments: Callable[..., argp
         args = arguments(ogpsa_stage=stage, ogpsa_refresh_interval=given)
         check_projection_arguments(args)
         assert args.ogpsa_refresh_interval == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "space"),
+    [
+        ({}, "update"),
+        ({"ogpsa_authors_rule": True}, "gradient"),
+        ({"ogpsa_authors_leak": True}, "gradient"),
+        ({"ogpsa_space": "gradient", "optimizer_cpu_offload": True}, "gradient"),
+    ],
+)
+def test_updates_are_projected_unless_the_authors_rule_is_asked_for(
+    arguments: Callable[..., argparse.Namespace], change: dict[str, Any], space: str
+) -> None:
+    from megatron_ogpsa.integration.projection import check_projection_arguments
+
+    args = arguments(**change)
+    check_projection_arguments(args)
+    assert args.ogpsa_space == space
 
 
 def test_the_loss_of_a_reference_that_is_not_there(arguments: Callable[..., argparse.Namespace]) -> None:

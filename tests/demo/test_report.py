@@ -179,4 +179,4 @@ def test_every_config_of_the_demo_is_one_that_megatron_takes(tmp_path: Path) -> 
         assert dpo.ogpsa_stage == "dpo"
         assert len(dpo.ogpsa_reference) == (0 if "plain" in name else len(GENERAL_TASKS))
         assert dpo.ogpsa_granularity == ("model" if "model" in name else "tensor")
-        assert dpo.ogpsa_space == ("update" if "update" in name else "gradient")
+        assert dpo.ogpsa_space == (None if "plain" in name else "update" if "update" in name else "gradient")

@@ -15,7 +15,7 @@ LAYOUTS = {
     "dp2": "--nproc-per-node 2 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1",
     "pp2-dp2": "--tensor-model-parallel-size 1",
 }
-FIGURES = ("lm loss", "grad-norm", "ogpsa removed")
+FIGURES = ("lm loss", "grad-norm", "ogpsa removed length")
 STILL = ("--hidden-dropout", "0", "--attention-dropout", "0", "--train-iters", "6", "--save-interval", "2")
 
 

@@ -15,6 +15,7 @@ ONE_STAGE = (
     "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --global-batch-size 8 --train-iters 3".split()
 )
 NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0".split()
+GRADIENT = ("--ogpsa-space", "gradient")
 FIGURES = ("lm loss", "grad-norm", "ogpsa removed")
 
 CUTS = {
@@ -32,7 +33,8 @@ def test_the_loss_is_the_mean_over_the_tokens_of_the_global_batch(train: Train, 
     seen = {}
     for number, (name, flags) in enumerate(CUTS.items()):
         where = ("--save", f"save-{number}", "--tensorboard-dir", f"log-{number}")
-        outcome = train(*ONE_STAGE, *NO_DROPOUT, *flags.split(), "--ogpsa-train-data", "uneven.jsonl", *where)
+        given = (*NO_DROPOUT, *GRADIENT, "--ogpsa-train-data", "uneven.jsonl")
+        outcome = train(*ONE_STAGE, *flags.split(), *given, *where)
         assert outcome.exit_code == 0, outcome.output[-3000:]
         seen[name] = scalars(tmp_path / f"log-{number}", *FIGURES)
     first, *others = seen.values()

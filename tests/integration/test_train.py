@@ -26,8 +26,8 @@ EXPERT_BIAS = EP2 + (
 
 LAYOUTS = {
     "tp2-pp2": "",
-    "dp2-update-space": DP2 + "--ogpsa-space update --ogpsa-energy 0.6 --no-dist-ckpt-optim-fully-reshardable",
-    "ep2-expert-bias": EXPERT_BIAS,
+    "dp2-energy": DP2 + "--ogpsa-energy 0.6 --no-dist-ckpt-optim-fully-reshardable",
+    "ep2-expert-bias-gradient-space": EXPERT_BIAS + "--ogpsa-space gradient",
 }
 
 
@@ -37,7 +37,7 @@ def test_a_resumed_run_is_bitwise_the_undisturbed_one(train: Train, tmp_path: Pa
     flags = [*LAYOUTS[layout].split(), "--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
     if GENERAL.exists():
         flags += ["--ogpsa-reference", f"general={GENERAL}"]
-    removed = "ogpsa removed length" if "--ogpsa-space" in flags else "ogpsa removed"
+    removed = "ogpsa removed" if "gradient" in flags else "ogpsa removed length"
     whole = train(*flags, "--save", "whole", "--tensorboard-dir", "whole-log")
     assert whole.exit_code == 0, whole.output[-3000:]
     assert re.search(rf"iteration +6/ +6 .*{removed}: .*ogpsa rank: 1\.0.*ogpsa refresh \(ms\): ", whole.output)
@@ -79,7 +79,7 @@ def test_a_resumed_run_takes_turns_and_adapts_as_the_undisturbed_one(
     flags = [
         *DP2.split(),
         *references,
-        *("--ogpsa-reference-samples", "8", "--ogpsa-space", "update", "--lr", "1e-5", "--train-iters", "24"),
+        *("--ogpsa-reference-samples", "8", "--lr", "1e-5", "--train-iters", "24"),
         *("--ogpsa-stagger-references", "--ogpsa-refresh-interval", "8", "--ogpsa-adaptive-interval", "0.9"),
         *("--save-interval", "12", "--no-dist-ckpt-optim-fully-reshardable"),
         # Whose masks would turn a reference's gradient from one refresh to the next.
