@@ -6,10 +6,12 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -216,7 +218,7 @@ def run_steps(steps: Sequence[Step], clock: Callable[[], float] = time.monotonic
         rest = sum(later.seconds for later in steps[index + 1 :] if not later.is_done)
         begun = clock()
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with step.log.open("w", encoding="utf-8") as log:
+        with step.log.open("w", encoding="utf-8") as log, _raising_when_told_to_end():
             process = subprocess.Popen(step.command, stdout=log, stderr=subprocess.STDOUT, env=environment)
             try:
                 while process.poll() is None:
@@ -225,7 +227,7 @@ def run_steps(steps: Sequence[Step], clock: Callable[[], float] = time.monotonic
                     _show(f"[{index + 1}/{len(steps)}] {step.title}: {elapsed:3.0f} s, about {left:3.0f} s to go")
                     time.sleep(0.5)
             finally:
-                if process.poll() is None:  # Ctrl-C: torchrun ends its ranks when it is told to
+                if process.poll() is None:  # Ctrl-C or SIGTERM: torchrun ends its ranks when it is told to
                     process.terminate()
                     process.wait()
         pace = (clock() - begun) / step.seconds
@@ -234,6 +236,16 @@ def run_steps(steps: Sequence[Step], clock: Callable[[], float] = time.monotonic
             _fail(step)
         if step.stamp:
             shutil.copyfile(*step.stamp)
+
+
+@contextmanager
+def _raising_when_told_to_end() -> Iterator[None]:
+    """SIGTERM unwinds this process, as Ctrl-C does, in place of ending it where it stands and leaving its step behind."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(step: Step) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -144,6 +145,17 @@ def test_a_failed_step_shows_the_end_of_its_log(tmp_path: Path, capsys: pytest.C
     with pytest.raises(DemoFailed, match="'a step' failed"):
         run_steps([step])
     assert "the cause" in capsys.readouterr().err
+
+
+def test_told_to_end_it_ends_the_step_first(tmp_path: Path) -> None:
+    """The step tells it to, and would outlive it by far."""
+    code = "import os, signal, time; print(os.getpid(), flush=True); os.kill(os.getppid(), signal.SIGTERM); time.sleep(600)"
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        run_steps([Step("a step", [sys.executable, "-c", code], tmp_path / "a.log", seconds=1.0)])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{(tmp_path / 'a.log').read_text(encoding='utf-8').strip()}").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_starting_model_is_kept_only_for_the_same_config(tmp_path: Path) -> None:
