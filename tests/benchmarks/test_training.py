@@ -1,0 +1,98 @@
+"""The benchmark of whole runs: its configurations, what it reads from logs, and its arithmetic. No run is timed here."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from megatron_ogpsa.benchmarks import training
+from megatron_ogpsa.cli.config_file import ConfigFile
+from megatron_ogpsa.demo.run import Step
+from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.integration.arguments import build_parser, parse_flags
+
+STEP_MILLISECONDS = {"plain": 400.0, "gradient": 440.0, "update": 500.0}
+REFRESH_MILLISECONDS = 3000.0
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    for name in ("sft", "dpo", "reference"):
+        row = {"prompt": "a", "chosen": "b", "rejected": "c"} if name == "dpo" else {"prompt": "a", "response": "b"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    sources = [f"--{name}={tmp_path / name}.jsonl" for name in ("sft", "dpo", "reference")]
+    return [str(tmp_path / "model"), *sources, f"--out={tmp_path / 'out'}", "--steps=6", "--rounds=2", "--rows=4"]
+
+
+def write_log(step: Step) -> None:
+    """As a run of six steps leaves it; the first two are slow, and the first and the fourth begin with a refresh."""
+    config = Path(step.command[-1])
+    stage, setting = config.stem.split("-")
+    data = config.with_name(f"{stage}.jsonl")
+    lines = [f"data {data}: 40 samples in 10 rows of 512 positions, 50.0% tokens, 50.0% padding"]
+    for number in range(1, 7):
+        refresh = 0.0 if setting == "plain" else REFRESH_MILLISECONDS * (2 if number < 4 else 1)
+        taken = STEP_MILLISECONDS[setting] * (3 if number < 3 else 1) + (refresh if number in (1, 4) else 0.0)
+        lines.append(
+            f" [2026-01-01] iteration {number:8}/       6 | elapsed time per iteration (ms): {taken} | lm loss: 1.0E+00 | "
+            f"ogpsa refresh (ms): {refresh:E} |"
+        )
+    step.log.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def test_settings_take_turns_and_ratios_count_refreshes(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    titles = []
+
+    def run_steps(steps: Sequence[Step]) -> None:
+        for step in steps:
+            titles.append(step.title)
+            if "train" in step.command:
+                write_log(step)
+
+    monkeypatch.setattr(training, "run_steps", run_steps)
+    assert training.main([*command, "--json", str(tmp_path / "figures.json")]) == 0
+    in_turn = [f"{stage} {name}" for stage in ("sft", "dpo") for name in ("plain", "gradient", "update")]
+    assert titles == ["to Megatron", *(f"{title}, round {number}" for number in (1, 2) for title in in_turn)]
+    account = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    found = {(result["stage"], result["setting"]): result for result in account["results"]}
+    assert found["sft", "plain"]["tokens of a step"] == 4 * 512 * 0.5
+    assert found["sft", "plain"]["tokens per second"] == pytest.approx(1024 / 0.4)
+    assert found["sft", "plain"]["seconds of a refresh"] is None
+    assert found["dpo", "update"]["of plain"] == pytest.approx(400 / 500)
+    assert found["dpo", "update"]["of plain, with refreshes"] == pytest.approx(0.4 / (0.5 + 3.0 / 5))
+    assert found["sft", "gradient"]["of plain, with refreshes"] == pytest.approx(0.4 / (0.44 + 3.0 / 30))
+    assert "sft update" in capsys.readouterr().out
+
+
+def test_runs_differ_in_the_projection_alone(command: list[str], tmp_path: Path) -> None:
+    args = training._parser().parse_args(command)
+    start = tmp_path / "out/start"
+    start.mkdir(parents=True)
+    (start / "model.yaml").write_text("num-layers: 2\n", encoding="utf-8")
+
+    def flags(stage: str, setting: str) -> Namespace:
+        path = tmp_path / "run.yaml"
+        path.write_text(json.dumps(training.config(args, stage, setting)), encoding="utf-8")
+        return parse_flags(ConfigFile.read(path).as_flags(build_parser(), []))
+
+    for stage in ("sft", "dpo"):
+        plain = vars(flags(stage, "plain"))
+        for setting in ("gradient", "update"):
+            other = vars(flags(stage, setting))
+            assert other["ogpsa_space"] == setting
+            assert other["ogpsa_refresh_interval"] == 3
+            assert all(name.startswith("ogpsa_") for name in plain if plain[name] != other[name])
+
+
+def test_what_is_missing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert training.main(["model", "--reference", "r.jsonl"]) == 2
+    assert "give --sft FILE, --dpo FILE or both" in capsys.readouterr().err
+    (tmp_path / "log").write_text("nothing\n", encoding="utf-8")
+    with pytest.raises(UserError, match="tells neither rows nor times"):
+        training.read_speed(tmp_path / "log", Path("data"), 4, [1])
