@@ -127,7 +127,7 @@ REFRESH = (
         "megatron_ogpsa/integration/projection.py",
         "        self._refresh_is_due = True\n        self._refresh_seconds = 0.0\n",
         "        self._refresh_is_due = False\n        self._refresh_seconds = 0.0\n",
-        (f"{RESUMED}[dp2-update-space]",),
+        (f"{RESUMED}[dp2-energy]",),
         "a run that resumes between two refreshes has no basis until the next",
     ),
     Mutation(
@@ -135,7 +135,7 @@ REFRESH = (
         "megatron_ogpsa/integration/projection.py",
         '        """Note that a resumed run would refresh now."""\n        self._refresh_is_due = True\n',
         '        """Note that a resumed run would refresh now."""\n',
-        (f"{RESUMED}[dp2-update-space]",),
+        (f"{RESUMED}[dp2-energy]",),
         "a resumed run refreshes where the undisturbed one does not",
     ),
 )

@@ -10,6 +10,14 @@ BEHIND = f"{STORY}::test_who_is_behind"
 
 WATCH = (
     Mutation(
+        "told-of-the-end-and-speaking",
+        "megatron_ogpsa/watchdog/watch.py",
+        "            if link.ending is None:\n                raise\n            found = []",
+        "            raise\n            found = []",
+        ("tests/watchdog/test_watch.py::test_a_rank_that_knows_of_the_end_is_silent",),
+        "a rank whose collective fails because the run has been ended prints a traceback, if the store has ended first",
+    ),
+    Mutation(
         "watch-names-ranks-from-one",
         "megatron_ogpsa/watchdog/story.py",
         'return f"rank {self.rank} (host {self.host}, pid {self.pid})"',
