@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,17 @@ def test_a_mutation_changes_one_passage_and_its_tests_exist(mutation: Mutation) 
         path, _, function = test.partition("::")
         text = (ROOT / path).read_text(encoding="utf-8")
         assert re.search(rf"^def {re.escape(function.partition('[')[0])}", text, re.MULTILINE), test
+
+
+def test_the_cases_that_mutations_name_are_collected() -> None:
+    """A case whose name has changed would be found when the table is run, half an hour later."""
+    named = {test for mutation in MUTATIONS for test in mutation.tests}
+    files = sorted({test.partition("::")[0] for test in named})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *files]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    collected = {line for line in told.splitlines() if "::" in line}
+    whole = {part for case in collected for part in (case.partition("[")[0], case.partition("::")[0])}
+    assert named <= collected | whole, named - collected - whole
 
 
 def test_caught_survived_and_broken_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

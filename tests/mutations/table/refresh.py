@@ -111,7 +111,7 @@ REFRESH = (
         "megatron_ogpsa/plugin.py",
         "basis.reference_BKK[:, :, of_names]",
         "basis.reference_BKK.mT[:, :, of_names]",
-        ("tests/core/test_rules.py::test_references_that_wait_for_their_turn_come_out_of_the_basis[tp2]",),
+        ("tests/core/test_rules.py::test_references_that_wait_for_their_turn_come_out_of_the_basis[tp2-config0]",),
         "references that wait for their turn come out of the basis by the transposed coordinates",
     ),
     Mutation(
