@@ -140,7 +140,9 @@ def chatting_steps(jobs: Sequence[Job], model: Path, log: Path) -> Iterator[Step
 
 
 def _scored(recipe: Recipe) -> list[str]:
-    flags = ["--data", f"general={recipe.data / 'general.jsonl'}", "--max-new-tokens", str(MAX_NEW_TOKENS)]
+    flags = ["--max-new-tokens", str(MAX_NEW_TOKENS)]
+    for name, file in (("general", "general"), ("protected", "references")):
+        flags += ["--data", f"{name}={recipe.data / file}.jsonl"]
     for name in ("unsafe", "benign"):
         flags += ["--prompts", f"{name}={recipe.data / name}.jsonl"]
     return flags
