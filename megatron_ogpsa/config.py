@@ -33,9 +33,10 @@ class OGPSAConfig:
     """What is projected together. ``tensor``: each logical (Hugging Face) tensor on its own, which is what the authors'
     released code does. ``model``: the whole model as one vector, which is what the paper's optimality is stated for."""
 
-    mode: Mode = "orthogonal"
-    """``orthogonal`` removes the whole component in the protected subspace. ``conflict`` gives the nearest gradient
-    whose inner product with every reference gradient is not negative (the cone of GEM, arXiv:1706.08840, eq. 11)."""
+    mode: Mode = "conflict"
+    """``conflict`` gives the nearest gradient whose inner product with every reference gradient is not negative (the cone of
+    GEM, arXiv:1706.08840, eq. 11): what would help a reference stays. ``orthogonal`` removes the whole component in the
+    protected subspace, which is the paper's rule. In docs/study and docs/laptop.md the former gave back more."""
 
     space: Space = "update"
     """What is projected. ``update``: the change of the parameters that the optimizer makes, momentum and weight decay

@@ -54,7 +54,9 @@ class Loop:
         generator = torch.Generator().manual_seed(parallel_state.get_data_parallel_rank())
         shape = (args.accumulate, args.micro_batch_size, args.seq_length + 1)
         self._tokens = torch.randint(0, args.vocabulary, shape, generator=generator).to(self.device)
-        self.ogpsa = attach(self.optimizer, self.chunk, OGPSAConfig(granularity=args.granularity, space=args.space))
+        self.ogpsa = attach(
+            self.optimizer, self.chunk, OGPSAConfig(granularity=args.granularity, space=args.space, mode="orthogonal")
+        )
         self.ogpsa.enabled = False
 
     def gradient(self, shift: int = 0) -> None:

@@ -35,8 +35,8 @@ COMMAND = [sys.executable, "-m", "megatron_ogpsa.cli.main"]
 PLAIN = "plain"
 SETTINGS: Mapping[str, Mapping[str, str]] = {
     PLAIN: {},
-    "gradient": {"ogpsa-space": "gradient"},
-    "update": {"ogpsa-space": "update"},
+    "gradient": {"ogpsa-space": "gradient", "ogpsa-mode": "orthogonal"},
+    "update": {"ogpsa-space": "update", "ogpsa-mode": "conflict"},
 }
 PAPERS_INTERVAL = {"sft": 30, "dpo": 5}
 """Steps from one refresh to the next (arXiv:2602.07892), which a refresh's time is spread over."""

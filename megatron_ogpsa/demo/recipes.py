@@ -71,9 +71,9 @@ VARIANTS = {
 """In the order of the table. Those with a projection protect one reference for each general task."""
 
 PROJECTIONS: dict[str, Settings] = {
-    "tensor": {"ogpsa-granularity": "tensor", "ogpsa-space": "gradient"},
-    "model": {"ogpsa-granularity": "model", "ogpsa-space": "gradient"},
-    "update": {"ogpsa-granularity": "tensor", "ogpsa-space": "update"},
+    "tensor": {"ogpsa-granularity": "tensor", "ogpsa-space": "gradient", "ogpsa-mode": "orthogonal"},
+    "model": {"ogpsa-granularity": "model", "ogpsa-space": "gradient", "ogpsa-mode": "orthogonal"},
+    "update": {"ogpsa-granularity": "tensor", "ogpsa-space": "update", "ogpsa-mode": "orthogonal"},
 }
 """The gradient of each logical tensor, the whole gradient, and each logical tensor's update."""
 

@@ -198,9 +198,10 @@ def _add_projection_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--ogpsa-mode",
-        choices=("orthogonal", "conflict"),
-        default="orthogonal",
-        help="Remove the whole component along the references, or only what conflicts with them (default: orthogonal).",
+        choices=("conflict", "orthogonal"),
+        help="Remove only what conflicts with the references, of which up to 8 gradients may be protected, or the whole "
+        "component along them, which is the paper's rule and takes away what would help them too (default: conflict; "
+        "orthogonal with --ogpsa-authors-rule and --ogpsa-authors-leak).",
     )
     group.add_argument(
         "--ogpsa-space",

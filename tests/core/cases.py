@@ -92,7 +92,7 @@ def parity(layout: str) -> dict[str, dict[str, float]]:
         passes.append(kept(training))
     results = {}
     for granularity in ("tensor", "model"):
-        config = OGPSAConfig(space="gradient", granularity=granularity, check_leak=True)  # type: ignore[arg-type]
+        config = OGPSAConfig(space="gradient", mode="orthogonal", granularity=granularity, check_leak=True)  # type: ignore[arg-type]
         ogpsa = attach(training.optimizer, training.chunks, config)
         refresh_kept(training, ogpsa, passes[:-1])
         put_back(training, passes[-1])
@@ -136,7 +136,11 @@ def random_parity(layout: str) -> dict[str, dict[str, float]]:
     *references, first, second = gradients
     results = {}
     for granularity in ("tensor", "model"):
-        ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(space="gradient", granularity=granularity))  # type: ignore[arg-type]
+        ogpsa = attach(
+            training.optimizer,
+            training.chunks,
+            OGPSAConfig(space="gradient", mode="orthogonal", granularity=granularity),
+        )  # type: ignore[arg-type]
         refresh_kept(training, ogpsa, passes[: len(REFERENCES)])
         put_back(training, passes[-1])
         actual, (_, grad_norm, _) = projected_gradient(training)
@@ -178,7 +182,9 @@ def planted_parity(layout: str, granularity: str) -> dict[str, float]:
     """The projection alone, without the rounding of a forward and backward pass, in each precision."""
     shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
     training = build(ALL_LAYOUTS[layout], oracle.random_weights(shape, seed=1), clip_grad=0.0)
-    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(space="gradient", granularity=granularity))  # type: ignore[arg-type]
+    ogpsa = attach(
+        training.optimizer, training.chunks, OGPSAConfig(space="gradient", mode="orthogonal", granularity=granularity)
+    )  # type: ignore[arg-type]
     *references, gradient = planted(shape, 4, integers=False)
     scale = training.optimizer.get_loss_scale().item()
     refresh_planted(training, ogpsa, references, scale)
@@ -234,7 +240,9 @@ def integer_gram(layout: str) -> bool:
     """Whether every block's Gram matrix of integer-valued gradients has exactly the oracle's numbers."""
     shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
     training = build(ALL_LAYOUTS[layout], oracle.random_weights(shape, seed=1))
-    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(space="gradient", granularity="tensor"))
+    ogpsa = attach(
+        training.optimizer, training.chunks, OGPSAConfig(space="gradient", mode="orthogonal", granularity="tensor")
+    )
     references = planted(shape, 3, integers=True)
     scale = training.optimizer.get_loss_scale().item()
     ogpsa.begin_refresh()

@@ -55,7 +55,7 @@ def collectives(
 
     step()  # Megatron caches answers about parameter groups in its first step
     plain = step()
-    config = OGPSAConfig(granularity=granularity, space=space)  # type: ignore[arg-type]
+    config = OGPSAConfig(granularity=granularity, space=space, mode="orthogonal")  # type: ignore[arg-type]
     ogpsa = attach(training.optimizer, training.chunks, config)
     ogpsa.begin_refresh()
     with counted_collectives() as refresh_counts:
@@ -108,7 +108,9 @@ def leaf_optimizer(layout: str) -> dict[str, float]:
     shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
     training = build(ALL_LAYOUTS[layout], oracle.random_weights(shape, seed=1), clip_grad=0.5)
     (training.optimizer,) = training.optimizer.chained_optimizers
-    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(space="gradient", granularity="model"))
+    ogpsa = attach(
+        training.optimizer, training.chunks, OGPSAConfig(space="gradient", mode="orthogonal", granularity="model")
+    )
     *references, gradient = planted(shape, 3, integers=False)
     refresh_planted(training, ogpsa, references)
     plant(training, gradient)
@@ -125,7 +127,9 @@ def not_finite(layout: str, bad_rank: int, space: str = "gradient") -> dict[str,
     """NaN on one rank only: in a reference of a later refresh, in the training gradient, then in the basis."""
     shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
     training = build(ALL_LAYOUTS[layout], oracle.random_weights(shape, seed=1))
-    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(granularity="tensor", space=space))  # type: ignore[arg-type]
+    ogpsa = attach(
+        training.optimizer, training.chunks, OGPSAConfig(granularity="tensor", space=space, mode="orthogonal")
+    )  # type: ignore[arg-type]
     good, bad, gradient = planted(shape, 3, integers=False)
 
     def poison() -> None:

@@ -34,7 +34,7 @@ def interval(layout: str, space: str, granularity: str) -> dict[str, Any]:
     """Two steps between two refreshes, against full tensors in fp64."""
     shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
     training = build(ALL_LAYOUTS[layout], oracle.random_weights(shape, seed=1), lr=0.01)
-    config = OGPSAConfig(space=space, granularity=granularity)  # type: ignore[arg-type]
+    config = OGPSAConfig(space=space, mode="orthogonal", granularity=granularity)  # type: ignore[arg-type]
     ogpsa = attach(training.optimizer, training.chunks, config)
     scale = training.optimizer.get_loss_scale().item()
     *old, gradient, first, second = planted(shape, 5, integers=False)

@@ -54,7 +54,9 @@ def rules(layout: str, settings: list[dict[str, Any]]) -> list[dict[str, float]]
     results = []
     for setting in settings:
         config = {key: value for key, value in setting.items() if key not in ("count", "separation")}
-        ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(space="gradient", **config))
+        ogpsa = attach(
+            training.optimizer, training.chunks, OGPSAConfig(**{"space": "gradient", "mode": "orthogonal"} | config)
+        )
         *references, gradient = opposed(shape, names, setting["count"], setting.get("separation"))
         refresh_planted(training, ogpsa, references)
         plant(training, gradient)
@@ -98,7 +100,9 @@ def in_turns(layout: str, config: dict[str, Any], rounds: int) -> list[dict[str,
     shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
     training = build(ALL_LAYOUTS[layout], oracle.random_weights(shape, seed=1), clip_grad=0.0)
     names = [name for name in oracle.shapes_of(shape) if not ALL_LAYOUTS[layout].is_frozen(name)]
-    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(space="gradient", **config))
+    ogpsa = attach(
+        training.optimizer, training.chunks, OGPSAConfig(**{"space": "gradient", "mode": "orthogonal"} | config)
+    )
     *fresh, gradient = opposed(shape, names, 3 * (rounds + 1), None)
     newest = {f"reference {index}": fresh[index] for index in range(3)}
     refresh_planted(training, ogpsa, [*newest.values()])
@@ -129,7 +133,9 @@ def added_once(layout: str, granularity: str, weight: float) -> list[dict[str, f
     shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
     training = build(ALL_LAYOUTS[layout], oracle.random_weights(shape, seed=1), clip_grad=0.0)
     names = [name for name in oracle.shapes_of(shape) if not ALL_LAYOUTS[layout].is_frozen(name)]
-    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(space="gradient", granularity=granularity))  # type: ignore[arg-type]
+    ogpsa = attach(
+        training.optimizer, training.chunks, OGPSAConfig(space="gradient", mode="orthogonal", granularity=granularity)
+    )  # type: ignore[arg-type]
     *references, gradient = opposed(shape, names, 2, None)
     refresh_planted(training, ogpsa, references)
     ogpsa.add_references_once(weight)

@@ -21,7 +21,7 @@ def _weights_after(layout: str, **settings: Any) -> tuple[list[Tensor], bool]:
     shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
     parallel_state.destroy_model_parallel()
     training = build(ALL_LAYOUTS[layout], oracle.random_weights(shape, seed=1), lr=0.01)
-    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(**settings))
+    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(**{"mode": "orthogonal"} | settings))
     told: list[float] = []
     *references, gradient = planted(shape, 5, integers=False)
     for pair in (references[:2], references[2:]):

@@ -37,7 +37,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
     plain: dict[str, Any] = {
         "ogpsa_reference": [("math", "math.jsonl")],
         "ogpsa_granularity": "tensor",
-        "ogpsa_mode": "orthogonal",
+        "ogpsa_mode": None,
         "ogpsa_space": None,
         "ogpsa_rank_per_reference": 1,
         "ogpsa_refresh_interval": None,
@@ -116,22 +116,23 @@ def test_the_papers_refresh_interval_is_the_stages(arguments: Callable[..., argp
 
 
 @pytest.mark.parametrize(
-    ("change", "space"),
+    ("change", "rule"),
     [
-        ({}, "update"),
-        ({"ogpsa_authors_rule": True}, "gradient"),
-        ({"ogpsa_authors_leak": True}, "gradient"),
-        ({"ogpsa_space": "gradient", "optimizer_cpu_offload": True}, "gradient"),
+        ({}, ("update", "conflict")),
+        ({"ogpsa_authors_rule": True}, ("gradient", "orthogonal")),
+        ({"ogpsa_authors_leak": True}, ("gradient", "orthogonal")),
+        ({"ogpsa_space": "gradient", "optimizer_cpu_offload": True}, ("gradient", "conflict")),
+        ({"ogpsa_mode": "orthogonal", "ogpsa_rank_per_reference": 9}, ("update", "orthogonal")),
     ],
 )
-def test_updates_are_projected_unless_the_authors_rule_is_asked_for(
-    arguments: Callable[..., argparse.Namespace], change: dict[str, Any], space: str
+def test_conflicts_are_taken_out_of_updates_unless_the_authors_rule_is_asked_for(
+    arguments: Callable[..., argparse.Namespace], change: dict[str, Any], rule: tuple[str, str]
 ) -> None:
     from megatron_ogpsa.integration.projection import check_projection_arguments
 
     args = arguments(**change)
     check_projection_arguments(args)
-    assert args.ogpsa_space == space
+    assert (args.ogpsa_space, args.ogpsa_mode) == rule
 
 
 def test_the_loss_of_a_reference_that_is_not_there(arguments: Callable[..., argparse.Namespace]) -> None:
@@ -145,9 +146,9 @@ def test_more_gradients_than_conflict_mode_solves_for(arguments: Callable[..., a
     from megatron_ogpsa.integration.projection import check_projection_arguments
 
     named = [(name, "x.jsonl") for name in "abc"]
-    check_projection_arguments(arguments(ogpsa_reference=named, ogpsa_mode="conflict", ogpsa_rank_per_reference=2))
+    check_projection_arguments(arguments(ogpsa_reference=named, ogpsa_rank_per_reference=2))
     with pytest.raises(UnsupportedError, match=r"^--ogpsa-mode conflict with 9 reference gradients: .+ up to 8; join"):
-        check_projection_arguments(arguments(ogpsa_reference=named, ogpsa_mode="conflict", ogpsa_rank_per_reference=3))
+        check_projection_arguments(arguments(ogpsa_reference=named, ogpsa_rank_per_reference=3))
 
 
 def test_two_references_of_one_name_and_a_script_without_our_flags(
@@ -238,12 +239,12 @@ TWO = {"ogpsa_reference": [("math", "math.jsonl"), ("code", "code.jsonl")]}
             "--ogpsa-stagger-references with --ogpsa-basis-dtype bf16",
         ),
         (
-            TWO | {"ogpsa_stagger_references": True, "ogpsa_energy": 0.9},
+            TWO | {"ogpsa_stagger_references": True, "ogpsa_energy": 0.9, "ogpsa_mode": "orthogonal"},
             "--ogpsa-stagger-references with --ogpsa-energy 0.9",
         ),
-        ({"ogpsa_energy": 0.9, "ogpsa_mode": "conflict"}, "--ogpsa-energy 0.9 with --ogpsa-mode conflict"),
+        ({"ogpsa_energy": 0.9}, "--ogpsa-energy 0.9 with --ogpsa-mode conflict"),
         (
-            {"ogpsa_energy": 0.9, "ogpsa_adaptive_interval": 0.9},
+            {"ogpsa_energy": 0.9, "ogpsa_adaptive_interval": 0.9, "ogpsa_mode": "orthogonal"},
             "--ogpsa-adaptive-interval 0.9 with --ogpsa-energy 0.9",
         ),
         (
@@ -268,6 +269,6 @@ def test_schedules_that_cannot_be_are_refused_with_a_remedy(
     from megatron_ogpsa.integration.projection import check_projection_arguments
 
     check_projection_arguments(arguments(**TWO, ogpsa_stagger_references=True, ogpsa_adaptive_interval=0.9))
-    check_projection_arguments(arguments(ogpsa_energy=0.9, ogpsa_adaptive_interval=0.8))
+    check_projection_arguments(arguments(ogpsa_energy=0.9, ogpsa_adaptive_interval=0.8, ogpsa_mode="orthogonal"))
     with pytest.raises(UserError, match=f"^{words}: .+; "):
         check_projection_arguments(arguments(**change))

@@ -72,7 +72,11 @@ def _update_parity(layout: str, kind: str, config: dict[str, Any], outside_chain
     if outside_chain is not None:
         (training.optimizer,) = training.optimizer.chained_optimizers
     names = [name for name in oracle.shapes_of(shape) if not sharding.is_frozen(name)]
-    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(space="update", check_leak=True, **config))
+    ogpsa = attach(
+        training.optimizer,
+        training.chunks,
+        OGPSAConfig(**{"mode": "orthogonal", "space": "update", "check_leak": True} | config),
+    )
     start = main_weights(training)
     weights = {name: tensor.clone() for name, tensor in start.items()}
     optimizer = reference_optimizer(weights, kind)

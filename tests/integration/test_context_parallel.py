@@ -16,7 +16,8 @@ TOLERANCE = 2e-5
 def test_split_sequences_train_as_whole_ones(train: Train, tmp_path: Path) -> None:
     """CP2 with projection against one process, step by step: data, positions, labels, masks and references are split."""
     flags = "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --attention-dropout 0 --hidden-dropout 0 "
-    flags += "--train-iters 8 --save-interval 100 --ogpsa-space gradient"
+    flags += "--train-iters 8 --save-interval 100 --ogpsa-space gradient "
+    flags += "--ogpsa-mode orthogonal"
     for name, layout, module in (
         ("whole", "--nproc-per-node 1", "megatron_ogpsa.cli.main"),
         ("split", "--nproc-per-node 2 --context-parallel-size 2", "tests.integration.split_sequences"),

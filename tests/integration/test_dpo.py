@@ -113,7 +113,7 @@ def test_twenty_steps_are_those_of_one_process_in_every_layout(train: Train, tmp
     base = train(*dpo_flags(tmp_path, "dp1", "base", *still, "--train-iters", "1"))
     assert base.exit_code == 0, base.output[-3000:]
     run = (*still, "--train-iters", "20", "--lr", "1e-3", "--save-interval", "20", "--pretrained-checkpoint", "base")
-    run += ("--ogpsa-space", "gradient")
+    run += ("--ogpsa-space", "gradient", "--ogpsa-mode", "orthogonal")
     names = (*FIGURES, "ogpsa removed")
     seen, stored = {}, {}
     for layout in LAYOUTS:

@@ -15,7 +15,7 @@ ONE_STAGE = (
     "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --global-batch-size 8 --train-iters 3".split()
 )
 NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0".split()
-GRADIENT = ("--ogpsa-space", "gradient")
+GRADIENT = ("--ogpsa-space", "gradient", "--ogpsa-mode", "orthogonal")
 FIGURES = ("lm loss", "grad-norm", "ogpsa removed")
 
 CUTS = {

@@ -172,7 +172,9 @@ def preference_gradient(layout: str) -> dict[str, float]:
     def nll_chosen(row: Row, token_loss: Tensor) -> Any:
         return summed_token_loss(token_loss, loss_mask=chosen_mask(row["loss_mask"], row["document_ids"]))
 
-    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig(space="gradient", granularity="model"))
+    ogpsa = attach(
+        training.optimizer, training.chunks, OGPSAConfig(space="gradient", mode="orthogonal", granularity="model")
+    )
     ogpsa.begin_refresh()
     for index, rows in enumerate(general):
         backward(training, rows, nll_chosen)
