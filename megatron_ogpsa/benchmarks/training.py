@@ -242,6 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "command": "python -m megatron_ogpsa.benchmarks.training " + " ".join(given),
             "date": time.strftime("%Y-%m-%d"),
             "cores": os.cpu_count(),
+            "reference samples": args.reference_samples,
             "results": results,
         }
         args.json.write_text(json.dumps(account, indent=1) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.laptop.recipe import Sizes
-from megatron_ogpsa.study.report import as_json, tradeoff_figure
+from megatron_ogpsa.study.report import as_json, read_json, tradeoff_figure
 from megatron_ogpsa.study.settings import PLAIN, SETTINGS
 from megatron_ogpsa.study.tradeoff import LEVELS, Curve, Curves, Point, Safety, at_safety, compare, over_levels
 from megatron_ogpsa.tables import aligned_table
@@ -81,8 +81,9 @@ def write_report(curves: Curves, sizes: Sizes, folder: Path) -> list[Path]:
     """Write ``table.md`` and ``results.json``, and of several settings ``tradeoff.png``; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     table, data, plot = folder / "table.md", folder / "results.json", folder / "tradeoff.png"
-    table.write_text(markdown_tables(curves, sizes), encoding="utf-8")
     data.write_text(json.dumps({"sizes": asdict(sizes)} | as_json(curves), indent=1) + "\n", encoding="utf-8")
+    # Of the data, which are rounded: whoever makes the table of them anew gets the same.
+    table.write_text(markdown_tables(read_json(data), sizes), encoding="utf-8")
     if PLAIN not in curves:
         return [table, data]
     tradeoff_figure(curves).savefig(plot, dpi=130)

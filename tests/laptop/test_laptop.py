@@ -17,8 +17,12 @@ from transformers import LlamaConfig
 
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.laptop.gguf import to_hugging_face
+from megatron_ogpsa.laptop.recipe import Sizes
+from megatron_ogpsa.laptop.report import markdown_tables
 from megatron_ogpsa.laptop.run import add_arguments
 from megatron_ogpsa.laptop.safety_data import held_out_prompts
+from megatron_ogpsa.study.report import read_json
+from megatron_ogpsa.study.settings import SETTINGS
 from tests.conversion.models import build
 from tests.data.conftest import build_hugging_face_folder
 
@@ -47,7 +51,7 @@ def laptop(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_model_goes_through_sft_and_dpo_and_comes_back(folder: Path) -> None:
     steps = (
-        "--sft-steps 2 --dpo-steps 2 --save-interval 1 --refresh-interval 1 --references 4 --parts 2 --bf16 --nproc 1"
+        "--sft-steps 2 --dpo-steps 2 --save-interval 1 --refresh-interval 1 --references 8 --parts 2 --bf16 --nproc 1"
     )
     flags = ["tiny", "--general", "general.jsonl", "--out", "out", *steps.split()]
     done = laptop(folder, *flags)
@@ -61,7 +65,8 @@ def test_a_model_goes_through_sft_and_dpo_and_comes_back(folder: Path) -> None:
     assert [checkpoint["iteration"] for checkpoint in scores] == [1, 2, 1, 2]
     losses = [round(checkpoint["data"]["general"]["loss"], 5) for checkpoint in scores]
     assert [point["general_loss"] for point in run["points"][1:]] == losses
-    assert scores[0]["data"]["general"]["samples"] == 8  # those that are not protected
+    assert scores[0]["data"]["general"]["samples"] == 4  # those that are not protected
+    assert scores[0]["data"]["protected"]["samples"] == 8
     assert scores[0]["prompts"]["unsafe"]["refused"]["number"] == len(held_out_prompts()[0])
     assert "OGPSA refresh at step 1" in (folder / "out/seed-1/update-tensor.log").read_text(encoding="utf-8")
     kept = [path.name for path in (folder / "out/seed-1/update-tensor").glob("*/iter_*")]
@@ -106,12 +111,27 @@ def test_the_pages_commands_are_accepted() -> None:
     text = (ROOT / "docs/laptop.md").read_text(encoding="utf-8")
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     starts = [shlex.split(line)[1:] for line in lines if line.startswith("launch/laptop.sh ")]
-    assert len(starts) == 3
+    assert len(starts) == 4
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    assert [parser.parse_args(words).out for words in starts] == [Path("runs/laptop")] * 3
+    assert [parser.parse_args(words).out for words in starts] == [Path("runs/laptop")] * 4
     assert (ROOT / "launch/laptop.sh").stat().st_mode & 0o111
     assert any("megatron_ogpsa.laptop.gguf" in line for line in lines)
+
+
+def test_the_pages_tables_are_made_of_its_data() -> None:
+    account = json.loads((ROOT / "docs/laptop/results.json").read_text(encoding="utf-8"))
+    tables = markdown_tables(read_json(ROOT / "docs/laptop/results.json"), Sizes(**account["sizes"]))
+    assert tables == (ROOT / "docs/laptop/table.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/laptop.md").read_text(encoding="utf-8")
+    assert all(table in page for table in tables.split("\n\n"))
+    protected = json.loads((ROOT / "docs/laptop/protected.json").read_text(encoding="utf-8"))["loss"]
+    for name, by_seed in read_json(ROOT / "docs/laptop/results.json").items():
+        start, *_, after_sft, after_dpo = by_seed[1]
+        cells = [after_sft.general_loss - start.general_loss, after_dpo.general_loss - start.general_loss]
+        cells.append(protected[name] - protected["as it came"])
+        (row,) = re.findall(rf"^\| {SETTINGS[name].title} \|(?: \S+ \|(?: -?\d+ % \||  ?\|)){{3}}$", page, re.MULTILINE)
+        assert [float(cell) for cell in re.findall(r"[+-]\d\.\d+", row)] == [round(cell, 4) for cell in cells]
 
 
 def test_what_is_wrong_with_a_gguf_file_is_told(tmp_path: Path) -> None:
