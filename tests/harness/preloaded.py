@@ -133,6 +133,7 @@ class PreloadedCommand:
         self._connection.send_bytes(json.dumps(request).encode())
         while (process_id := self._receive()) is None:
             pass
+        self._exit_codes.pop(process_id, None)  # of an ended process whose id has come again
         return Running(process_id, output, self)
 
     def run(
