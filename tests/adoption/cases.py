@@ -38,7 +38,8 @@ def page_of_own_loop(attaching: str, loop: str, leaving: str) -> dict[str, bool]
     exec(leaving, names)
     return {
         "saved": saved == [2, 4],
-        "projected": all(step["rank"] == 2 and step["removed_length"] > 0 for step in names["logged"]),
+        "projected": all(step["rank"] == 2 for step in names["logged"])
+        and any(step["removed_length"] > 0 for step in names["logged"]),
         "resumed as undisturbed": all(map(torch.equal, resumed, undisturbed)),
         "the refresh after a checkpoint matters": loop.count(line) == 1
         and not all(map(torch.equal, forgetful, undisturbed)),
