@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/laptop"), help="output folder (default: runs/laptop)")
     parser.add_argument(
         "--settings",
-        default="update-tensor",
+        default="update-conflict",
         metavar="NAME,…",
-        help=f"of {', '.join(_possible())} (default: update-tensor alone); several are compared with plain",
+        help=f"of {', '.join(_possible())} (default: update-conflict alone); several are compared with plain",
     )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 1 to N (default: 1)")
     for flag, meaning in (

@@ -58,21 +58,21 @@ def test_a_model_goes_through_sft_and_dpo_and_comes_back(folder: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert sum(line.startswith("? ") for line in lines) == 4  # each question, then an answer of each model
-    assert any(line.startswith("update, per tensor, after DPO") for line in lines)
+    assert any(line.startswith("update, conflict, after DPO") for line in lines)
     (run,) = json.loads((folder / "out/report/results.json").read_text(encoding="utf-8"))["runs"]
     assert [point["step"] for point in run["points"]] == [0, 1, 2, 3, 4]
-    scores = json.loads((folder / "out/seed-1/update-tensor.scores.json").read_text(encoding="utf-8"))["checkpoints"]
+    scores = json.loads((folder / "out/seed-1/update-conflict.scores.json").read_text(encoding="utf-8"))["checkpoints"]
     assert [checkpoint["iteration"] for checkpoint in scores] == [1, 2, 1, 2]
     losses = [round(checkpoint["data"]["general"]["loss"], 5) for checkpoint in scores]
     assert [point["general_loss"] for point in run["points"][1:]] == losses
     assert scores[0]["data"]["general"]["samples"] == 4  # those that are not protected
     assert scores[0]["data"]["protected"]["samples"] == 8
     assert scores[0]["prompts"]["unsafe"]["refused"]["number"] == len(held_out_prompts()[0])
-    assert "OGPSA refresh at step 1" in (folder / "out/seed-1/update-tensor.log").read_text(encoding="utf-8")
-    kept = [path.name for path in (folder / "out/seed-1/update-tensor").glob("*/iter_*")]
+    assert "OGPSA refresh at step 1" in (folder / "out/seed-1/update-conflict.log").read_text(encoding="utf-8")
+    kept = [path.name for path in (folder / "out/seed-1/update-conflict").glob("*/iter_*")]
     assert kept == ["iter_0000002"]
 
-    before, after = (load_file(folder / name / WEIGHTS) for name in ("tiny", "out/seed-1/models/update-tensor"))
+    before, after = (load_file(folder / name / WEIGHTS) for name in ("tiny", "out/seed-1/models/update-conflict"))
     assert {name: tensor.shape for name, tensor in before.items()} == {n: t.shape for n, t in after.items()}
     assert any(not before[name].equal(after[name]) for name in before)
 
