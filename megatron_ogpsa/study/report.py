@@ -25,8 +25,9 @@ def write_report(curves: Curves, folder: Path) -> list[Path]:
     """Write ``table.md``, ``results.json`` and ``tradeoff.png``; returns their paths, the table first."""
     folder.mkdir(parents=True, exist_ok=True)
     table, data, plot = folder / "table.md", folder / "results.json", folder / "tradeoff.png"
-    table.write_text(markdown_table(curves), encoding="utf-8")
     data.write_text(json.dumps(as_json(curves), indent=1) + "\n", encoding="utf-8")
+    # Of the data, which are rounded: whoever makes the table of them anew gets the same.
+    table.write_text(markdown_table(read_json(data)), encoding="utf-8")
     tradeoff_figure(curves).savefig(plot, dpi=130)
     return [table, data, plot]
 
