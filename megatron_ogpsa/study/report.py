@@ -21,6 +21,10 @@ COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#C
 """Okabe and Ito's, which stay apart for colour-blind readers."""
 
 
+LINES = ("-", "--", ":")
+"""For more settings than colours."""
+
+
 def write_report(curves: Curves, folder: Path) -> list[Path]:
     """Write ``table.md``, ``results.json`` and ``tradeoff.png``; returns their paths, the table first."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,10 +108,10 @@ def _share(share: float | None) -> str:
 
 def tradeoff_figure(curves: Curves) -> Figure:
     """Growth of the general loss over refusal: thick the mean over seeds at each level, thin each seed's run."""
-    figure = Figure(figsize=(8.4, 5.2), layout="constrained")
+    figure = Figure(figsize=(11.0, 5.4), layout="constrained")
     axes = figure.subplots()
     for index, (name, by_seed) in enumerate(curves.items()):
-        colour, line = COLOURS[index % len(COLOURS)], "-" if index < len(COLOURS) else "--"
+        colour, line = COLOURS[index % len(COLOURS)], LINES[index // len(COLOURS) % len(LINES)]
         for curve in by_seed.values():
             start = curve[0].general_loss
             axes.plot(
@@ -135,5 +139,5 @@ def tradeoff_figure(curves: Curves) -> Figure:
     axes.set_xlim(0, 100)
     axes.grid(axis="y", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     return figure
