@@ -48,9 +48,10 @@ class ReferenceInterval:
         captured: ‖Qᵀa‖²/‖a‖², the share of the fresh gradient's energy in the subspace that was protected; 1 if the basis
             is not stale at all and was not cut by ``energy``, NaN for a gradient that is zero.
         predicted_change: ⟨a, θ_now − θ_then⟩, a being the gradient as it was captured before: what the steps since have
-            done to the reference's loss, to first order. Zero up to rounding if the update is projected, and Adam's doing if
-            the gradient is. None if the reference is new, if the basis was cut by ``energy``, or if the parameters lie
-            within the inner optimizer (``--optimizer-cpu-offload``, ``--use-precision-aware-optimizer``).
+            done to the reference's loss, to first order. Of projected updates it is zero up to rounding in mode orthogonal,
+            and not positive in mode conflict; of projected gradients it is Adam's doing. None if the reference is new, if
+            the basis was cut by ``energy``, or if the parameters lie within the inner optimizer
+            (``--optimizer-cpu-offload``, ``--use-precision-aware-optimizer``).
     """
 
     captured: float

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from megatron_ogpsa.data.sources import open_source
+from megatron_ogpsa.data.sources import open_source, require_source
 from megatron_ogpsa.demo.results import read_curves
 from megatron_ogpsa.demo.run import Step, run_steps
 from megatron_ogpsa.errors import UserError
@@ -46,6 +46,9 @@ ROWS = {"sft": 400, "dpo": 60}
 
 WARM_UP = 2
 """Steps that do not count."""
+
+FEWEST_STEPS = 2 * WARM_UP + 1
+"""Of which some count: neither among the first, nor with a refresh."""
 
 SECONDS = 90.0
 """Of a run, for the first ETA."""
@@ -228,6 +231,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not stages:
             raise UserError("nothing to train on: give --sft FILE, --dpo FILE or both")
+        for name, least in (
+            ("steps", FEWEST_STEPS),
+            ("rounds", 1),
+            ("rows", 1),
+            ("reference_samples", 1),
+            ("nproc", 1),
+        ):
+            if getattr(args, name) < least:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: use {least} or more")
+        require_source(str(args.reference))
         results = measure(args, stages)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

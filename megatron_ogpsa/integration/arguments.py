@@ -190,25 +190,7 @@ def _add_projection_arguments(group: argparse._ArgumentGroup) -> None:
         help="Loss whose gradient is protected, for all references or for the named one: nll of conversations (default for "
         "sft), nll_chosen (default for dpo), nll_pair (both answers) or dpo of preference pairs.",
     )
-    group.add_argument(
-        "--ogpsa-granularity",
-        choices=("tensor", "model"),
-        default="tensor",
-        help="Project each logical tensor on its own, or the whole model at once (default: tensor).",
-    )
-    group.add_argument(
-        "--ogpsa-mode",
-        choices=("conflict", "orthogonal"),
-        help="Remove only what conflicts with the references, of which up to 8 gradients may be protected, or the whole "
-        "component along them, which is the paper's rule and takes away what would help them too (default: conflict; "
-        "orthogonal with --ogpsa-authors-rule and --ogpsa-authors-leak).",
-    )
-    group.add_argument(
-        "--ogpsa-space",
-        choices=("update", "gradient"),
-        help="Project the gradient, which is the paper's rule, or the change of weights that the optimizer makes of it, "
-        "momentum and weight decay included (default: update; gradient with --ogpsa-authors-rule and --ogpsa-authors-leak).",
-    )
+    _add_rule_arguments(group)
     group.add_argument(
         "--ogpsa-basis-dtype",
         choices=("fp32", "bf16"),
@@ -239,6 +221,28 @@ def _add_projection_arguments(group: argparse._ArgumentGroup) -> None:
         "those that only a loss scale was too large for do not count (default: 10).",
     )
     _add_authors_arguments(group)
+
+
+def _add_rule_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--ogpsa-granularity",
+        choices=("tensor", "model"),
+        default="tensor",
+        help="Project each logical tensor on its own, or the whole model at once (default: tensor).",
+    )
+    group.add_argument(
+        "--ogpsa-mode",
+        choices=("conflict", "orthogonal"),
+        help="Remove only what conflicts with the references, of which up to 8 gradients may be protected, or the whole "
+        "component along them, which is the paper's rule and takes away what would help them too (default: conflict; "
+        "orthogonal with --ogpsa-authors-rule and --ogpsa-authors-leak).",
+    )
+    group.add_argument(
+        "--ogpsa-space",
+        choices=("update", "gradient"),
+        help="Project the gradient, which is the paper's rule, or the change of weights that the optimizer makes of it, "
+        "momentum and weight decay included (default: update; gradient with --ogpsa-authors-rule and --ogpsa-authors-leak).",
+    )
 
 
 def _add_schedule_arguments(group: argparse._ArgumentGroup) -> None:

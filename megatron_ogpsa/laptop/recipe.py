@@ -45,8 +45,8 @@ class Sizes:
         references: general conversations whose gradients are protected.
         parts: how many gradients, each of a part of these conversations.
         sft_lr, dpo_lr: peak learning rates.
-        bf16: parameters and activations in bfloat16, with fp32 main parameters: about twice as fast where the CPU multiplies
-            it (``avx512_bf16`` or ``amx_bf16`` in ``lscpu``), and slower elsewhere.
+        bf16: parameters and activations in bfloat16, with fp32 main parameters: faster where the CPU multiplies it
+            (``avx512_bf16`` or ``amx_bf16`` in ``lscpu``), and slower elsewhere.
         seq_length: tokens of a packed row.
     """
 

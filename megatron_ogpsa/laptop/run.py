@@ -55,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{stage}-lr", type=float, default=rate, metavar="RATE", help=f"peak rate (default: {rate:g})"
         )
     parser.add_argument(
-        "--bf16", action="store_true", help="twice as fast on CPUs that multiply bfloat16 (avx512_bf16, amx_bf16)"
+        "--bf16",
+        action="store_true",
+        help="faster on CPUs that multiply bfloat16 (avx512_bf16, amx_bf16), slower on others",
     )
     parser.add_argument("--nproc", type=int, default=2, metavar="N", help="ranks, data-parallel (default: 2)")
 

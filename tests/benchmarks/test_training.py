@@ -93,6 +93,10 @@ def test_runs_differ_in_the_projection_alone(command: list[str], tmp_path: Path)
 def test_what_is_missing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert training.main(["model", "--reference", "r.jsonl"]) == 2
     assert "give --sft FILE, --dpo FILE or both" in capsys.readouterr().err
+    assert training.main(["model", "--sft", "s.jsonl", "--reference", "r.jsonl", "--steps", "4"]) == 2
+    assert "--steps 4: use 5 or more" in capsys.readouterr().err
+    assert training.main(["model", "--sft", "s.jsonl", "--reference", str(tmp_path / "r.jsonl")]) == 2
+    assert "no such file" in capsys.readouterr().err
     (tmp_path / "log").write_text("nothing\n", encoding="utf-8")
     with pytest.raises(UserError, match="tells neither rows nor times"):
         training.read_speed(tmp_path / "log", Path("data"), 4, [1])
