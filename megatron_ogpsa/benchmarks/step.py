@@ -7,7 +7,8 @@ torchrun --nproc-per-node 2 -m megatron_ogpsa.benchmarks.step
 One GPT of some 30M parameters in Megatron's own data and tensor parallelism, its distributed Adam, random tokens: a step is
 ``--accumulate`` micro-batches and one ``optimizer.step()``. Steps go plain, projected, hooks, plain, …, with the same
 micro-batches, so that ratios within a round do not depend on who else is on the machine. Refreshes are timed by themselves:
-their reference passes, and what capturing and orthonormalising adds to them.
+their reference passes, and what capturing and orthonormalising adds to them. Memory is the highest that a rank held during
+a step, first without references, then with a basis, then with the hooks' copies beside it.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
+from typing import Any, override
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ogpsa.benchmarks.authors_hooks import AuthorsHooks
+from megatron_ogpsa.benchmarks.memory import peak_bytes
 from megatron_ogpsa.benchmarks.timing import in_turn, median_ratio, wait
 from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
 
@@ -55,7 +56,7 @@ class Loop:
         shape = (args.accumulate, args.micro_batch_size, args.seq_length + 1)
         self._tokens = torch.randint(0, args.vocabulary, shape, generator=generator).to(self.device)
         self.ogpsa = attach(
-            self.optimizer, self.chunk, OGPSAConfig(granularity=args.granularity, space=args.space, mode="orthogonal")
+            self.optimizer, self.chunk, OGPSAConfig(granularity=args.granularity, space=args.space, mode=args.mode)
         )
         self.ogpsa.enabled = False
 
@@ -86,6 +87,13 @@ class Loop:
         self.gradient()
         self.optimizer.step()
 
+    def refresh(self) -> None:
+        """Computes the basis anew."""
+        self.ogpsa.begin_refresh()
+        for name in self.references():
+            self.ogpsa.capture(name)
+        self.ogpsa.finish_refresh()
+
     def projected_step(self) -> None:
         """One training step with the projection."""
         self.ogpsa.enabled = True
@@ -98,7 +106,11 @@ def _has_gpu() -> bool:
 
 
 def _model_and_optimizer(args: argparse.Namespace) -> tuple[Any, Any]:
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -128,6 +140,7 @@ def _model_and_optimizer(args: argparse.Namespace) -> tuple[Any, Any]:
         module.cuda()
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     chunk = DistributedDataParallel(config, ddp_config, module)
+    config.finalize_model_grads_func = finalize_model_grads  # without it schedules leave gradients to each rank
     optimizer_config = OptimizerConfig(optimizer="adam", lr=1e-5, use_distributed_optimizer=True, clip_grad=1.0)
     return chunk, get_megatron_optimizer(optimizer_config, [chunk], use_gloo_process_groups=False)
 
@@ -172,49 +185,40 @@ def authors_hooks(loop: Loop) -> AuthorsHooks:
     return AuthorsHooks(loop.parameters, captured)
 
 
-@contextmanager
-def counted_collectives() -> Iterator[list[str]]:
-    """The names of torch.distributed's collectives, as they are called."""
-    called: list[str] = []
-    names = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "all_gather")
+class CountedCollectives(TorchDispatchMode):
+    """Counts collectives where PyTorch dispatches them: Megatron holds some of their Python functions by other names."""
 
-    def counting(name: str) -> Callable[..., Any]:
-        original = getattr(dist, name)
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.number = 0
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            called.append(name)
-            return original(*args, **kwargs)
-
-        return call
-
-    patches = [patch.object(dist, name, counting(name)) for name in names]
-    for each in patches:
-        each.start()
-    try:
-        yield called
-    finally:
-        for each in patches:
-            each.stop()
+    @override
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += function.namespace in ("c10d", "_c10d_functional")
+        return function(*args, **(kwargs or {}))
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one layout, on this rank."""
     loop = Loop(args)
     loop.step()  # Adam makes its state
-    refreshes = [refresh_seconds(loop) for _ in range(4)][1:]
-    hooks = authors_hooks(loop)
-
-    def hooked_step() -> None:
-        hooks.attach()
-        loop.step()
-        hooks.detach()
-
-    work = {"plain": loop.step, "ogpsa": loop.projected_step, "authors": hooked_step}
+    work: dict[str, Callable[[], object]] = {"plain": loop.step, "ogpsa": loop.projected_step}
+    memory = {"plain": peak_bytes(loop.device, loop.step)}
+    loop.refresh()
+    memory["refresh"] = peak_bytes(loop.device, loop.refresh)
+    memory["ogpsa"] = peak_bytes(loop.device, loop.projected_step)
+    refreshes = [refresh_seconds(loop) for _ in range(3)]
+    authors: dict[str, Any] = {}
+    if args.authors:
+        hooks = authors_hooks(loop)
+        work["authors"] = lambda: _hooked_step(loop, hooks)
+        memory["authors"] = peak_bytes(loop.device, work["authors"])
+        authors = {"bytes of the authors' copies": hooks.bytes_held}
     collectives = {}
     for name in ("plain", "ogpsa"):
-        with counted_collectives() as called:
+        with CountedCollectives() as counted:
             work[name]()
-        collectives[name] = len(called)
+        collectives[name] = counted.number
     settings = {"rounds": args.rounds, "device": loop.device, "quiet": dist.get_rank() > 0}
     seconds = in_turn(work, title="steps", **settings)
     step_only = in_turn(
@@ -226,22 +230,29 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     beside = sum(one["beside passes"] for one in refreshes)
     return {
         "parameters": sum(parameter.numel() for parameter in loop.parameters),
+        "tensors": len(loop.parameters),
         "elements of this rank's shard": loop.ogpsa._shard.layout.num_elements,
         "basis vectors": args.rank,
         "seconds of a plain step": statistics.median(seconds["plain"]),
-        "ogpsa / plain": median_ratio(seconds["ogpsa"], seconds["plain"]),
-        "authors / plain": median_ratio(seconds["authors"], seconds["plain"]),
+        **{f"{name} / plain": median_ratio(seconds[name], seconds["plain"]) for name in work if name != "plain"},
         "milliseconds of optimizer.step(), plain": 1e3 * statistics.median(step_only["plain"]),
         "milliseconds of optimizer.step(), ogpsa": 1e3 * statistics.median(step_only["ogpsa"]),
         "collectives of a step, plain": collectives["plain"],
         "collectives of a step, ogpsa": collectives["ogpsa"],
         "bytes of the basis": loop.ogpsa.basis_bytes,
-        "bytes of the authors' copies": hooks.bytes_held,
+        **authors,
+        **{f"peak bytes, {name}": found for name, found in memory.items()},
         "refresh: share beside its passes": beside / (passes + beside),
         "refresh: milliseconds beside its passes": 1e3 * beside / len(refreshes),
         "refresh / plain step": statistics.median(sum(one.values()) for one in refreshes)
         / statistics.median(seconds["plain"]),
     }
+
+
+def _hooked_step(loop: Loop, hooks: AuthorsHooks) -> None:
+    hooks.attach()
+    loop.step()
+    hooks.detach()
 
 
 def _step_alone(loop: Loop) -> None:
@@ -252,7 +263,7 @@ def _step_alone(loop: Loop) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Be a rank of torchrun; rank 0 prints, and writes JSON where it is asked to."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     if "RANK" not in os.environ:
         sys.exit("start it with torchrun: torchrun --nproc-per-node 2 -m megatron_ogpsa.benchmarks.step")
     backend = "nccl" if _has_gpu() else "gloo"
@@ -273,8 +284,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="torchrun -m megatron_ogpsa.benchmarks.step")
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    made = argparse.ArgumentParser(prog="torchrun -m megatron_ogpsa.benchmarks.step")
     for name, default in (
         ("tensor-model-parallel-size", 1),
         ("num-layers", 8),
@@ -286,11 +298,15 @@ def _parser() -> argparse.ArgumentParser:
         ("rank", 2),
         ("rounds", 7),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
-    parser.add_argument("--granularity", choices=("tensor", "model"), default="tensor")
-    parser.add_argument("--space", choices=("gradient", "update"), default="gradient")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append a line of JSON")
-    return parser
+        made.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
+    made.add_argument("--granularity", choices=("tensor", "model"), default="tensor")
+    made.add_argument("--space", choices=("gradient", "update"), default="gradient")
+    made.add_argument("--mode", choices=("orthogonal", "conflict"), default="orthogonal")
+    made.add_argument(
+        "--authors", action=argparse.BooleanOptionalAction, default=True, help="compare with the authors' hooks too"
+    )
+    made.add_argument("--json", type=Path, metavar="FILE", help="append a line of JSON")
+    return made
 
 
 if __name__ == "__main__":
