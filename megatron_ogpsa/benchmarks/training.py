@@ -6,7 +6,9 @@ python -m megatron_ogpsa.benchmarks.training MODEL_FOLDER --sft S.jsonl --dpo P.
 
 Each run is an ordinary ``megatron-ogpsa train`` of a few steps, of the same model on the same packed rows; settings take
 turns, in so many rounds, and ratios are taken within a round. Tokens are those of the data: padding is not counted. A step
-is the median of those without a refresh; a refresh is told by itself, and spread over the paper's intervals.
+is the median of those without a refresh; a refresh is told by itself, and spread over the paper's intervals. ``--trl`` has
+TRL's trainers take their turns too (:mod:`megatron_ogpsa.benchmarks.trl_training`), whose steps differ in length: theirs
+are all tokens of such steps over all their seconds.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_ogpsa.benchmarks import trl_training
 from megatron_ogpsa.data.sources import open_source, require_source
 from megatron_ogpsa.demo.results import read_curves
 from megatron_ogpsa.demo.run import Step, run_steps
@@ -38,6 +42,9 @@ SETTINGS: Mapping[str, Mapping[str, str]] = {
     "gradient": {"ogpsa-space": "gradient", "ogpsa-mode": "orthogonal"},
     "update": {"ogpsa-space": "update", "ogpsa-mode": "conflict"},
 }
+TRL_SETTINGS: Mapping[str, str] = {f"TRL, {rule}": rule for rule in trl_training.RULES}
+"""Names of what TRL's trainers run, and their ``--rule``."""
+
 PAPERS_INTERVAL = {"sft": 30, "dpo": 5}
 """Steps from one refresh to the next (arXiv:2602.07892), which a refresh's time is spread over."""
 
@@ -62,9 +69,11 @@ class Speed:
         tokens: of the data, in one optimizer step of all ranks.
         step_seconds: median over steps without a refresh.
         refresh_seconds: of the last refresh; None without references.
+        useful: share of a row's positions that are tokens of the data, not padding.
     """
 
     tokens: float
+    useful: float
     step_seconds: float
     refresh_seconds: float | None
 
@@ -103,8 +112,23 @@ def read_speed(log: Path, data: Path, rows_in_step: int, refreshed: Sequence[int
     refresh = curves.get("ogpsa refresh (ms)")
     return Speed(
         tokens=rows_in_step * int(told[1]) * float(told[2]) / 100,
+        useful=float(told[2]) / 100,
         step_seconds=statistics.median(counted) / 1e3,
         refresh_seconds=refresh.values[-1] / 1e3 if refresh and refresh.values[-1] else None,
+    )
+
+
+def read_trl_speed(file: Path) -> Speed:
+    """Of the steps that :mod:`megatron_ogpsa.benchmarks.trl_training` wrote down."""
+    steps = json.loads(file.read_text(encoding="utf-8"))["steps"]
+    counted = [step for step in steps[WARM_UP:] if not step["refresh_seconds"]]
+    refreshes = [step["refresh_seconds"] for step in steps if step["refresh_seconds"]]
+    tokens = sum(step["tokens"] for step in counted)
+    return Speed(
+        tokens=tokens / len(counted),
+        useful=tokens / sum(step["positions"] for step in counted),
+        step_seconds=sum(step["seconds"] for step in counted) / len(counted),
+        refresh_seconds=refreshes[-1] if refreshes else None,
     )
 
 
@@ -151,21 +175,53 @@ def measure(args: argparse.Namespace, stages: Sequence[str]) -> list[dict[str, A
         _data(args, stage).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     convert = [*COMMAND, "convert", str(args.model), str(_start(args))]
     steps = [Step("to Megatron", convert, args.out / "convert.log", 30.0, _start(args).exists())]
-    logs: dict[tuple[str, str], list[Path]] = {(stage, name): [] for stage in stages for name in SETTINGS}
+    settings = [*SETTINGS, *(TRL_SETTINGS if args.trl else ())]
+    speeds: dict[tuple[str, str], list[Path]] = {(stage, name): [] for stage in stages for name in settings}
     for round_number in range(1, args.rounds + 1):
-        for stage, name in logs:
-            path = args.out / f"{stage}-{name}.yaml"
-            path.write_text(yaml.safe_dump(config(args, stage, name), sort_keys=False), encoding="utf-8")
-            log = args.out / f"{stage}-{name}-{round_number}.log"
-            steps.append(Step(f"{stage} {name}, round {round_number}", [*COMMAND, "train", str(path)], log, SECONDS))
-            logs[stage, name].append(log)
+        for (stage, name), files in speeds.items():
+            log = args.out / f"{stage}-{name.replace(', ', '-')}-{round_number}.log"
+            command, told_in = (
+                _trl_run(args, stage, name, log) if name in TRL_SETTINGS else _run(args, stage, name, log)
+            )
+            steps.append(Step(f"{stage} {name}, round {round_number}", command, log, SECONDS))
+            files.append(told_in)
     run_steps(steps)
     refreshed = [*range(1, args.steps + 1, _interval(args))]
-    speeds = {
-        (stage, name): [read_speed(log, _data(args, stage), args.rows, refreshed) for log in found]
-        for (stage, name), found in logs.items()
+    found = {
+        (stage, name): [
+            read_trl_speed(file) if name in TRL_SETTINGS else read_speed(file, _data(args, stage), args.rows, refreshed)
+            for file in files
+        ]
+        for (stage, name), files in speeds.items()
     }
-    return [_account(stage, name, found, speeds[stage, PLAIN]) for (stage, name), found in speeds.items()]
+    return [_account(stage, name, own, found[stage, PLAIN]) for (stage, name), own in found.items()]
+
+
+def _run(args: argparse.Namespace, stage: str, name: str, log: Path) -> tuple[list[str], Path]:
+    """The command, and the file that will tell its speed."""
+    path = args.out / f"{stage}-{name}.yaml"
+    path.write_text(yaml.safe_dump(config(args, stage, name), sort_keys=False), encoding="utf-8")
+    return [*COMMAND, "train", str(path)], log
+
+
+def _trl_run(args: argparse.Namespace, stage: str, name: str, log: Path) -> tuple[list[str], Path]:
+    told_in = log.with_suffix(".json")
+    flags = {
+        "stage": stage,
+        "rule": TRL_SETTINGS[name],
+        "data": _data(args, stage),
+        "reference": args.reference,
+        "reference-samples": args.reference_samples,
+        "refresh-interval": _interval(args),
+        "steps": args.steps,
+        "tokens-per-step": args.rows * args.seq_length,
+        "seq-length": args.seq_length,
+        "out": args.out / "trl",
+        "json": told_in,
+    }
+    command = [sys.executable, "-m", trl_training.__name__, str(args.model)]
+    command += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+    return [*command, *(["--bf16"] if args.bf16 else [])], told_in
 
 
 def _account(stage: str, name: str, speeds: Sequence[Speed], plain: Sequence[Speed]) -> dict[str, Any]:
@@ -177,6 +233,7 @@ def _account(stage: str, name: str, speeds: Sequence[Speed], plain: Sequence[Spe
         "stage": stage,
         "setting": name,
         "tokens of a step": speeds[0].tokens,
+        "share of positions that are tokens": speeds[0].useful,
         "seconds of a step": statistics.median(speed.step_seconds for speed in speeds),
         "seconds of a refresh": statistics.median(refreshes) if refreshes else None,
         "tokens per second": statistics.median(speed.tokens_per_second() for speed in speeds),
@@ -218,6 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--trl", action="store_true", help="TRL's trainers too, plain and with the authors' rule")
     parser.add_argument("--out", type=Path, default=Path("runs/training-benchmark"), help="(runs/training-benchmark)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser
@@ -241,13 +299,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: use {least} or more")
         require_source(str(args.reference))
+        if args.trl and find_spec("trl") is None:
+            raise UserError("--trl: trl is not installed: pip install 'megatron-ogpsa[test]'")
         results = measure(args, stages)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     for result in results:
         print(
-            f"{result['stage']} {result['setting']:9} {result['tokens per second']:8.0f} tokens/s, {result['of plain']:.3f} "
+            f"{result['stage']} {result['setting']:12} {result['tokens per second']:8.0f} tokens/s, {result['of plain']:.3f} "
             f"of plain; {result['of plain, with refreshes']:.3f} with refreshes"
         )
     if args.json:

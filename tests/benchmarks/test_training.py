@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ogpsa.benchmarks import training
+from megatron_ogpsa.benchmarks import training, trl_training
 from megatron_ogpsa.cli.config_file import ConfigFile
 from megatron_ogpsa.demo.run import Step
 from megatron_ogpsa.errors import UserError
@@ -68,6 +68,35 @@ def test_settings_take_turns_and_ratios_count_refreshes(
     assert found["dpo", "update"]["of plain, with refreshes"] == pytest.approx(0.4 / (0.5 + 3.0 / 5))
     assert found["sft", "gradient"]["of plain, with refreshes"] == pytest.approx(0.4 / (0.44 + 3.0 / 30))
     assert "sft update" in capsys.readouterr().out
+
+
+def test_trls_trainers_take_their_turns(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of theirs: 800 tokens in 2 s; every third of six begins with a refresh."""
+
+    def run_steps(steps: Sequence[Step]) -> None:
+        for step in steps:
+            if trl_training.__name__ in step.command:
+                args = trl_training.parser().parse_args(step.command[3:])
+                assert (args.tokens_per_step, args.steps, args.refresh_interval) == (4 * 512, 6, 3)
+                refresh = 6.0 if args.rule == "authors" else 0.0
+                told = [
+                    {"tokens": 800, "positions": 1000, "seconds": 2.0, "refresh_seconds": refresh * (number % 3 == 0)}
+                    for number in range(6)
+                ]
+                args.json.write_text(json.dumps({"steps": told}), encoding="utf-8")
+            elif "train" in step.command:
+                write_log(step)
+
+    monkeypatch.setattr(training, "run_steps", run_steps)
+    assert training.main([*command, "--trl", "--json", str(tmp_path / "figures.json")]) == 0
+    account = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    found = {(result["stage"], result["setting"]): result for result in account["results"]}
+    assert len(found) == 2 * 5
+    own = found["dpo", "TRL, authors"]
+    assert own["share of positions that are tokens"] == 0.8
+    assert own["of plain"] == pytest.approx((800 / 2.0) / (1024 / 0.4))
+    assert own["of plain, with refreshes"] == pytest.approx(800 / (2.0 + 6.0 / 5) / (1024 / 0.4))
+    assert found["sft", "TRL, plain"]["seconds of a refresh"] is None
 
 
 def test_runs_differ_in_the_projection_alone(command: list[str], tmp_path: Path) -> None:
