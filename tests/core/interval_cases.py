@@ -30,11 +30,11 @@ def captured_share(gradient: oracle.Tensors, references: list[oracle.Tensors], g
     return float(torch.cat(parts).square().sum()) / oracle.norm(gradient) ** 2
 
 
-def interval(layout: str, space: str, granularity: str) -> dict[str, Any]:
+def interval(layout: str, space: str, granularity: str, mode: str = "orthogonal") -> dict[str, Any]:
     """Two steps between two refreshes, against full tensors in fp64."""
     shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
     training = build(ALL_LAYOUTS[layout], oracle.random_weights(shape, seed=1), lr=0.01)
-    config = OGPSAConfig(space=space, mode="orthogonal", granularity=granularity)  # type: ignore[arg-type]
+    config = OGPSAConfig(space=space, mode=mode, granularity=granularity)  # type: ignore[arg-type]
     ogpsa = attach(training.optimizer, training.chunks, config)
     scale = training.optimizer.get_loss_scale().item()
     *old, gradient, first, second = planted(shape, 5, integers=False)

@@ -39,6 +39,14 @@ def test_a_projected_update_changes_nothing_to_first_order(distributed: Distribu
         assert max(map(abs, result["predicted_share"])) < TOLERANCE
 
 
+@pytest.mark.parametrize("layout", ["tp2-pp2", "ep2-dp2-plain"])
+def test_an_update_in_the_cone_raises_no_reference_to_first_order(distributed: Distributed, layout: str) -> None:
+    """⟨a, Δθ⟩ ≤ 0 in each block, so below 0 in the sum: what an update would have lowered, it still lowers."""
+    for result in distributed(4).run(JOB, layout=layout, space="update", granularity="tensor", mode="conflict"):
+        assert result["predicted_error"] < TOLERANCE
+        assert max(result["predicted_share"]) < -1e-3
+
+
 def test_parameters_out_of_reach_are_told_as_unknown(distributed: Distributed) -> None:
     for result in distributed(2).run(JOB, layout="dp2-bf16-aware", space="gradient", granularity="tensor"):
         assert result["predicted"] == [None, None]
