@@ -139,6 +139,11 @@ class HostRows:
         return self.rows_KN.shape
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of storage."""
+        return self.rows_KN.dtype
+
+    @property
     def nbytes(self) -> int:
         """Of the rows, in host memory."""
         return self.rows_KN.nbytes

@@ -3,18 +3,19 @@
 | gradient, references and basis | form |
 |---|---|
 | CPU, fp32, the basis fp32 or bf16, :data:`COMPILED_FROM` elements or more | :mod:`megatron_ogpsa.projection.cpu_kernels` |
-| CUDA, likewise, with Triton (which PyTorch brings along on Linux) | :mod:`megatron_ogpsa.projection.gpu_kernels` |
-| anything else, what lies in host memory too | tile by tile in PyTorch, :mod:`megatron_ogpsa.projection.segments` |
+| CUDA, 16 or 32 bits, the basis fp32 or bf16 there or in host memory, with Triton (which PyTorch brings along on Linux) | \
+:mod:`megatron_ogpsa.projection.gpu_kernels` |
+| anything else | tile by tile in PyTorch, :mod:`megatron_ogpsa.projection.segments` |
 
 A step has two passes, ``dots`` and ``subtract``; a refresh has ``gram``, ``products`` and ``combine``. All sum in fp64. What
-``subtract`` and ``combine`` write is the same to the bit in the first and the last form; sums differ in their order.
+``subtract`` and ``combine`` write is the same to the bit in all forms; sums differ in their order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from megatron_ogpsa.projection.segments import (
     Rows,
     SegmentLayout,
+    TileSource,
     combine_rows,
     cross_products,
     gram_and_dots,
@@ -30,13 +32,21 @@ from megatron_ogpsa.projection.segments import (
 )
 
 if TYPE_CHECKING:
-    from megatron_ogpsa.projection.cpu_kernels import CpuKernels
-    from megatron_ogpsa.projection.gpu_kernels import GpuKernels
 
-    Kernels = CpuKernels | GpuKernels
+    class Kernels(Protocol):
+        """Compiled passes of one layout; rows are tensors, on a GPU also what brings them there."""
+
+        def dots(self, spans: Sequence[Tensor], rows_KN: Any, /) -> Tensor: ...
+        def subtract(self, spans: Sequence[Tensor], rows_KN: Any, coefficients_BK: Tensor, /) -> None: ...
+        def gram(self, rows_KN: Any, /) -> Tensor: ...
+        def products(self, rows_KN: Any, others_JN: Any, /) -> Tensor: ...
+        def combine(self, rows_KN: Any, weights_BKJ: Tensor, out_JN: Tensor, /) -> None: ...
+
 
 COMPILED_FROM = 2**20
 """Elements of a shard from which compiled loops are worth the second that loading them takes."""
+
+_BASIS_TYPES = (torch.float32, torch.bfloat16)
 
 _known: WeakKeyDictionary[SegmentLayout, Kernels] = WeakKeyDictionary()
 
@@ -48,7 +58,7 @@ def dots(layout: SegmentLayout, rows_KN: Rows, spans: Sequence[Tensor]) -> Tenso
         rows_KN: Q, K ≥ 0 vectors over the shard.
         spans: g, 1-D tensors, one for each span of the layout.
     """
-    if isinstance(rows_KN, Tensor) and (kernels := _kernels(layout, spans, [rows_KN])):
+    if kernels := _kernels(layout, spans, [rows_KN]):
         return kernels.dots(spans, rows_KN)
     return gram_and_dots(layout, rows_KN, spans)
 
@@ -59,7 +69,7 @@ def subtract(layout: SegmentLayout, spans: Sequence[Tensor], rows_KN: Rows, coef
     Args:
         coefficients_BK: r, on the layout's device.
     """
-    if isinstance(rows_KN, Tensor) and (kernels := _kernels(layout, spans, [rows_KN])):
+    if kernels := _kernels(layout, spans, [rows_KN]):
         kernels.subtract(spans, rows_KN, coefficients_BK)
     else:
         subtract_combination(layout, spans, rows_KN, coefficients_BK)
@@ -67,48 +77,66 @@ def subtract(layout: SegmentLayout, spans: Sequence[Tensor], rows_KN: Rows, coef
 
 def gram(layout: SegmentLayout, rows_KN: Rows) -> Tensor:
     """R·Rᵀ of each block: fp64 [B, K, K], symmetric, this rank's share; sum over ranks next."""
-    if isinstance(rows_KN, Tensor) and (kernels := _kernels(layout, [rows_KN], [])):
+    if kernels := _kernels(layout, [rows_KN], []):
         return kernels.gram(rows_KN)
     return gram_and_dots(layout, rows_KN)
 
 
 def products(layout: SegmentLayout, rows_KN: Rows, others_JN: Rows) -> Tensor:
     """R·Oᵀ of each block: fp64 [B, K, J], this rank's share; sum over ranks next."""
-    if isinstance(rows_KN, Tensor) and isinstance(others_JN, Tensor):
-        kernels = _kernels(layout, [rows_KN], [others_JN])
-        if kernels is not None:
-            return kernels.products(rows_KN, others_JN)
+    if kernels := _kernels(layout, [rows_KN], [others_JN]):
+        return kernels.products(rows_KN, others_JN)
     return cross_products(layout, rows_KN, others_JN)
 
 
 def combine(layout: SegmentLayout, rows_KN: Rows, weights_BKJ: Tensor, out_JN: Tensor) -> None:
     """out = Wᵀ·R, block by block; ``out`` may be ``rows``, or the host memory that they come from."""
-    if isinstance(rows_KN, Tensor) and (kernels := _kernels(layout, [rows_KN], [out_JN])):
+    if kernels := _kernels(layout, [rows_KN], [] if isinstance(rows_KN, TileSource) else [out_JN]):
         kernels.combine(rows_KN, weights_BKJ, out_JN)
     else:
         combine_rows(layout, rows_KN, weights_BKJ, out_JN)
 
 
-def _kernels(layout: SegmentLayout, vectors: Sequence[Tensor], tables: Sequence[Tensor]) -> Kernels | None:
-    """Those that can work on these tensors, made for the layout once.
+def _kernels(layout: SegmentLayout, vectors: Sequence[Rows], tables: Sequence[Rows]) -> Kernels | None:
+    """Those that can work on these, made for the layout once.
 
     Args:
-        vectors: the spans of a gradient, or references; they must be fp32.
-        tables: the basis; may be bf16.
+        vectors: the spans of a gradient, or references.
+        tables: the basis; may be bf16 also where vectors must be fp32.
     """
-    device = layout.device.type
-    fits = (
-        all(tensor.device.type == device and tensor.is_contiguous() for tensor in (*vectors, *tables))
-        and all(vector.dtype == torch.float32 for vector in vectors)
-        and all(table.dtype in (torch.float32, torch.bfloat16) for table in tables)
-        and layout.num_elements > 0  # some ranks hold none
-        and ((device == "cpu" and layout.num_elements >= COMPILED_FROM) or (device == "cuda" and _has_triton()))
-    )
-    if not fits:
+    if layout.num_elements == 0:  # some ranks hold none
+        return None
+    fits = _fits_on_cpu if layout.device.type == "cpu" else _fits_on_gpu
+    if not fits(layout, vectors, tables):
         return None
     if layout not in _known:
-        _known[layout] = _made(layout, device)
+        _known[layout] = _made(layout, layout.device.type)
     return _known[layout]
+
+
+def _fits_on_cpu(layout: SegmentLayout, vectors: Sequence[Rows], tables: Sequence[Rows]) -> bool:
+    return (
+        layout.num_elements >= COMPILED_FROM
+        and all(isinstance(rows, Tensor) and rows.is_contiguous() for rows in (*vectors, *tables))
+        and all(vector.dtype == torch.float32 for vector in vectors)
+        and all(table.dtype in _BASIS_TYPES for table in tables)
+    )
+
+
+def _fits_on_gpu(layout: SegmentLayout, vectors: Sequence[Rows], tables: Sequence[Rows]) -> bool:
+    if layout.device.type != "cuda" or not _has_triton():
+        return False
+    from megatron_ogpsa.projection.gpu_kernels import VECTOR_TYPES
+
+    return (
+        all(
+            isinstance(rows, TileSource) or (rows.device.type == "cuda" and rows.is_contiguous())
+            for rows in (*vectors, *tables)
+        )
+        and len({vector.dtype for vector in vectors}) == 1
+        and all(vector.dtype in VECTOR_TYPES for vector in vectors)
+        and all(table.dtype in _BASIS_TYPES for table in tables)
+    )
 
 
 def _made(layout: SegmentLayout, device: str) -> Kernels:

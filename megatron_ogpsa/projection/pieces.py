@@ -10,13 +10,16 @@ Shape legend: P = pieces of a span or of all spans, B = blocks, J = sums.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from megatron_ogpsa.projection.segments import SegmentLayout, Tile
+
+LONGEST_RUN = 128
+"""Sums of pieces that are added one after the other."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Pieces:
         columns_P: of the basis, where each piece begins, int64.
         blocks_P: int64.
         weights_P: fp64, 1 where this rank's copy enters sums over ranks and 0 where it does not.
+        spans_P: index of the span, int64.
     """
 
     starts_P: Tensor
@@ -35,6 +39,7 @@ class Pieces:
     columns_P: Tensor
     blocks_P: Tensor
     weights_P: Tensor
+    spans_P: Tensor
 
     def __len__(self) -> int:
         return self.starts_P.numel()
@@ -48,11 +53,21 @@ def pieces_by_span(layout: SegmentLayout, *, most: int) -> list[Pieces]:
             for begin in range(offset, offset + length, most):
                 start, stop = tile.start + begin, tile.start + min(begin + most, offset + length)
                 rows[tile.span].append((start, stop, tile.column + begin, block, weight))
-    return [_table(span, layout.device) for span in rows]
+    return [_table(span, index, layout.device) for index, span in enumerate(rows)]
+
+
+def num_pieces(tile: Tile, *, most: int) -> int:
+    """How many of the pieces lie in ``tile``."""
+    return sum(-(-length // most) for _, length, _, _ in _runs(tile))
+
+
+def in_memory(spans: Sequence[Pieces]) -> Pieces:
+    """All pieces of a layout, span after span."""
+    return Pieces(*(torch.cat([getattr(span, field.name) for span in spans]) for field in fields(Pieces)))
 
 
 def in_columns(spans: Sequence[Pieces]) -> Pieces:
-    """All pieces of a layout, by where they lie in the columns of the basis instead of their spans."""
+    """All pieces of a layout, by where they lie in the columns of the basis, as if that were their one span."""
     columns_P = torch.cat([pieces.columns_P for pieces in spans])
     return Pieces(
         starts_P=columns_P,
@@ -60,6 +75,7 @@ def in_columns(spans: Sequence[Pieces]) -> Pieces:
         columns_P=columns_P,
         blocks_P=torch.cat([pieces.blocks_P for pieces in spans]),
         weights_P=torch.cat([pieces.weights_P for pieces in spans]),
+        spans_P=torch.zeros_like(columns_P),
     )
 
 
@@ -74,7 +90,7 @@ def _runs(tile: Tile) -> list[tuple[int, int, int, float]]:
     return list(zip(offsets, lengths, tile.blocks_S.tolist(), tile.weights_S.tolist(), strict=True))
 
 
-def _table(rows: Sequence[tuple[int, int, int, int, float]], device: torch.device) -> Pieces:
+def _table(rows: Sequence[tuple[int, int, int, int, float]], span: int, device: torch.device) -> Pieces:
     table = torch.tensor([row[:4] for row in rows], dtype=torch.int64).view(-1, 4).to(device)
     return Pieces(
         starts_P=table[:, 0].contiguous(),
@@ -82,20 +98,32 @@ def _table(rows: Sequence[tuple[int, int, int, int, float]], device: torch.devic
         columns_P=table[:, 2].contiguous(),
         blocks_P=table[:, 3].contiguous(),
         weights_P=torch.tensor([row[4] for row in rows], dtype=torch.float64, device=device),
+        spans_P=torch.full((len(rows),), span, dtype=torch.int64, device=device),
     )
 
 
 class BlockOrder:
     """The order in which the sums of pieces are added to those of their blocks.
 
-    Adding them where they come, as ``index_add_`` does on a GPU, would give other bits in each run.
+    Adding them where they come, as ``index_add_`` does on a GPU, would give other bits in each run. Where a block has many
+    pieces, runs of :data:`LONGEST_RUN` are added first: a GPU gives each sum to one thread.
     """
 
     def __init__(self, blocks_P: Tensor, num_blocks: int) -> None:
         self._order_P = blocks_P.argsort(stable=True)
-        self._lengths_B = torch.bincount(blocks_P, minlength=num_blocks)
+        lengths_B = torch.bincount(blocks_P, minlength=num_blocks)
+        runs = [_cut(length, LONGEST_RUN) for length in lengths_B.tolist()]
+        self._runs = lengths_B.new_tensor([length for own in runs for length in own])
+        self._runs_B = lengths_B.new_tensor([len(own) for own in runs])
 
     def sums_of_blocks(self, sums_PJ: Tensor) -> Tensor:
         """fp64 [P, J] → [B, J]; zero for blocks without pieces."""
-        ordered_PJ = sums_PJ[self._order_P]
-        return torch.segment_reduce(ordered_PJ, "sum", lengths=self._lengths_B, axis=0, initial=0.0, unsafe=True)
+        sums = sums_PJ[self._order_P]
+        for lengths in (self._runs, self._runs_B):
+            sums = torch.segment_reduce(sums, "sum", lengths=lengths, axis=0, initial=0.0, unsafe=True)
+        return sums
+
+
+def _cut(length: int, most: int) -> list[int]:
+    """``length`` in parts of ``most``, the last one shorter."""
+    return [min(most, length - begin) for begin in range(0, length, most)]

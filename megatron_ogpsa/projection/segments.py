@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -162,12 +162,17 @@ class SegmentLayout:
         return torch.zeros(self.num_blocks, *shape, dtype=torch.float64, device=self.device)
 
 
+@runtime_checkable
 class TileSource(Protocol):
     """K vectors over a shard that lie elsewhere and are brought to the layout's device, one tile at a time."""
 
     @property
     def shape(self) -> torch.Size:
         """[K, N]."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As they are stored, and brought."""
 
     def tiles(self, layout: SegmentLayout) -> Iterator[tuple[Tile, Tensor]]:
         """Each tile of ``layout`` in order, with its columns [K, T], which hold until the next tile is asked for."""
@@ -177,7 +182,8 @@ Rows = Tensor | TileSource
 """K vectors over a shard, any float dtype: a tensor [K, N] on the layout's device, or what brings them there."""
 
 
-def _tiles_of(layout: SegmentLayout, rows_KN: Rows) -> Iterator[tuple[Tile, Tensor]]:
+def tiles_of(layout: SegmentLayout, rows_KN: Rows) -> Iterator[tuple[Tile, Tensor]]:
+    """Each tile of ``layout`` in order, with its columns [K, T] on the layout's device."""
     if isinstance(rows_KN, Tensor):
         return ((tile, rows_KN[:, tile.columns]) for tile in layout.tiles)
     return rows_KN.tiles(layout)
@@ -206,7 +212,16 @@ def _accumulate(table_B: Tensor, tile: Tile, products_T: Tensor) -> None:
         for product_T in products_T.flatten(0, -2)
     ]
     sums_S = (torch.stack(sums, dim=-1) * tile.weights_S[:, None]).unflatten(-1, products_T.shape[:-1])
-    table_B.index_add_(0, tile.blocks_S, sums_S)
+    if table_B.device.type == "cpu":  # which adds one after the other
+        table_B.index_add_(0, tile.blocks_S, sums_S)
+        return
+    # A GPU adds as its threads come, which gives other bits in each run where a block has several segments: sum those first.
+    order_S = tile.blocks_S.argsort(stable=True)
+    blocks, numbers = tile.blocks_S[order_S].unique_consecutive(return_counts=True)
+    flat = sums_S[order_S].flatten(1)
+    table_B[blocks] += torch.segment_reduce(flat, "sum", lengths=numbers, axis=0, unsafe=True).view(
+        -1, *sums_S.shape[1:]
+    )
 
 
 def cross_products(layout: SegmentLayout, rows_KN: Rows, others_JN: Rows) -> Tensor:
@@ -216,7 +231,7 @@ def cross_products(layout: SegmentLayout, rows_KN: Rows, others_JN: Rows) -> Ten
         fp64 [B, K, J]: this rank's share, elements that are not counted left out. Sum over ranks next.
     """
     table = layout.table(rows_KN.shape[0], others_JN.shape[0])
-    for (tile, rows_KT), (_, others_JT) in zip(_tiles_of(layout, rows_KN), _tiles_of(layout, others_JN), strict=True):
+    for (tile, rows_KT), (_, others_JT) in zip(tiles_of(layout, rows_KN), tiles_of(layout, others_JN), strict=True):
         if not tile.counted and tile.lengths_S is None:
             continue
         rows_KT, others_JT = rows_KT.double(), others_JT.double()
@@ -243,7 +258,7 @@ def gram_and_dots(layout: SegmentLayout, rows_KN: Rows, spans: Sequence[Tensor] 
     """
     num_rows = rows_KN.shape[0]
     table = layout.table(num_rows, num_rows) if spans is None else layout.table(num_rows + 1)
-    for tile, stored_KT in _tiles_of(layout, rows_KN):
+    for tile, stored_KT in tiles_of(layout, rows_KN):
         weight = float(tile.counted)  # of a tile with one segment
         rows_KT = stored_KT.double()
         if spans is None:
@@ -266,7 +281,8 @@ def _per_element(tile: Tile, values_B: Tensor) -> Tensor:
     if tile.lengths_S is None:
         return values_B[tile.block]
     assert tile.blocks_S is not None
-    return values_B[tile.blocks_S].repeat_interleave(tile.lengths_S)
+    # Without the size of what comes out, the host would wait for the lengths.
+    return values_B[tile.blocks_S].repeat_interleave(tile.lengths_S, output_size=tile.stop - tile.start)
 
 
 def _combination(tile: Tile, weights_BK: Tensor, rows_KT: Tensor) -> Tensor:
@@ -293,7 +309,7 @@ def subtract_combination(
         coefficients_BK: r, on the layout's device.
     """
     coefficients_BK = coefficients_BK.float()
-    for tile, rows_KT in _tiles_of(layout, rows_KN):
+    for tile, rows_KT in tiles_of(layout, rows_KN):
         spans[tile.span][tile.start : tile.stop].sub_(_combination(tile, coefficients_BK, rows_KT.float()))
 
 
@@ -303,7 +319,7 @@ def combine_rows(layout: SegmentLayout, rows_KN: Rows, weights_BKJ: Tensor, out_
 
     The product is formed in fp64: with nearly parallel references W is large and its terms cancel.
     """
-    for tile, stored_KT in _tiles_of(layout, rows_KN):
+    for tile, stored_KT in tiles_of(layout, rows_KN):
         rows_KT = stored_KT.double()
         combined = [_combination(tile, weights_BK, rows_KT) for weights_BK in weights_BKJ.unbind(-1)]
         for out_N, combined_T in zip(out_JN, combined, strict=True):

@@ -1,8 +1,15 @@
-"""The Triton kernels against PyTorch: on a GPU, or, as a script, on CPU under Triton's interpreter."""
+"""The Triton kernels against PyTorch: on a GPU, or, as a script, on CPU under Triton's interpreter or compiled and not run.
+
+``python -m tests.core.gpu_kernel_cases interpret`` or ``compile``.
+"""
 
 from __future__ import annotations
 
+import inspect
 import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,11 +17,16 @@ from torch import Tensor
 from megatron_ogpsa.projection.segments import (
     Segment,
     SegmentLayout,
+    TileLimits,
     combine_rows,
     cross_products,
     gram_and_dots,
     subtract_combination,
 )
+from megatron_ogpsa.streaming import HostRows, host_rows
+
+if TYPE_CHECKING:
+    from megatron_ogpsa.projection.gpu_kernels import GpuKernels
 
 SPANS = [
     [Segment(40_000, 0, True), Segment(7, 1, True), Segment(9, 2, False), Segment(1025, 1, True)],
@@ -24,7 +36,7 @@ NUM_BLOCKS = 5
 
 
 def compare(device: torch.device) -> None:
-    """Dots to fp64; what is subtracted to fp32, since a GPU fuses products and sums."""
+    """Dots to fp64, and what is written to the bit."""
     from megatron_ogpsa.projection.gpu_kernels import GpuKernels
 
     layout = SegmentLayout(SPANS, NUM_BLOCKS, device)
@@ -36,10 +48,7 @@ def compare(device: torch.device) -> None:
             expected = gram_and_dots(layout, rows, spans)
             torch.testing.assert_close(kernels.dots(spans, rows), expected, rtol=1e-13, atol=1e-10)
             if num_rows:
-                other = vector.clone()
-                subtract_combination(layout, list(other.split(layout.span_lengths)), rows, weights)
-                kernels.subtract(spans, rows, weights)
-                torch.testing.assert_close(vector, other, rtol=0.0, atol=num_rows * 4e-7 * float(other.abs().max()))
+                compare_what_is_subtracted(kernels, layout, vector, rows, weights)
             if (dtype, num_rows) in ((torch.float32, 2), (torch.bfloat16, 5)):
                 compare_refresh(layout, rows.float(), rows)
     vector[40_008] = float("nan")  # a copy that is not counted
@@ -47,32 +56,84 @@ def compare(device: torch.device) -> None:
         raise AssertionError("a copy that is not finite went unseen")
 
 
+def compare_what_is_subtracted(
+    kernels: GpuKernels, layout: SegmentLayout, vector: Tensor, rows: Tensor, weights: Tensor
+) -> None:
+    """Of gradients in fp32, and in 16 bits, into which the difference is rounded once."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32) if len(rows) == 2 else (torch.float32,):
+        own, wanted = vector.to(dtype, copy=True), vector.to(dtype, copy=True)
+        spans = list(own.split(layout.span_lengths))
+        dots = gram_and_dots(layout, rows, spans)
+        torch.testing.assert_close(kernels.dots(spans, rows), dots, rtol=1e-13, atol=1e-10)
+        subtract_combination(layout, list(wanted.split(layout.span_lengths)), rows, weights)
+        kernels.subtract(spans, rows, weights)
+        _require_same(own, wanted, f"other bits are subtracted from {dtype}")
+
+
 def compare_refresh(layout: SegmentLayout, references: Tensor, basis: Tensor) -> None:
-    """Sums to fp64, and a basis to the last digit of its dtype, also in the references' own memory."""
+    """Sums to fp64, and a basis to the bit, also in the references' own memory."""
     from megatron_ogpsa.projection.gpu_kernels import GpuKernels
 
     kernels, close = GpuKernels(layout), {"rtol": 1e-13, "atol": 1e-10}
     gram = kernels.gram(references)
     torch.testing.assert_close(gram, gram_and_dots(layout, references), **close)
-    if not torch.equal(gram, gram.mT):
-        raise AssertionError("a Gram matrix is not symmetric")
+    _require(torch.equal(gram, gram.mT), "a Gram matrix is not symmetric")
     torch.testing.assert_close(kernels.products(references, basis), cross_products(layout, references, basis), **close)
-    generator = torch.Generator().manual_seed(len(references))
-    weights = (
-        torch.randn(layout.num_blocks, len(references), len(references), generator=generator).to(layout.device).double()
-    )
+    weights = _weights(layout, len(references))
     wanted, found = torch.empty_like(basis), torch.empty_like(basis)
     combine_rows(layout, references, weights, wanted)
     kernels.combine(references, weights, found)
-    torch.testing.assert_close(found, wanted, rtol=2 * torch.finfo(basis.dtype).eps, atol=1e-14)
+    _require_same(found, wanted, "a basis has other bits than PyTorch's")
     fewer = torch.empty_like(found[:-1])
     kernels.combine(references, weights[:, :, :-1], fewer)
-    if not torch.equal(fewer, found[:-1]):
-        raise AssertionError("fewer vectors have other bits")
+    _require(torch.equal(fewer, found[:-1]), "fewer vectors have other bits")
     if basis.dtype == references.dtype:
         kernels.combine(references, weights, references)
-        if not torch.equal(references, found):
-            raise AssertionError("a basis in the references' own memory has other bits")
+        _require(torch.equal(references, found), "a basis in the references' own memory has other bits")
+
+
+def compare_streamed(device: torch.device) -> None:
+    """Rows in host memory give the bits of rows on the device, in each pass."""
+    from megatron_ogpsa.projection.gpu_kernels import GpuKernels
+
+    layout = SegmentLayout(SPANS, NUM_BLOCKS, device, TileLimits(tile=2**14, short=2**11))
+    for dtype in (torch.float32, torch.bfloat16):
+        found = []
+        for is_far in (False, True):
+            kernels = GpuKernels(layout)
+            references, _, _ = _random(layout, 3, torch.float32)
+            basis, vector, weights = _random(layout, 2, dtype)
+            spans = list(vector.split(layout.span_lengths))
+            combined = torch.empty_like(references).cpu() if is_far else torch.empty_like(references)
+            held = [
+                HostRows(host_rows(*rows.shape, rows.dtype, device).copy_(rows), device) if is_far else rows
+                for rows in (references, basis)
+            ]
+            results = [kernels.gram(held[0]), kernels.products(held[0], held[1]), kernels.dots(spans, held[1])]
+            kernels.subtract(spans, held[1], weights)
+            kernels.combine(held[0], _weights(layout, 3), combined)
+            found.append([*results, vector, combined.to(device)])
+        names = ("gram", "products", "dots", "subtract", "combine")
+        for name, near, far in zip(names, *found, strict=True):
+            _require(torch.equal(near, far), f"{name}: rows in host memory in {dtype} give other bits")
+
+
+def _weights(layout: SegmentLayout, number: int) -> Tensor:
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(layout.num_blocks, number, number, generator=generator).to(layout.device).double()
+
+
+def _require_same(found: Tensor, wanted: Tensor, otherwise: str) -> None:
+    """To the bit; but Triton's interpreter cuts bf16 off, where its compiler rounds (``runtime/interpreter.py``)."""
+    if found.dtype == torch.bfloat16 and found.device.type == "cpu":
+        torch.testing.assert_close(found, wanted, rtol=2 * torch.finfo(found.dtype).eps, atol=1e-14)
+    else:
+        _require(torch.equal(found, wanted), otherwise)
+
+
+def _require(is_so: bool, otherwise: str) -> None:
+    if not is_so:
+        raise AssertionError(otherwise)
 
 
 def repeat(device: torch.device) -> None:
@@ -84,8 +145,8 @@ def repeat(device: torch.device) -> None:
     first, gram = GpuKernels(layout).dots([vector], rows), GpuKernels(layout).gram(rows)
     for _ in range(20):
         kernels = GpuKernels(layout)
-        if not (torch.equal(kernels.dots([vector], rows), first) and torch.equal(kernels.gram(rows), gram)):
-            raise AssertionError("the bits of a sum depend on the run")
+        same = torch.equal(kernels.dots([vector], rows), first) and torch.equal(kernels.gram(rows), gram)
+        _require(same, "the bits of a sum depend on the run")
 
 
 def _random(layout: SegmentLayout, num_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,6 +157,72 @@ def _random(layout: SegmentLayout, num_rows: int, dtype: torch.dtype) -> tuple[T
     return rows, vector, weights
 
 
+class Compiled:
+    """In the place of a kernel: each launch is compiled for a GPU of compute capability 9.0, with what it is launched with.
+
+    The interpreter runs much that Triton does not compile, and counts in Python's integers.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.assembly: dict[str, str] = {}
+        self._kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *args: Any, **named: Any) -> None:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from triton.runtime.jit import mangle_type
+
+        options = {name: named.pop(name) for name in ("enable_fp_fusion",) if name in named}
+        bound = inspect.signature(self._kernel.fn).bind(*args, **named).arguments
+        signature, constants = {}, {}
+        for parameter in self._kernel.params:
+            value = bound[parameter.name]
+            if parameter.is_constexpr:
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+            else:
+                signature[parameter.name] = parameter.annotation_type or mangle_type(value)
+        key = f"{[*signature.values()]} {[*constants.values()]}"
+        if key not in self.assembly:
+            source = ASTSource(self._kernel, signature, constexprs=constants)
+            self.assembly[key] = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+
+def compile_for_a_gpu() -> None:
+    """Every launch of every pass compiles; strides and offsets are of 64 bits; what is written is rounded at each step."""
+    from megatron_ogpsa.projection import gpu_kernels
+
+    kernels = {name: Compiled(getattr(gpu_kernels, name)) for name in ("_dots", "_subtract", "_combine")}
+    for name, kernel in kernels.items():
+        setattr(gpu_kernels, name, kernel)
+    layout = SegmentLayout(SPANS, NUM_BLOCKS, torch.device("cpu"))
+    passes = gpu_kernels.GpuKernels(layout)
+    for num_rows, dtype in ((0, torch.float32), (1, torch.float32), (3, torch.bfloat16), (8, torch.float32)):
+        rows, vector, weights = _random(layout, num_rows, dtype)
+        for span_type in (torch.float32, torch.bfloat16) if num_rows == 3 else (torch.float32,):
+            spans = list(vector.to(span_type).split(layout.span_lengths))
+            passes.dots(spans, rows)
+            passes.subtract(spans, rows, weights)
+        if num_rows:
+            passes.gram(rows.float())
+            passes.combine(rows.float(), _weights(layout, num_rows), torch.empty_like(rows))
+    streamed = HostRows(_random(layout, 3, torch.float32)[0], layout.device)
+    passes.combine(streamed, _weights(layout, 3), torch.empty(3, layout.num_elements))
+    for name, kernel in kernels.items():
+        print(f"{name}: {len(kernel.assembly)} variants")
+        _require(len(kernel.assembly) >= 4, f"{name} was hardly launched")
+        for key, assembly in kernel.assembly.items():
+            _require("i32" not in key, f"{name} is given an integer of 32 bits: {key}")
+            _require(name == "_dots" or "fma." not in assembly, f"{name} fuses a product with a sum: {key}")
+
+
 if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"
-    compare(torch.device("cpu"))
+    if sys.argv[1] == "interpret":
+        os.environ["TRITON_INTERPRET"] = "1"
+        compare(torch.device("cpu"))
+        compare_streamed(torch.device("cpu"))
+    else:
+        compile_for_a_gpu()

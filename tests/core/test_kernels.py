@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_ogpsa.projection import passes
 from megatron_ogpsa.projection.cpu_kernels import CpuKernels
@@ -20,6 +21,7 @@ from megatron_ogpsa.projection.segments import (
     gram_and_dots,
     subtract_combination,
 )
+from megatron_ogpsa.streaming import HostRows
 from tests.core import gpu_kernel_cases
 from tests.harness import WorkerGroup
 
@@ -166,6 +168,35 @@ def test_only_large_shards_are_worth_loading_the_compiler(monkeypatch: pytest.Mo
     assert passes._kernels(layout, [span.bfloat16() for span in spans], [rows]) is None
 
 
+def test_on_a_gpu_16_bits_and_rows_in_host_memory_are_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors say that they lie on a GPU."""
+    layout = layout_of()
+    layout.device = torch.device("cuda")
+    monkeypatch.setattr(passes, "_has_triton", lambda: True)
+    far = HostRows(random(2, layout.num_elements), CPU)
+    with FakeTensorMode():
+
+        def near(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.empty(*shape, layout.num_elements, dtype=dtype, device="cuda")
+
+        table = near(torch.float32, 2)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert passes._fits_on_gpu(layout, [near(dtype)], [table])
+        for rows in (near(torch.bfloat16, 2), far):
+            assert passes._fits_on_gpu(layout, [near(torch.float32)], [rows])
+        assert passes._fits_on_gpu(layout, [far], [far])
+        for vectors, rows in (
+            ([near(torch.float32), near(torch.bfloat16)], table),
+            ([near(torch.float64)], table),
+            ([near(torch.float32)], near(torch.float64, 2)),
+            ([near(torch.float32)], torch.empty(2, layout.num_elements)),
+            ([near(torch.float32, 2)[:, ::2]], table),
+        ):
+            assert not passes._fits_on_gpu(layout, vectors, [rows])
+        monkeypatch.setattr(passes, "_has_triton", lambda: False)
+        assert not passes._fits_on_gpu(layout, [near(torch.float32)], [table])
+
+
 @pytest.mark.parametrize("layout", ["dp2-bf16", "tp2"])
 def test_in_an_optimizers_step(distributed: Callable[[int], WorkerGroup], layout: str) -> None:
     """As tests/core/test_update_space.py, with compiled loops; copies of weights on several ranks stay the same bits."""
@@ -175,10 +206,11 @@ def test_in_an_optimizers_step(distributed: Callable[[int], WorkerGroup], layout
         assert result["compiled"] == 2  # gradients, for their norm, and parameters
 
 
-def test_triton_computes_the_same_under_its_interpreter() -> None:
-    """Triton decides when it is imported whether it interprets, hence a process of its own."""
+@pytest.mark.parametrize("how", ["interpret", "compile"])
+def test_triton_computes_the_same_and_compiles(how: str) -> None:
+    """Triton decides when it is imported whether it interprets, hence a process of its own. Compiling needs no GPU."""
     ended = subprocess.run(
-        [sys.executable, "-m", gpu_kernel_cases.__name__], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", gpu_kernel_cases.__name__, how], capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
 
@@ -186,4 +218,5 @@ def test_triton_computes_the_same_under_its_interpreter() -> None:
 @pytest.mark.gpu
 def test_triton_on_a_gpu() -> None:
     gpu_kernel_cases.compare(torch.device("cuda"))
+    gpu_kernel_cases.compare_streamed(torch.device("cuda"))
     gpu_kernel_cases.repeat(torch.device("cuda"))

@@ -78,8 +78,8 @@ BLOCKS = (
     Mutation(
         "copies-not-projected",
         "megatron_ogpsa/projection/segments.py",
-        "    coefficients_BK = coefficients_BK.float()\n    for tile, rows_KT in _tiles_of(layout, rows_KN):\n",
-        "    coefficients_BK = coefficients_BK.float()\n    for tile, rows_KT in _tiles_of(layout, rows_KN):\n"
+        "    coefficients_BK = coefficients_BK.float()\n    for tile, rows_KT in tiles_of(layout, rows_KN):\n",
+        "    coefficients_BK = coefficients_BK.float()\n    for tile, rows_KT in tiles_of(layout, rows_KN):\n"
         "        if tile.lengths_S is None and not tile.counted:\n            continue\n",
         (f"{MATHEMATICS}::test_copies_stay_bitwise_the_same_however_their_tiles_are_cut",),
         "copies that do not enter sums are not projected either, and drift away from the one that does",

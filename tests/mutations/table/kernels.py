@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutations.mutation import Mutation
 
 COMPILED = "tests/core/test_kernels.py::test_both_passes_are_those_of_pytorch"
+TRITON = "tests/core/test_kernels.py::test_triton_computes_the_same_and_compiles"
 BUFFERS = "tests/core/test_streaming.py::test_no_buffer_is_overwritten_early_or_read_early"
 
 KERNELS = (
@@ -19,8 +20,8 @@ KERNELS = (
     Mutation(
         "sums-given-to-blocks-in-order-of-pieces",
         "megatron_ogpsa/projection/pieces.py",
-        "ordered_PJ = sums_PJ[self._order_P]",
-        "ordered_PJ = sums_PJ",
+        "sums = sums_PJ[self._order_P]",
+        "sums = sums_PJ",
         (COMPILED,),
         "sums of pieces are added by block without being put in order of blocks",
     ),
@@ -47,5 +48,37 @@ KERNELS = (
         "if not self._fetched:",
         ("tests/core/test_streaming.py::test_another_layout_or_a_pass_that_breaks_off_does_not_confuse_the_next",),
         "tiles that were fetched for one layout are taken for those of another",
+    ),
+    Mutation(
+        "triton-stride-of-32-bits",
+        "megatron_ogpsa/projection/gpu_kernels.py",
+        "    rows: tl.tensor,\n    row_stride: tl.int64,\n    out: tl.tensor,\n",
+        "    rows: tl.tensor,\n    row_stride: tl.tensor,\n    out: tl.tensor,\n",
+        (TRITON,),
+        "the offset of a reference's row overflows at 2^31 elements of all of them",
+    ),
+    Mutation(
+        "triton-annotation-that-does-not-compile",
+        "megatron_ogpsa/projection/gpu_kernels.py",
+        "    weights: tl.tensor,\n    sums: tl.tensor,\n",
+        "    weights: Tensor,\n    sums: tl.tensor,\n",
+        (TRITON,),
+        "a kernel that the interpreter runs does not compile",
+    ),
+    Mutation(
+        "triton-fuses-what-it-writes",
+        "megatron_ogpsa/projection/gpu_kernels.py",
+        "                block=_BLOCK,\n                enable_fp_fusion=False,\n",
+        "                block=_BLOCK,\n",
+        (TRITON,),
+        "products and sums are fused on a GPU, and a basis in host memory gives other bits",
+    ),
+    Mutation(
+        "triton-tile-takes-the-first-pieces",
+        "megatron_ogpsa/projection/gpu_kernels.py",
+        "            first += number\n",
+        "",
+        (TRITON,),
+        "each tile of a basis in host memory is worked on with the pieces of the first",
     ),
 )
