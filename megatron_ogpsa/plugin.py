@@ -126,12 +126,14 @@ class OGPSA:
 
     # ------------------------------------------------------------------------------------------------- refresh
 
-    def begin_refresh(self, keep: Sequence[str] = ()) -> None:
+    def begin_refresh(self, keep: Sequence[str] = (), *, num_references: int | None = None) -> None:
         """Start collecting reference gradients; until :meth:`finish_refresh` the last basis stays in use. Local.
 
         Args:
             keep: references that are not captured anew: their gradients come out of the basis, A = Q·(QᵀA). That adds
                 the rounding of fp32 each time, about 3e-8 of their length, and after n times about √n of it.
+            num_references: how many there will be, those that are kept too; by default as many as the last refresh had.
+                Room for more is found, by copying those that were captured.
 
         Raises:
             RuntimeError: a reference to be kept is not in the basis, or the basis does not hold it whole.
@@ -146,7 +148,7 @@ class OGPSA:
                 "other damaged, and the more so the nearer they are to each other; capture them all"
             )
         self._captured_names = list(keep)
-        self._captured_KN = self._rows(len(self.reference_names))
+        self._captured_KN = self._rows(len(self.reference_names) if num_references is None else num_references)
         self._num_kept = len(keep)
         if keep:
             self._recover(keep, self._captured_KN[: len(keep)])
@@ -175,7 +177,7 @@ class OGPSA:
                 f"reference {name!r} is captured twice in one refresh: give each reference a name of its own"
             )
         index = len(self._captured_names)
-        if index == self._captured_KN.shape[0]:  # first refresh: the number of references is not known yet
+        if index == self._captured_KN.shape[0]:  # nobody has said how many there will be
             known_KN, self._captured_KN = self._captured_KN, self._rows(index + 1)
             self._captured_KN[:index] = known_KN
         row_N = self._captured_KN[index]

@@ -195,7 +195,8 @@ def refresh(
 
     finds_scales = is_first_step and starts_without_scales(chunks)
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    ogpsa.begin_refresh(keep)
+    number = len(keep) + sum(len(reference.parts) for reference in references)
+    ogpsa.begin_refresh(keep, num_references=number)
     sums: list[LossSum] = []
     with _progress_bar(references) as bar:
         for reference in references:
@@ -290,7 +291,10 @@ def _random_states() -> Iterator[None]:
     """Python, NumPy, torch on the host and the accelerator, and Megatron's tracker of tensor-parallel states."""
     python, numpy_, host = random.getstate(), np.random.get_state(), torch.get_rng_state()
     accelerator = torch.cuda.get_rng_state()
-    tracked = {name: _copied(state) for name, state in get_cuda_rng_tracker().get_states().items()}
+    tracker = get_cuda_rng_tracker()
+    # A tracker for CUDA graphs (--te-rng-tracker, --inference-rng-tracker) holds generators, which passes advance in place.
+    tracked = tracker.get_states()
+    kept = {name: _state_of(state) for name, state in tracked.items()}
     try:
         yield
     finally:
@@ -298,11 +302,15 @@ def _random_states() -> Iterator[None]:
         np.random.set_state(numpy_)
         torch.set_rng_state(host)
         torch.cuda.set_rng_state(accelerator)
-        get_cuda_rng_tracker().set_states(tracked)
+        tracker.set_states({name: _set_back(state, kept[name]) for name, state in tracked.items()})
 
 
-def _copied(state: Any) -> Any:
-    return state.clone() if isinstance(state, Tensor) else state
+def _state_of(state: Tensor | torch.Generator) -> Tensor:
+    return state.get_state() if isinstance(state, torch.Generator) else state.clone()
+
+
+def _set_back(state: Tensor | torch.Generator, kept: Tensor) -> Tensor | torch.Generator:
+    return state.set_state(kept) if isinstance(state, torch.Generator) else kept
 
 
 @contextmanager

@@ -50,7 +50,8 @@ def next_batch(data_iterator: Iterator[dict[str, torch.Tensor]], *, packed: bool
     if not packed:
         return Batch(**own_positions(fields), pair_ids=pair_ids)
     if transformer_engine:  # one row at a time (checked at start), so that [b, s] is the end-to-end layout already
-        return Batch(**fields, pair_ids=pair_ids, packed_seq_params=packed_parameters(fields["document_ids"]))
+        # From what is still on the host: the number of documents is a shape, for which the host would wait for the GPU.
+        return Batch(**fields, pair_ids=pair_ids, packed_seq_params=packed_parameters(item["document_ids"]))
     from megatron_ogpsa.data import attention_mask_from_documents
 
     mask = attention_mask_from_documents(fields["document_ids"])
@@ -75,11 +76,16 @@ def document_boundaries(document_ids: torch.Tensor) -> torch.Tensor:
 
 
 def packed_parameters(document_ids: torch.Tensor) -> Any:
-    """Megatron's ``PackedSeqParams`` in the layout ``thd``: all rows of the micro-batch end to end, [1, b·s]."""
+    """Megatron's ``PackedSeqParams`` in the layout ``thd``: all rows of the micro-batch end to end, [1, b·s].
+
+    Args:
+        document_ids: int64 [b, s], on the host.
+    """
     from megatron.core.packed_seq_params import PackedSeqParams
 
     boundaries = document_boundaries(document_ids)
     longest = int((boundaries[1:] - boundaries[:-1]).max())
+    boundaries = boundaries.cuda(non_blocking=True)
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=boundaries,

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_ogpsa import references
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.references import Reference, cut_reference
 from tests.core.layouts import LAYOUTS
@@ -27,6 +28,31 @@ def test_references_take_the_mean_over_tokens_whatever_training_takes(distribute
     """Their losses that balance experts too: these routers weigh on their own. fp32 rounding of other scales, 1e-7."""
     for error in distributed(2).run("tests.core.reference_cases:mean_of_training", layout="ep2-dropout"):
         assert error < 1e-6
+
+
+def test_generators_of_a_tracker_for_cuda_graphs_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine's tracker and Megatron's for graphs hand out the generators that passes advance, not states."""
+
+    class Tracker:
+        def __init__(self) -> None:
+            self.states_ = {"model-parallel-rng": torch.Generator().manual_seed(5)}
+
+        def get_states(self) -> dict[str, torch.Generator]:
+            return dict(self.states_)
+
+        def set_states(self, states: dict[str, torch.Generator]) -> None:
+            self.states_ = states
+
+    tracker = Tracker()
+    generator = tracker.states_["model-parallel-rng"]
+    monkeypatch.setattr(references, "get_cuda_rng_tracker", lambda: tracker)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: None)
+    before = generator.get_state()
+    with references._random_states():
+        torch.rand(3, generator=generator)
+    assert tracker.states_["model-parallel-rng"] is generator  # graphs hold on to it
+    assert torch.equal(generator.get_state(), before)
 
 
 @pytest.mark.parametrize("layout", ["tp2-sp", "dp2-overlap", "dp2-plain", "pp2-tied", "ep2-sigmoid-bias"])
