@@ -14,7 +14,8 @@ from megatron_ogpsa.errors import UnsupportedError, UserError
 from megatron_ogpsa.integration.agreement import agreed
 from megatron_ogpsa.integration.checkpoints import guard_checkpoints
 from megatron_ogpsa.integration.program import validated_arguments
-from megatron_ogpsa.integration.training import prepare_megatron
+from megatron_ogpsa.integration.training import check_device, prepare_megatron
+from megatron_ogpsa.precision.fp8_state import has_forward_scales, starts_without_scales
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class LoadedModel:
 
         args = validated_arguments(flags)
         _refuse_unsupported(args)
+        check_device(args)
         args.virtual_pipeline_model_parallel_size = None
         args.sequence_parallel = False
         container = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
@@ -83,7 +85,16 @@ class LoadedModel:
         args.load, args.ckpt_step, args.pretrained_checkpoint = folder, iteration, None
         args.finetune = args.no_load_optim = args.no_load_rng = args.exit_on_missing_checkpoint = True
         load_checkpoint([self.module], None, None)
+        agreed(lambda: self._require_scales(flag, folder))
         return agreed(lambda: _loaded_iteration(folder, iteration))
+
+    def _require_scales(self, flag: str, folder: str) -> None:
+        """With the scale 1, which a module begins with, small activations would be rounded to nothing and scores be wrong."""
+        if starts_without_scales([self.module]) and not has_forward_scales([self.module]):
+            raise UserError(
+                f"{flag} {folder}: it was not trained with --fp8-recipe {self.args.fp8_recipe} and holds no scales for it: "
+                "leave --fp8-format out, or use --fp8-recipe tensorwise"
+            )
 
 
 def _require_checkpoint(flag: str, folder: str) -> None:

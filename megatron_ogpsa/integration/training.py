@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib.util
 import inspect
@@ -82,11 +83,20 @@ def _megatrons_pretrain(*args: Any, **kwargs: Any) -> Any:
     from megatron.training import get_args
     from megatron.training.training import pretrain as megatron_pretrain
 
-    if install_if_no_gpu():
-        check_supported_on_cpu(get_args())
-    else:
-        check_fp8_available(get_args())
+    check_device(get_args())
     return megatron_pretrain(*args, **kwargs)
+
+
+def check_device(args: argparse.Namespace) -> None:
+    """Refuse what this machine, or its Transformer Engine, does not have.
+
+    Raises:
+        UserError: names the flag.
+    """
+    if install_if_no_gpu():
+        check_supported_on_cpu(args)
+    else:
+        check_fp8_available(args)
 
 
 def prepare_megatron() -> None:

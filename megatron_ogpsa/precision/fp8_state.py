@@ -1,10 +1,11 @@
 """What a forward and backward pass in FP8 changes in Transformer Engine's modules, put back as it was.
 
-Only the delayed recipe keeps state of its own: a scale and a history of largest magnitudes (amax) for each quantised
-tensor, which a pass rolls on and reduces over ranks. All recipes keep FP8 copies of 16-bit weights from one micro-batch
-to the next. Those are made from the weights in the first micro-batch of each step (Megatron's schedules set
-``is_first_microbatch``), so that nobody reads old ones; they are dropped rather than copied, which costs no memory.
-What activation recomputation sets aside in the forward pass its backward pass takes out again.
+Only delayed scaling keeps state of its own: a scale and a history of largest magnitudes (amax) for each quantised tensor,
+which a pass rolls on and reduces over ranks. That is the recipe ``delayed``, and attention in FP8 with any recipe. All
+recipes keep FP8 copies of 16-bit weights from one micro-batch to the next. Those are made from the weights in the first
+micro-batch of each step (Megatron's schedules set ``is_first_microbatch``), so that nobody reads old ones; they are dropped
+rather than copied, which costs no memory. What activation recomputation sets aside in the forward pass its backward pass
+takes out again.
 
 Parameters that are FP8 themselves (``--fp8-param-gather``) are written by the optimizer alone. Read against Transformer
 Engine 2.20 (``pytorch/module/base.py``, ``pytorch/quantization.py``), whose own CUDA graphs save and restore the same.
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import get_model_config
+from torch import Tensor
 
 FIRST_MICRO_BATCH = "is_first_microbatch"
 """Megatron's mark on its Transformer Engine layers: quantise the weights anew in the next forward pass."""
@@ -52,10 +54,25 @@ class ModuleState:
         """Write it back in place, since quantizers and the buffers of the amax reduction hold views of it."""
         if _has_history(self.module):
             # Without an argument: as they are made, scales one and histories zero.
-            self.module.reset_fp8_meta_tensors(self.scaling)
+            self.module.reset_fp8_meta_tensors(self._of_the_length_in_use())
         self.module._fp8_workspaces.clear()
         if self.is_first_micro_batch is not None:
             setattr(self.module, FIRST_MICRO_BATCH, self.is_first_micro_batch)
+
+    def _of_the_length_in_use(self) -> Any:
+        """The copies, with histories as long as a pass has made them: ``--fp8-amax-history-len`` may differ from that of the
+        checkpoint which they are from. The newest come first; what is not known is zero, as Transformer Engine has it.
+        """
+        if self.scaling is None:
+            return None
+        return {
+            key: [scale, _resized(history, len(self.module.fp8_meta[key].amax_history)), *others]
+            for key, (scale, history, *others) in self.scaling.items()
+        }
+
+
+def _resized(history: Tensor, length: int) -> Tensor:
+    return torch.cat((history, history.new_zeros(max(length - len(history), 0), *history.shape[1:])))[:length]
 
 
 @contextmanager
@@ -70,7 +87,7 @@ def fp8_state_kept(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
                 state.restore()
 
 
-def quantizing_modules(chunks: Sequence[DistributedDataParallel]) -> list[Any]:
+def quantizing_modules(chunks: Sequence[torch.nn.Module]) -> list[Any]:
     """The modules that hold FP8 state, in the model's order; none if the model is not trained in FP8."""
     if not is_fp8(chunks):
         return []
@@ -79,14 +96,24 @@ def quantizing_modules(chunks: Sequence[DistributedDataParallel]) -> list[Any]:
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, TransformerEngineBaseModule)]
 
 
-def is_fp8(chunks: Sequence[DistributedDataParallel]) -> bool:
+def is_fp8(chunks: Sequence[torch.nn.Module]) -> bool:
     """Whether Megatron runs the layers of this model in FP8."""
     return any(getattr(get_model_config(chunk), "fp8", None) for chunk in chunks)
 
 
-def starts_without_scales(chunks: Sequence[DistributedDataParallel]) -> bool:
+def starts_without_scales(chunks: Sequence[torch.nn.Module]) -> bool:
     """Whether scales follow from earlier passes, so that the first pass of a run has none that fit."""
     return is_fp8(chunks) and get_model_config(chunks[0]).fp8_recipe == "delayed"
+
+
+def has_forward_scales(chunks: Sequence[torch.nn.Module]) -> bool:
+    """Whether some pass, in this run or before the checkpoint that was loaded, has found scales for forward passes."""
+    histories = [
+        module.fp8_meta["scaling_fwd"].amax_history
+        for module in quantizing_modules(chunks)
+        if hasattr(module.fp8_meta.get("scaling_fwd"), "amax_history")
+    ]
+    return any(bool(history.any()) for history in histories)
 
 
 def adopt_forward_scales() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -20,7 +22,10 @@ AVAILABILITY = {
 
 MODULE_METHODS = ("get_fp8_meta_tensors", "reset_fp8_meta_tensors")
 MODULE_ATTRIBUTES = ("fp8_meta", "_fp8_workspaces")
-MANAGER_METHODS = ("reduce_and_update_fp8_tensors", *dict.fromkeys(AVAILABILITY.values()))
+REDUCTION = "reduce_and_update_fp8_tensors"
+
+ALLOW_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+"""Transformer Engine from 2.16.1 on loads the scales of a checkpoint, which it unpickles, only where this variable is 1."""
 
 
 def check_fp8_flags(args: argparse.Namespace) -> None:
@@ -57,6 +62,12 @@ def check_fp8_flags(args: argparse.Namespace) -> None:
             "there is no shard of the parameters that the projection could be laid out by",
             "leave --main-params-dtype out",
         ),
+        (
+            args.fp8_param_gather and args.fp8_recipe == "mxfp8" and not args.reuse_grad_buf_for_mxfp8_param_ag,
+            "--fp8-param-gather with --fp8-recipe mxfp8",
+            "Transformer Engine cannot put MXFP8 parameters into Megatron's buffers",
+            "add --reuse-grad-buf-for-mxfp8-param-ag, or leave it out",
+        ),
     ):
         if is_given:
             raise UnsupportedError(f"{flag} in FP8 with --ogpsa-reference is not supported: {reason}; {remedy}")
@@ -89,16 +100,33 @@ def check_fp8_available(args: argparse.Namespace) -> None:
     if not args.fp8 or args.fp8_recipe not in AVAILABILITY:
         return
     manager, module = _transformer_engine()
-    missing = [f"FP8GlobalStateManager.{name}" for name in MANAGER_METHODS if not hasattr(manager, name)]
+    wanted = (REDUCTION, AVAILABILITY[args.fp8_recipe])
+    missing = [f"FP8GlobalStateManager.{name}" for name in wanted if not hasattr(manager, name)]
     missing += [f"TransformerEngineBaseModule.{name}" for name in MODULE_METHODS if not hasattr(module, name)]
     if missing:
         raise UnsupportedError(_other_version(missing[0]))
+    _check_scales_can_be_loaded(args)
     if (reason := reason_against(args.fp8_recipe, manager)) is None:
         return
     others = [recipe for recipe in AVAILABILITY if reason_against(recipe, manager) is None]
     raise UserError(
         f"--fp8-recipe {args.fp8_recipe}: this GPU cannot ({reason}); "
         + (f"use --fp8-recipe {' or '.join(others)}" if others else "leave --fp8-format out and train in --bf16")
+    )
+
+
+def _check_scales_can_be_loaded(args: argparse.Namespace) -> None:
+    given = [f"{flag} {folder}" for flag, folder in (("--load", args.load), ("--save", args.save)) if folder]
+    if args.fp8_recipe != "delayed" or not given or os.environ.get(ALLOW_PICKLES) == "1":
+        return
+    try:
+        import_module("transformer_engine.pytorch._extra_state")
+    except ImportError:  # an older one, which asks for no such thing
+        return
+    raise UserError(
+        f"--fp8-recipe delayed with {given[0]}: its scales are pickled into checkpoints, and this Transformer Engine does "
+        f"not load them unless {ALLOW_PICKLES}=1 is set: set it if you trust those who write there, or use "
+        "--fp8-recipe tensorwise"
     )
 
 
@@ -134,6 +162,6 @@ def _transformer_engine() -> tuple[Any, Any]:
 
 def _other_version(name: str) -> str:
     return (
-        f"--fp8-format: this Transformer Engine has no {name}, so that reference passes would leave their mark on FP8 "
-        "scales; use version 2.x, which has it, or train in --bf16"
+        f"--fp8-format: this Transformer Engine has no {name}, which the recipe or putting back its scales needs: "
+        "use a newer version (blockwise needs 2.3, all others 2.0), or train in --bf16"
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ogpsa.precision.fp8_support import AVAILABILITY, reason_against
+from megatron_ogpsa.precision.fp8_support import ALLOW_PICKLES, AVAILABILITY, reason_against
 from tests.integration.checkpoints import differences
 from tests.integration.conftest import Outcome, Train, scalars
 from tests.integration.conftest import inputs as inputs
@@ -35,10 +35,17 @@ MODEL = (
 pytestmark = [] if STAND_IN else [pytest.mark.gpu]
 
 
+@pytest.fixture(autouse=True)
+def _checkpoints_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales of the delayed recipe are unpickled, for which Transformer Engine wants leave."""
+    monkeypatch.setenv(ALLOW_PICKLES, "1")
+
+
 def fp8(recipe: str, *more: str) -> list[str]:
     """Flags of a recipe; skips the test where the GPU does not have it."""
     if recipe == "bf16":
         return []
+    pytest.importorskip("transformer_engine.pytorch", exc_type=ImportError)
     from megatron.core.fp8_utils import FP8GlobalStateManager
 
     if reason := reason_against(recipe, FP8GlobalStateManager):
@@ -56,6 +63,7 @@ def run(train: Train, name: str, *flags: str, **how: object) -> Outcome:
 VARIANTS = {
     "": (),
     "param-gather": ("--fp8-param-gather", "--overlap-grad-reduce", "--overlap-param-gather"),
+    "param-gather, no overlap": ("--fp8-param-gather",),
     "bf16-ends": (
         "--first-last-layers-bf16",
         *("--num-layers-at-start-in-bf16", "1"),
@@ -73,7 +81,8 @@ def test_refreshes_leave_no_trace_in_fp8(train: Train, tmp_path: Path, recipe: s
         pytest.skip("Megatron refuses --first-last-layers-bf16 with delayed scaling")
     if variant == "param-gather" and recipe == "mxfp8":
         pytest.skip("MXFP8 parameters are gathered through gradient buffers, which is refused with overlap")
-    flags = fp8(recipe, *VARIANTS[variant])
+    through_gradients = ("--reuse-grad-buf-for-mxfp8-param-ag",) if recipe == "mxfp8" and "param" in variant else ()
+    flags = fp8(recipe, *VARIANTS[variant], *through_gradients)
     run(
         train,
         "refreshed",
@@ -87,6 +96,18 @@ def test_refreshes_leave_no_trace_in_fp8(train: Train, tmp_path: Path, recipe: s
     assert {name: points for name, points in logged.items() if not name.startswith("ogpsa general/")} == figures
     # Extra states are pickles of Transformer Engine's, not promised to be the same bytes; scales show in the figures.
     found = differences(tmp_path / "refreshed", tmp_path / "plain")
+    assert [name for name in found if "_extra_state" not in name] == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_run_goes_on_bitwise_from_its_checkpoint(train: Train, tmp_path: Path, recipe: str) -> None:
+    """Scales and histories of the delayed recipe too."""
+    flags = fp8(recipe)
+    halves = ("--save-interval", str(STEPS // 2), "--ogpsa-refresh-interval", "5")
+    run(train, "whole", *flags, *halves)
+    run(train, "resumed", *flags, *halves, "--exit-interval", str(STEPS // 2))
+    run(train, "resumed", *flags, *halves, "--load", "resumed")
+    found = differences(tmp_path / "whole", tmp_path / "resumed")
     assert [name for name in found if "_extra_state" not in name] == []
 
 

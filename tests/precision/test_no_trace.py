@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ogpsa.precision.fp8_state import ModuleState, has_forward_scales
 from tests.harness import WorkerGroup
+from tests.precision.stand_in import HISTORY, DelayedScalingRecipeState, TransformerEngineBaseModule
 
 Distributed = Callable[[int], WorkerGroup]
 
@@ -34,6 +36,35 @@ def test_refreshes_leave_no_trace_in_fp8(distributed: Distributed, layout: str, 
 
 def _differences(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
     return [name for name in left.keys() | right.keys() if not torch.equal(left[name], right[name])]
+
+
+@pytest.mark.parametrize("length", [2, 6])
+def test_a_history_of_another_length_is_put_back(length: int) -> None:
+    """As from a checkpoint with another --fp8-amax-history-len: a pass makes it as long as the flag says."""
+    module = TransformerEngineBaseModule(torch.nn.Identity(), "delayed")
+    for key in ("scaling_fwd", "scaling_bwd"):
+        state = module.fp8_meta[key] = DelayedScalingRecipeState(2)
+        state.amax_history = torch.arange(1.0, 2 * length + 1).view(length, 2)
+        state.scale.fill_(3.0)
+    saved = ModuleState.of(module)
+    for state in module.fp8_meta.values():
+        state.amax_history = torch.full((HISTORY, 2), 9.0)
+        state.scale.fill_(7.0)
+    saved.restore()
+    expected = [[1.0, 2.0], [3.0, 4.0], *([[0.0, 0.0]] * 2 if length == 2 else [[5.0, 6.0], [7.0, 8.0]])]
+    for state in module.fp8_meta.values():
+        assert state.amax_history.tolist() == expected
+        assert state.scale.tolist() == [3.0, 3.0]
+
+
+def test_scales_are_there_once_a_pass_has_been_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = TransformerEngineBaseModule(torch.nn.Identity(), "delayed")
+    monkeypatch.setattr("megatron_ogpsa.precision.fp8_state.quantizing_modules", lambda chunks: [module])
+    assert not has_forward_scales([module])
+    module.fp8_meta["scaling_fwd"] = DelayedScalingRecipeState(2)  # as a forward pass makes it, or a checkpoint without
+    assert not has_forward_scales([module])
+    module.fp8_meta["scaling_fwd"].amax_history[1, 0] = 2.0
+    assert has_forward_scales([module])
 
 
 def test_the_first_reference_gradients_are_taken_with_scales_that_fit(distributed: Distributed) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_ogpsa.errors import UnsupportedError, UserError
 from megatron_ogpsa.precision.fp8_support import (
+    ALLOW_PICKLES,
     MODULE_METHODS,
     check_fp8_available,
     check_fp8_flags,
@@ -38,6 +40,8 @@ def arguments(**changes: Any) -> argparse.Namespace:
         "context_parallel_size": 1,
         "tensor_model_parallel_size": 2,
         "sequence_parallel": True,
+        "load": None,
+        "save": None,
     }
     return argparse.Namespace(**(plain | changes))
 
@@ -60,6 +64,7 @@ def arguments(**changes: Any) -> argparse.Namespace:
             },
             "--main-params-dtype and --fp8-param-gather with --fp8-recipe tensorwise",
         ),
+        ({"fp8_recipe": "mxfp8", "fp8_param_gather": True}, "--fp8-param-gather with --fp8-recipe mxfp8 in FP8"),
         ({"seq_length": 100}, "--seq-length 100 with --micro-batch-size 1 gives a rank 50 tokens: .* multiples of 16"),
         ({"fp8_recipe": "mxfp8", "seq_length": 2080}, ".* multiples of 32"),
     ],
@@ -114,11 +119,39 @@ def test_another_transformer_engine_is_refused_by_what_it_lacks(
     transformer_engine: type[stand_in.FP8GlobalStateManager], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_fp8_modules([SimpleNamespace(fp8_meta={}, _fp8_workspaces={})])
-    with pytest.raises(UnsupportedError, match=r"no SimpleNamespace\._fp8_workspaces, so that reference passes would"):
+    with pytest.raises(
+        UnsupportedError, match=r"no SimpleNamespace\._fp8_workspaces, which the recipe or putting back"
+    ):
         check_fp8_modules([SimpleNamespace(fp8_meta={})])
     monkeypatch.delattr(stand_in.TransformerEngineBaseModule, MODULE_METHODS[1])
     with pytest.raises(UnsupportedError, match=r"TransformerEngineBaseModule\.reset_fp8_meta_tensors"):
         check_fp8_available(arguments())
+
+
+def test_only_what_the_recipe_needs_is_asked_for(
+    transformer_engine: type[stand_in.FP8GlobalStateManager], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformer Engine 2.0 to 2.2 have no blockwise recipe."""
+    monkeypatch.delattr(stand_in.FP8GlobalStateManager, "is_fp8_block_scaling_available")
+    check_fp8_available(arguments())
+    with pytest.raises(UnsupportedError, match=r"no FP8GlobalStateManager\.is_fp8_block_scaling_available, .*2\.3"):
+        check_fp8_available(arguments(fp8_recipe="blockwise"))
+
+
+@pytest.mark.usefixtures("transformer_engine")
+def test_scales_that_could_not_be_loaded_again_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a Transformer Engine that asks for leave to unpickle; see its ``pytorch/_extra_state.py``."""
+    monkeypatch.delenv(ALLOW_PICKLES, raising=False)
+    check_fp8_available(arguments(load="run"))  # an older one
+    extra_state = ModuleType("transformer_engine.pytorch._extra_state")
+    monkeypatch.setitem(sys.modules, extra_state.__name__, extra_state)
+    check_fp8_available(arguments())
+    check_fp8_available(arguments(load="run", fp8_recipe="tensorwise"))
+    words = f"^--fp8-recipe delayed with --save run: .* unless {ALLOW_PICKLES}=1 is set.* --fp8-recipe tensorwise$"
+    with pytest.raises(UserError, match=words):
+        check_fp8_available(arguments(save="run"))
+    monkeypatch.setenv(ALLOW_PICKLES, "1")
+    check_fp8_available(arguments(save="run"))
 
 
 def test_a_missing_transformer_engine_is_told() -> None:

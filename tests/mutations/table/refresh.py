@@ -138,4 +138,28 @@ REFRESH = (
         (f"{RESUMED}[dp2-energy]",),
         "a resumed run refreshes where the undisturbed one does not",
     ),
+    Mutation(
+        "generators-not-put-back",
+        "megatron_ogpsa/references.py",
+        "    return state.set_state(kept) if isinstance(state, torch.Generator) else kept\n",
+        "    return state if isinstance(state, torch.Generator) else kept\n",
+        ("tests/core/test_references.py::test_generators_of_a_tracker_for_cuda_graphs_are_put_back",),
+        "with a tracker for CUDA graphs, dropout of training goes on from where references left it",
+    ),
+    Mutation(
+        "history-of-another-length",
+        "megatron_ogpsa/precision/fp8_state.py",
+        "            self.module.reset_fp8_meta_tensors(self._of_the_length_in_use())\n",
+        "            self.module.reset_fp8_meta_tensors(self.scaling)\n",
+        ("tests/precision/test_no_trace.py::test_a_history_of_another_length_is_put_back",),
+        "after a change of --fp8-amax-history-len, histories cannot be put back",
+    ),
+    Mutation(
+        "benchmark-leaves-gradients-to-each-rank",
+        "megatron_ogpsa/benchmarks/step.py",
+        "    config.finalize_model_grads_func = finalize_model_grads",
+        "    _ = finalize_model_grads",
+        ("tests/benchmarks/test_benchmarks.py::test_gradients_are_summed_over_ranks",),
+        "the benchmark's plain step has no reduction of gradients, and ratios are against too cheap a step",
+    ),
 )
