@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sysconfig
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ FP8_CAPABILITY = (8, 9)
 BUSY_SHARE = 0.1
 """Share of a GPU's memory that may be in use before it is told."""
 
+_PYTHON_HEADERS = Path(sysconfig.get_paths()["include"], "Python.h")
 _PCI_DEVICES = Path("/sys/bus/pci/devices")
 _NVIDIA, _DISPLAY_CLASSES = "0x10de", ("0x0300", "0x0302")
 
@@ -60,7 +63,8 @@ def built_in_gpus(devices: Path = _PCI_DEVICES) -> int:
 def check_gpus(
     gpus: Sequence[Gpu], *, built_in: int, cuda_build: str | None, environment: Mapping[str, str] = os.environ
 ) -> list[Finding]:
-    """How many GPUs there are and whether they can be used; with some, whether they are free and able to do FP8.
+    """How many GPUs there are and whether they can be used; with some, whether they are free, able to do FP8, and whether
+    kernels can be compiled for them.
 
     Args:
         gpus: of :func:`visible_gpus`.
@@ -69,7 +73,7 @@ def check_gpus(
     """
     if not gpus:
         return [_without_gpu(built_in, cuda_build, environment)]
-    return [_which(gpus), _fp8(gpus)]
+    return [_which(gpus), _fp8(gpus), check_compiler(environment)]
 
 
 def _without_gpu(built_in: int, cuda_build: str | None, environment: Mapping[str, str]) -> Finding:
@@ -110,6 +114,21 @@ def _fp8(gpus: Sequence[Gpu]) -> Finding:
         wanted = ".".join(map(str, FP8_CAPABILITY))
         return ok("FP8", f"{worst.name} cannot: it has compute capability {_shown(worst)}, FP8 needs {wanted}")
     return ok("FP8", f"{worst.name} can (compute capability {_shown(worst)})")
+
+
+def check_compiler(environment: Mapping[str, str], headers: Path = _PYTHON_HEADERS) -> Finding:
+    """What Triton compiles its way to the driver with: the projection's kernels and Megatron's fused functions are Triton's.
+
+    Source: ``triton/runtime/build.py``.
+    """
+    name = "compiler"
+    given = environment.get("CC")
+    found = given or next((c for c in ("clang", "gcc") if shutil.which(c, path=environment.get("PATH"))), None)
+    if found is None:
+        return fail(name, "none, which Triton needs to start kernels", "install gcc, or name a C compiler in CC")
+    if not headers.is_file():
+        return fail(name, f"{found}, but {headers} is missing, which Triton includes", "install Python's headers")
+    return ok(name, f"{found}, for Triton's kernels")
 
 
 def _shown(gpu: Gpu) -> str:
