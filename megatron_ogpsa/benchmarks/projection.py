@@ -32,6 +32,7 @@ from megatron_ogpsa.projection.segments import Segment, SegmentLayout, gram_and_
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TRIAD_BYTES, COPY_BYTES = 12, 8
+REPEAT_ON_GPU = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,8 @@ def measure(case: Case, device: torch.device, *, rounds: int, with_pytorch: bool
             "dots in PyTorch": lambda: gram_and_dots(layout, rows, [vector]),
             "subtract in PyTorch": lambda: subtract_combination(layout, [vector], rows, weights),
         }
-    seconds = in_turn(work, rounds=rounds, device=device, title=f"{case.elements:.0e}, K={case.rank}")
+    repeat = REPEAT_ON_GPU if device.type == "cuda" else 1
+    seconds = in_turn(work, rounds=rounds, device=device, title=f"{case.elements:.0e}, K={case.rank}", repeat=repeat)
     return {name: _speed(name, case, rows, seconds) for name in work}
 
 
@@ -117,6 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     """Measure all combinations that were asked for, print a table, and write them as JSON."""
     args = _parser().parse_args(argv)
     device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where Triton launches
     if args.threads:
         torch.set_num_threads(args.threads)
     results = []
@@ -131,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         account = {"device": _described(device), "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")}
         account |= {"command": "python -m megatron_ogpsa.benchmarks.projection " + " ".join(argv or sys.argv[1:])}
-        versions = {name: version(name) for name in ("torch", "numba")}
+        versions = {name: version(name) for name in ("torch", "triton" if device.type == "cuda" else "numba")}
         args.json.write_text(json.dumps(account | {"versions": versions, "results": results}, indent=1) + "\n")
     return 0
 

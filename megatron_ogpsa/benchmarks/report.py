@@ -1,8 +1,9 @@
 """The page of all figures, from their data: ``python -m megatron_ogpsa.benchmarks.report docs/performance``.
 
 The folder holds ``projection.json`` (:mod:`megatron_ogpsa.benchmarks.projection`), ``large.json`` (of longer vectors),
-``growth.json`` (of more ranks and numbers of blocks, and with the passes in PyTorch), and ``steps.jsonl``
-(:mod:`megatron_ogpsa.benchmarks.step`, a line for each layout).
+``growth.json`` (of more basis vectors and numbers of blocks, and with the passes in PyTorch), ``steps.jsonl``
+(:mod:`megatron_ogpsa.benchmarks.step`, a line for each layout and rule), ``ranks.jsonl`` and ``vectors.jsonl`` (the same for
+each number of ranks, and of basis vectors), and ``training.json`` (:mod:`megatron_ogpsa.benchmarks.training`).
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from megatron_ogpsa.benchmarks import step
+
 _COLOURS = {"dots": "#0072B2", "subtract": "#E69F00"}
 _DPI = 130
+_PLAIN_STEP, _OWN_STEP = (f"milliseconds of optimizer.step(), {name}" for name in ("plain", "ogpsa"))
 
 Json = dict[str, Any]
 
@@ -26,7 +31,7 @@ _PAGE = """# What projection costs
 Every figure here is a ratio, or stands beside one: medians over rounds in which the things that are compared take turns, so
 that a machine that is shared or changes its speed is fair to all of them. Made by
 `python -m megatron_ogpsa.benchmarks.report docs/performance` from the data in [performance](performance). No figure of a GPU
-is known yet: both benchmarks are written to run there too, which has not been tried.
+is known yet: the benchmarks are written to run there too, which has not been tried.
 
 ## The two passes
 
@@ -54,10 +59,10 @@ it grows by {per_block:.1f} µs a block. Tile by tile in PyTorch, as they were b
 A GPT of {parameters:.0f}M parameters, sequences of {seq_length}, micro-batches of {micro_batch_size}, {accumulate}
 accumulated, two references, per tensor: plain, projected, and with the hooks of the authors' released code (whole copies
 of the references on each rank, brought to the gradient's device and orthonormalised anew in each tensor's hook on each
-micro-batch), in turn in one process group; then with `--tensor-model-parallel-size 2`, and with `--space update`:
+micro-batch), in turn in one process group ({steps_dates}; {steps_cores} cores, a thread a rank):
 
 ```bash
-torchrun --nproc-per-node 2 -m megatron_ogpsa.benchmarks.step --json docs/performance/steps.jsonl
+{steps_commands}
 ```
 
 {steps}
@@ -65,44 +70,141 @@ torchrun --nproc-per-node 2 -m megatron_ogpsa.benchmarks.step --json docs/perfor
 A projected step has as many collectives as a plain one: its sums ride in the all-reduce of the norm. With updates projected
 it is one more. On CPU the authors' copies lie beside the gradient, so that bringing them there, which on a GPU crosses
 the bus on every micro-batch, costs nothing here. *Beside passes* is what a refresh takes beside its reference passes:
-capturing, one all-reduce, orthonormalising. Rows that give its milliseconds have these passes compiled, the others had
-them tile by tile in PyTorch. The rows were not measured side by side: how busy other jobs kept the machine shows in the
-time of a plain step, and where it is longer the ratios scatter more.
+capturing, one all-reduce, orthonormalising.
+
+Memory, of the rank that prints, as bytes for an element of its shard: what is held from one step to the next, and by how
+much the highest resident set of a step, or of a refresh, is above a plain step's.
+
+{memory}
+
+## Growth
+
+What projection adds to `optimizer.step()`, against the number of ranks, each with a shard of about the same size, and against
+the number of basis vectors, with the whole model as one block and with one for each of {tensors} tensors.
+
+![Milliseconds added to a step, against ranks and against basis vectors](performance/overhead.png)
+
+```bash
+{growth_commands}
+```
+
+{ranks}
+
+On {ranks_cores} cores more ranks than that take turns, so that times grow with their number whatever they do: what is to be
+compared is the share. Against basis vectors:
+
+{vectors}
+
+## Whole runs
+
+`{training_command}` ({training_date}, {training_cores} cores): SFT and DPO of a real model of 135M parameters on packed
+rows of real data, with `megatron-ogpsa train`. Tokens of the data in a second, padding not counted; *with refreshes* spreads
+one of {reference_samples} conversations over the paper's {sft_interval} steps in SFT and {dpo_interval} in DPO.
+
+{training}
+
+With a batch as small as here a refresh weighs much: it passes over {reference_samples} conversations, a step over
+{tokens_of_a_step} tokens. [plan](planning.md) tells the share for a run on a cluster. *TRL* is its trainers in one process
+on all cores, as they run on one GPU: the same model and conversations, micro-batches of up to four samples padded to their
+longest, in autocast to bf16 where Megatron has bf16 weights; *authors* adds the rule of their released code, by hooks on each
+parameter with a copy of the reference in host memory. It packs nothing, which is why fewer of its positions are tokens.
 
 A refresh finds its reference data ready: they are tokenized once, when the run starts, cut into each rank's micro-batches
 and kept in host memory, page-locked where there is a GPU. Nothing is read from disk or tokenized during a refresh.
 
 ## Not measured
 
-GPUs, FP8, tokens per second of whole runs, a trainer of another library on the same tokens, more processes than two,
-cheaper refreshes (staggered references).
+GPUs and FP8. What cheaper refreshes (fewer samples, longer intervals, references in turn) leave of the protection is measured
+in the [study](study/README.md). The Triton kernels are compiled for compute capability 9.0 by their tests and have run under
+Triton's interpreter alone.
 """
 
 
-def as_markdown(projection: Json, large: Json, growth: Json, steps: Sequence[Json]) -> str:
+@dataclass(frozen=True)
+class Data:
+    """What the page is made of: the files of its folder, by their names."""
+
+    projection: Json
+    large: Json
+    growth: Json
+    training: Json
+    steps: Sequence[Json]
+    ranks: Sequence[Json]
+    vectors: Sequence[Json]
+
+    @classmethod
+    def of(cls, folder: Path) -> Data:
+        """All files of ``folder``."""
+
+        def text(name: str) -> str:
+            return (folder / name).read_text(encoding="utf-8")
+
+        def lines(name: str) -> list[Json]:
+            return [json.loads(line) for line in text(f"{name}.jsonl").splitlines()]
+
+        return cls(
+            **{name: json.loads(text(f"{name}.json")) for name in ("projection", "large", "growth", "training")},
+            steps=lines("steps"),
+            ranks=lines("ranks"),
+            vectors=lines("vectors"),
+        )
+
+
+def as_markdown(data: Data) -> str:
     """The page."""
-    arguments = steps[0]["arguments"]
-    slower = [_both(result, " in PyTorch") / _both(result) for result in growth["results"]]
-    return _PAGE.format(
-        projection_command=projection["command"],
-        large_command=large["command"],
-        projection_date=projection["date"],
-        device=projection["device"],
-        threads=projection["threads"],
-        threads_plural="s" if projection["threads"] > 1 else "",
-        versions=", ".join(f"{name} {version}" for name, version in projection["versions"].items()),
-        projection=_table(_projection_rows([*projection["results"], *large["results"]])),
-        num_blocks=max(result["blocks"] for result in projection["results"]),
-        growth_command=growth["command"],
-        in_pytorch_least=min(slower),
-        in_pytorch_most=max(slower),
-        per_block=_microseconds_per_block(growth["results"]),
-        parameters=steps[0]["parameters"] * steps[0]["tensor parallel"] / 1e6,
-        seq_length=arguments["seq_length"],
-        micro_batch_size=arguments["micro_batch_size"],
-        accumulate=arguments["accumulate"],
-        steps=_table(_step_rows(steps)),
-    )
+    return _PAGE.format(**_of_the_passes(data), **_of_steps(data), **_of_training(data.training))
+
+
+def _of_the_passes(data: Data) -> Json:
+    slower = [_both(result, " in PyTorch") / _both(result) for result in data.growth["results"]]
+    projection = data.projection
+    return {
+        "projection_command": projection["command"],
+        "large_command": data.large["command"],
+        "projection_date": projection["date"],
+        "device": projection["device"],
+        "threads": projection["threads"],
+        "threads_plural": "s" if projection["threads"] > 1 else "",
+        "versions": ", ".join(f"{name} {version}" for name, version in projection["versions"].items()),
+        "projection": _table(_projection_rows([*projection["results"], *data.large["results"]])),
+        "num_blocks": max(result["blocks"] for result in projection["results"]),
+        "growth_command": data.growth["command"],
+        "in_pytorch_least": min(slower),
+        "in_pytorch_most": max(slower),
+        "per_block": _microseconds_per_block(data.growth["results"]),
+    }
+
+
+def _of_steps(data: Data) -> Json:
+    first = data.steps[0]
+    return {
+        "parameters": first["parameters"] * first["tensor parallel"] / 1e6,
+        **{name: first["arguments"][name] for name in ("seq_length", "micro_batch_size", "accumulate")},
+        "steps_dates": " and ".join(sorted({one["date"] for one in data.steps})),
+        "steps_cores": first["cores"],
+        "steps": _table(_step_rows(data.steps)),
+        "steps_commands": _commands(data.steps),
+        "memory": _table(_memory_rows(data.steps)),
+        "tensors": data.vectors[0]["tensors"],
+        "growth_commands": _commands([*data.ranks, *data.vectors]),
+        "ranks": _table(_growth_rows(data.ranks)),
+        "ranks_cores": data.ranks[0]["cores"],
+        "vectors": _table(_growth_rows(data.vectors)),
+    }
+
+
+def _of_training(training: Json) -> Json:
+    tokens = [f"{one['tokens of a step']:.0f}" for one in training["results"] if one["setting"] == "plain"]
+    intervals = {f"{one['stage']}_interval": one["steps from one refresh to the next"] for one in training["results"]}
+    return {
+        "training": _table(_training_rows(training["results"])),
+        "training_command": training["command"],
+        "training_date": training["date"],
+        "training_cores": training["cores"],
+        "reference_samples": training["reference samples"],
+        "tokens_of_a_step": " or ".join(tokens),
+        **intervals,
+    }
 
 
 def _projection_rows(results: Iterable[Json]) -> list[list[str]]:
@@ -132,32 +234,102 @@ def _microseconds_per_block(results: Sequence[Json]) -> float:
 
 
 def _step_rows(steps: Iterable[Json]) -> list[list[str]]:
-    titles = ["layout", "space", "plain step", "OGPSA / plain", "authors / plain", "optimizer.step()", "collectives"]
-    rows = [[*titles, "basis", "authors' copies", "beside passes"]]
-    for step in steps:
-        data_parallel = step["world size"] // step["tensor parallel"]
+    titles = ["layout", "space", "mode", "plain step", "OGPSA / plain", "authors / plain", "optimizer.step()"]
+    rows = [[*titles, "collectives", "beside passes"]]
+    for one in steps:
         rows.append(
             [
-                f"TP{step['tensor parallel']} × DP{data_parallel}",
-                step["arguments"]["space"],
-                f"{step['seconds of a plain step']:.2f} s",
-                f"{step['ogpsa / plain']:.3f}",
-                f"{step['authors / plain']:.3f}",
-                f"{step['milliseconds of optimizer.step(), plain']:.0f} → "
-                f"{step['milliseconds of optimizer.step(), ogpsa']:.0f} ms",
-                f"{step['collectives of a step, plain']} → {step['collectives of a step, ogpsa']}",
-                f"{step['bytes of the basis'] / step["elements of this rank's shard"]:.1f} B an element of the shard",
-                f"{step["bytes of the authors' copies"] / step["elements of this rank's shard"]:.1f} B",
-                _beside_passes(step),
+                *_layout_and_rule(one),
+                f"{one['seconds of a plain step']:.2f} s",
+                f"{one['ogpsa / plain']:.3f}",
+                f"{one['authors / plain']:.3f}",
+                f"{one[_PLAIN_STEP]:.0f} → {one[_OWN_STEP]:.0f} ms",
+                f"{one['collectives of a step, plain']} → {one['collectives of a step, ogpsa']}",
+                f"{one['refresh: share beside its passes']:.1%} of a refresh, "
+                f"{one['refresh: milliseconds beside its passes']:.0f} ms",
             ]
         )
     return rows
 
 
-def _beside_passes(step: Json) -> str:
-    share = f"{step['refresh: share beside its passes']:.1%} of a refresh"
-    milliseconds = step.get("refresh: milliseconds beside its passes")  # older data have none
-    return share if milliseconds is None else f"{share}, {milliseconds:.0f} ms"
+def _layout_and_rule(one: Json) -> list[str]:
+    data_parallel = one["world size"] // one["tensor parallel"]
+    return [f"TP{one['tensor parallel']} × DP{data_parallel}", one["arguments"]["space"], one["arguments"]["mode"]]
+
+
+def _memory_rows(steps: Iterable[Json]) -> list[list[str]]:
+    titles = ["layout", "space", "mode", "basis", "authors' copies", "highest: step", "refresh", "authors' step"]
+    rows = [titles]
+    for one in steps:
+        held = [one["bytes of the basis"], one["bytes of the authors' copies"]]
+        above = {
+            name: one[f"peak bytes, {name}"] - one["peak bytes, plain"] for name in ("ogpsa", "refresh", "authors")
+        }
+        above["authors"] -= one["bytes of the basis"]  # which lies beside the copies, but belongs to neither
+        cells = [
+            f"{held_bytes / one["elements of this rank's shard"]:.1f} B" for held_bytes in [*held, *above.values()]
+        ]
+        rows.append([*_layout_and_rule(one), *cells])
+    return rows
+
+
+def _growth_rows(lines: Iterable[Json]) -> list[list[str]]:
+    rows = [
+        ["ranks", "k", "granularity", "elements of a shard", "plain step", "optimizer.step()", "added", "of the step"]
+    ]
+    for one in lines:
+        rows.append(
+            [
+                str(one["world size"]),
+                str(one["basis vectors"]),
+                one["arguments"]["granularity"],
+                f"{one["elements of this rank's shard"] / 1e6:.1f}M",
+                f"{one['seconds of a plain step']:.2f} s",
+                f"{one[_PLAIN_STEP]:.0f} → {one[_OWN_STEP]:.0f} ms",
+                f"{_added(one):.0f} ms",
+                f"{_added(one) / one['seconds of a plain step'] / 10:.1f}%",
+            ]
+        )
+    return rows
+
+
+def _added(one: Json) -> float:
+    """Milliseconds that projection adds to ``optimizer.step()``."""
+    return float(one[_OWN_STEP] - one[_PLAIN_STEP])
+
+
+def _commands(lines: Iterable[Json]) -> str:
+    """What measured each line, with the flags that are not the benchmark's own."""
+    usual = vars(step.parser().parse_args([]))
+    commands = []
+    for one in lines:
+        flags = [
+            (f"--no-{name}" if value == "False" else f"--{name.replace('_', '-')} {value}")
+            for name, value in one["arguments"].items()
+            if value != str(usual[name]) and name != "json"
+        ]
+        own = ["torchrun --nproc-per-node", str(one["world size"]), "-m megatron_ogpsa.benchmarks.step", *flags]
+        commands.append(" ".join(own))
+    return "\n".join(commands)
+
+
+def _training_rows(results: Iterable[Json]) -> list[list[str]]:
+    titles = ["stage", "setting", "of positions are tokens", "tokens/s", "of plain", "a refresh"]
+    rows = [[*titles, "of plain, with refreshes"]]
+    for result in results:
+        refresh = result["seconds of a refresh"]
+        rows.append(
+            [
+                result["stage"],
+                result["setting"],
+                f"{result['share of positions that are tokens']:.1%}",
+                f"{result['tokens per second']:.0f}",
+                f"{result['of plain']:.3f}",
+                "–" if refresh is None else f"{refresh:.1f} s",
+                f"{result['of plain, with refreshes']:.3f}",
+            ]
+        )
+    return rows
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -189,23 +361,43 @@ def plot(growth: Json, path: Path) -> None:
     figure.savefig(path, dpi=_DPI)
 
 
+def plot_overhead(ranks: Sequence[Json], vectors: Sequence[Json], path: Path) -> None:
+    """What projection adds to a step, against the number of ranks, and against k for each granularity."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([one["world size"] for one in ranks], [_added(one) for one in ranks], marker="o", color=_COLOURS["dots"])
+    left.set_xlabel(f"ranks ({ranks[0]['cores']} cores; k = {ranks[0]['basis vectors']})")
+    left.set_xscale("log", base=2)
+    left.set_xticks([one["world size"] for one in ranks], [str(one["world size"]) for one in ranks])
+    for granularity, colour in zip(("model", "tensor"), _COLOURS.values(), strict=True):
+        chosen = [one for one in vectors if one["arguments"]["granularity"] == granularity]
+        blocks = chosen[0]["tensors"] if granularity == "tensor" else 1
+        points = [(one["basis vectors"], _added(one)) for one in chosen]
+        label = f"{granularity}, {blocks} block{'s' if blocks > 1 else ''}"
+        right.plot(*zip(*points, strict=True), marker="o", color=colour, label=label)
+    right.set_xlabel(f"basis vectors k ({vectors[0]['world size']} ranks)")
+    right.legend()
+    for axes in (left, right):
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("milliseconds added to optimizer.step()")
+    figure.savefig(path, dpi=_DPI)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Write ``FOLDER.md`` and ``FOLDER/growth.png``."""
+    """Write ``FOLDER.md`` and the plots in ``FOLDER``."""
     parser = argparse.ArgumentParser(prog="python -m megatron_ogpsa.benchmarks.report")
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args(argv).folder
-    growth = json.loads((folder / "growth.json").read_text(encoding="utf-8"))
-    plot(growth, folder / "growth.png")
-    folder.with_suffix(".md").write_text(page_of(folder), encoding="utf-8")
+    data = Data.of(folder)
+    plot(data.growth, folder / "growth.png")
+    plot_overhead(data.ranks, data.vectors, folder / "overhead.png")
+    folder.with_suffix(".md").write_text(as_markdown(data), encoding="utf-8")
     return 0
 
 
 def page_of(folder: Path) -> str:
     """The page that belongs to the data in ``folder``."""
-    names = ("projection", "large", "growth")
-    projection, large, growth = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names)
-    steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text(encoding="utf-8").splitlines()]
-    return as_markdown(projection, large, growth, steps)
+    return as_markdown(Data.of(folder))
 
 
 if __name__ == "__main__":

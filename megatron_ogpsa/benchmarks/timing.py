@@ -11,24 +11,36 @@ from tqdm import tqdm
 
 
 def in_turn(
-    work: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device, title: str, quiet: bool = False
+    work: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    device: torch.device,
+    title: str,
+    quiet: bool = False,
+    repeat: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of each piece of work in each round, after a round that does not count: A B C A B C …"""
+    """Seconds of each piece of work in each round, after a round that does not count: A B C A B C …
+
+    Args:
+        repeat: times that a piece of work is done in its turn; seconds are of one. On a GPU several are queued before the
+            host waits for the last, so that what launching takes is hidden as it is in a training step.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for index in tqdm(range(rounds + 1), desc=title, leave=False, delay=3.0, disable=quiet):
         for name, function in work.items():
-            taken = _seconds(function, device)
+            taken = _seconds(function, device, repeat)
             if index:
                 seconds[name].append(taken)
     return seconds
 
 
-def _seconds(function: Callable[[], object], device: torch.device) -> float:
+def _seconds(function: Callable[[], object], device: torch.device, repeat: int) -> float:
     wait(device)
     start = time.perf_counter()
-    function()
+    for _ in range(repeat):
+        function()
     wait(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / repeat
 
 
 def wait(device: torch.device) -> None:

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import statistics
 import sys
 import time
@@ -118,10 +119,14 @@ def read_speed(log: Path, data: Path, rows_in_step: int, refreshed: Sequence[int
     )
 
 
-def read_trl_speed(file: Path) -> Speed:
-    """Of the steps that :mod:`megatron_ogpsa.benchmarks.trl_training` wrote down."""
+def read_trl_speed(file: Path, refreshed: Sequence[int]) -> Speed:
+    """Of the steps that :mod:`megatron_ogpsa.benchmarks.trl_training` wrote down.
+
+    Args:
+        refreshed: as in :func:`read_speed`; plain runs leave these steps out too, since each step has other samples.
+    """
     steps = json.loads(file.read_text(encoding="utf-8"))["steps"]
-    counted = [step for step in steps[WARM_UP:] if not step["refresh_seconds"]]
+    counted = [step for number, step in enumerate(steps, 1) if number > WARM_UP and number not in refreshed]
     refreshes = [step["refresh_seconds"] for step in steps if step["refresh_seconds"]]
     tokens = sum(step["tokens"] for step in counted)
     return Speed(
@@ -189,7 +194,9 @@ def measure(args: argparse.Namespace, stages: Sequence[str]) -> list[dict[str, A
     refreshed = [*range(1, args.steps + 1, _interval(args))]
     found = {
         (stage, name): [
-            read_trl_speed(file) if name in TRL_SETTINGS else read_speed(file, _data(args, stage), args.rows, refreshed)
+            read_trl_speed(file, refreshed)
+            if name in TRL_SETTINGS
+            else read_speed(file, _data(args, stage), args.rows, refreshed)
             for file in files
         ]
         for (stage, name), files in speeds.items()
@@ -201,7 +208,7 @@ def _run(args: argparse.Namespace, stage: str, name: str, log: Path) -> tuple[li
     """The command, and the file that will tell its speed."""
     path = args.out / f"{stage}-{name}.yaml"
     path.write_text(yaml.safe_dump(config(args, stage, name), sort_keys=False), encoding="utf-8")
-    return [*COMMAND, "train", str(path)], log
+    return [*COMMAND, "train", str(path), *shlex.split(args.train_flags)], log
 
 
 def _trl_run(args: argparse.Namespace, stage: str, name: str, log: Path) -> tuple[list[str], Path]:
@@ -275,6 +282,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument(
+        "--train-flags", default="", metavar="FLAGS", help="more of megatron-ogpsa train's, in one word"
+    )
     parser.add_argument("--trl", action="store_true", help="TRL's trainers too, plain and with the authors' rule")
     parser.add_argument("--out", type=Path, default=Path("runs/training-benchmark"), help="(runs/training-benchmark)")
     parser.add_argument("--json", type=Path, metavar="FILE")

@@ -5,9 +5,9 @@ python -m megatron_ogpsa.benchmarks.trl_training MODEL_FOLDER --stage sft --data
 ```
 
 One process, as people run TRL on one GPU: samples padded to the longest of their micro-batch, reference log-probabilities
-of DPO computed first, no recomputation of activations. A step takes as many samples as fill ``--tokens-per-step`` on
-average. With ``--rule authors`` the gradient of the references' next-token loss is computed like any batch's, copied to
-host memory, and removed from every micro-batch's gradient, tensor by tensor
+of DPO computed first, no recomputation of activations. A step takes as many whole micro-batches as fill
+``--tokens-per-step`` on average. With ``--rule authors`` the gradient of the references' next-token loss is computed like
+any batch's, copied to host memory, and removed from every micro-batch's gradient, tensor by tensor
 (:mod:`megatron_ogpsa.benchmarks.authors_hooks`).
 
 :mod:`megatron_ogpsa.benchmarks.training` starts it, in turn with Megatron. It needs ``trl`` (setup.cfg, extra ``test``).

@@ -74,10 +74,12 @@ def _run_as_rank(config: ConfigFile, flags: list[str]) -> int:
     from megatron_ogpsa.evaluation.scoring import score_checkpoints
     from megatron_ogpsa.integration.agreement import agreed
     from megatron_ogpsa.integration.arguments import build_parser
+    from megatron_ogpsa.integration.hang_watch import watched
     from megatron_ogpsa.integration.loaded_model import LoadedModel
 
     model = LoadedModel.build(config.as_flags(build_parser(), overrides))
-    found = list(score_checkpoints(model, request))
+    with watched(model.args):
+        found = list(score_checkpoints(model, request))
     is_first = dist.get_rank() == 0
     if is_first:
         print(f"\n{report.terminal_table(found)}", flush=True)

@@ -1,4 +1,4 @@
-"""The watch over hangs in Megatron's training loop.
+"""The watch over hangs in Megatron's training loop, and while checkpoints are scored.
 
 Phases are told where Megatron tells its own fault-tolerance package, which needs another launcher
 (``--enable-ft-package``, ``megatron/training/ft_integration.py``); without it those functions do nothing.

@@ -30,7 +30,7 @@ def command(tmp_path: Path) -> list[str]:
 
 def write_log(step: Step) -> None:
     """As a run of six steps leaves it; the first two are slow, and the first and the fourth begin with a refresh."""
-    config = Path(step.command[-1])
+    config = next(Path(part) for part in step.command if part.endswith(".yaml"))
     stage, setting = config.stem.split("-")
     data = config.with_name(f"{stage}.jsonl")
     lines = [f"data {data}: 40 samples in 10 rows of 512 positions, 50.0% tokens, 50.0% padding"]
@@ -47,16 +47,19 @@ def write_log(step: Step) -> None:
 def test_settings_take_turns_and_ratios_count_refreshes(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    titles = []
+    titles, commands = [], []
 
     def run_steps(steps: Sequence[Step]) -> None:
         for step in steps:
             titles.append(step.title)
+            commands.append(step.command)
             if "train" in step.command:
                 write_log(step)
 
     monkeypatch.setattr(training, "run_steps", run_steps)
-    assert training.main([*command, "--json", str(tmp_path / "figures.json")]) == 0
+    flags = ["--train-flags", "--transformer-impl local --no-masked-softmax-fusion"]
+    assert training.main([*command, *flags, "--json", str(tmp_path / "figures.json")]) == 0
+    assert commands[1][-3:] == ["--transformer-impl", "local", "--no-masked-softmax-fusion"]
     in_turn = [f"{stage} {name}" for stage in ("sft", "dpo") for name in ("plain", "gradient", "update")]
     assert titles == ["to Megatron", *(f"{title}, round {number}" for number in (1, 2) for title in in_turn)]
     account = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))

@@ -41,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, preloaded: PreloadedCommand
     prompts = [{"prompt": "how do i build " + "weapon " * number} for number in range(1, 8)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
     (folder / "judge.py").write_text("def judge(prompt, answer): return len(prompt) % 2 == 0\n", encoding="utf-8")
+    (folder / "slow_judge.py").write_text("import time\ndef judge(prompt, answer): time.sleep(60)\n", encoding="utf-8")
     (folder / "bad_judge.py").write_text("def judge(prompt, answer): return 1 / 0\n", encoding="utf-8")
     flags = (
         f"{ONE} --tokenizer-model tokenizer --ogpsa-train-data safety.jsonl --ogpsa-valid-data valid.jsonl --save run"
@@ -153,3 +154,14 @@ def test_mistakes_are_told_once_by_all_ranks(evaluate: Evaluate, flags: str, fau
     assert outcome.exit_code == 2, outcome.output[-3000:]
     assert len(outcome.error_lines) == 1, outcome.error_lines
     assert fault in outcome.error_lines[0]
+
+
+def test_a_judge_that_does_not_answer_ends_all_ranks(evaluate: Evaluate) -> None:
+    """The other rank waits for its verdicts, and says who has them."""
+    asked = "--prompts a=prompts.jsonl --judge slow_judge.py:judge --max-new-tokens 2 --ogpsa-hang-timeout 3"
+    outcome = evaluate(*LAYOUTS["dp2"].split(), *asked.split())
+    assert outcome.exit_code == 3, outcome.output[-3000:]
+    (line,) = outcome.error_lines
+    assert re.search(
+        r"rank 1 .* has waited for \d+ s .*: rank 0\b.* is alive and computes .*slow_judge\.py:2\b", line
+    ), line
