@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_ogpsa.benchmarks import step
 
 _COLOURS = {"dots": "#0072B2", "subtract": "#E69F00"}
 _DPI = 130
+_ADDED = "milliseconds added to optimizer.step(), quartiles"
 _PLAIN_STEP, _OWN_STEP = (f"milliseconds of optimizer.step(), {name}" for name in ("plain", "ogpsa"))
 
 Json = dict[str, Any]
@@ -51,8 +53,8 @@ then bound by that, not by memory.
 ![Milliseconds against the number of basis vectors, and against the number of blocks](performance/growth.png)
 
 `{growth_command}`: time grows with the bytes, which are linear in k; with thousands of blocks
-it grows by {per_block:.1f} µs a block. Tile by tile in PyTorch, as they were before they were compiled, the two passes take
-{in_pytorch_least:.1f} to {in_pytorch_most:.1f} times as long.
+a block adds {per_block_least:.1f} to {per_block_most:.1f} µs, by k. Tile by tile in PyTorch, as they were before they were
+compiled, the two passes take {in_pytorch_least:.1f} to {in_pytorch_most:.1f} times as long.
 
 ## A training step
 
@@ -96,7 +98,8 @@ more ranks than that take turns besides, so that what is to be compared is the s
 
 {vectors}
 
-The difference of two medians scatters by some 15 ms; the passes by themselves (above) are linear in k.
+Medians over rounds of the difference within a round, with quartiles, and the machine's load average, which the measured
+ranks are part of. The passes by themselves (above) are linear in k.
 
 ## Whole runs
 
@@ -110,7 +113,8 @@ With a batch as small as here a refresh weighs much: it passes over {reference_s
 {tokens_of_a_step} tokens. [plan](planning.md) tells the share for a run on a cluster. *TRL* is its trainers in one process
 on all cores, as they run on one GPU: the same model and conversations, micro-batches of up to four samples padded to their
 longest, in autocast to bf16 where Megatron has bf16 weights; *authors* adds the rule of their released code, by hooks on each
-parameter with a copy of the reference in host memory. It packs nothing, which is why fewer of its positions are tokens.
+parameter with a copy of the reference in host memory. It packs nothing: in SFT half of its positions are padding. In the few
+steps of DPO that count, of two pairs each, lengths happened to be alike.
 
 A refresh finds its reference data ready: they are tokenized once, when the run starts, cut into each rank's micro-batches
 and kept in host memory, page-locked where there is a GPU. Nothing is read from disk or tokenized during a refresh.
@@ -160,6 +164,7 @@ def as_markdown(data: Data) -> str:
 
 def _of_the_passes(data: Data) -> Json:
     slower = [_both(result, " in PyTorch") / _both(result) for result in data.growth["results"]]
+    per_block = _microseconds_per_block(data.growth["results"])
     projection = data.projection
     return {
         "projection_command": projection["command"],
@@ -174,7 +179,8 @@ def _of_the_passes(data: Data) -> Json:
         "growth_command": data.growth["command"],
         "in_pytorch_least": min(slower),
         "in_pytorch_most": max(slower),
-        "per_block": _microseconds_per_block(data.growth["results"]),
+        "per_block_least": min(per_block),
+        "per_block_most": max(per_block),
     }
 
 
@@ -228,12 +234,16 @@ def _both(result: Json, kind: str = "") -> float:
     return float(sum(result["passes"][name + kind]["milliseconds"] for name in _COLOURS))
 
 
-def _microseconds_per_block(results: Sequence[Json]) -> float:
-    """Of both passes, from the fewest blocks to the most, at the smallest rank."""
-    rank = min(result["rank"] for result in results)
-    by_blocks = sorted((r for r in results if r["rank"] == rank), key=lambda result: int(result["blocks"]))
-    first, last = by_blocks[0], by_blocks[-1]
-    return max(0.0, 1e3 * (_both(last) - _both(first)) / (last["blocks"] - first["blocks"]))
+def _microseconds_per_block(results: Iterable[Json]) -> list[float]:
+    """Of both passes, from the fewest blocks to the most, for each number of basis vectors."""
+    by_rank: dict[int, list[Json]] = {}
+    for result in results:
+        by_rank.setdefault(result["rank"], []).append(result)
+    slopes = []
+    for own in by_rank.values():
+        first, *_, last = sorted(own, key=lambda result: int(result["blocks"]))
+        slopes.append(1e3 * (_both(last) - _both(first)) / (last["blocks"] - first["blocks"]))
+    return slopes
 
 
 def _step_rows(steps: Iterable[Json]) -> list[list[str]]:
@@ -277,10 +287,10 @@ def _memory_rows(steps: Iterable[Json]) -> list[list[str]]:
 
 
 def _growth_rows(lines: Iterable[Json]) -> list[list[str]]:
-    rows = [
-        ["ranks", "k", "granularity", "elements of a shard", "plain step", "optimizer.step()", "added", "of the step"]
-    ]
+    rows = [["ranks", "k", "granularity", "elements of a shard", "plain step", "optimizer.step(), plain", "added"]]
+    rows[0] += ["of a step", "load"]
     for one in lines:
+        lower, median, upper = one[_ADDED]
         rows.append(
             [
                 str(one["world size"]),
@@ -288,17 +298,13 @@ def _growth_rows(lines: Iterable[Json]) -> list[list[str]]:
                 one["arguments"]["granularity"],
                 f"{one["elements of this rank's shard"] / 1e6:.1f}M",
                 f"{one['seconds of a plain step']:.2f} s",
-                f"{one[_PLAIN_STEP]:.0f} → {one[_OWN_STEP]:.0f} ms",
-                f"{_added(one):.0f} ms",
-                f"{_added(one) / one['seconds of a plain step'] / 10:.1f}%",
+                f"{one[_PLAIN_STEP]:.0f} ms",
+                f"{median:.0f} ms ({lower:.0f} to {upper:.0f})",
+                f"{median / one['seconds of a plain step'] / 10:.1f}%",
+                f"{one['load average']:.1f}",
             ]
         )
     return rows
-
-
-def _added(one: Json) -> float:
-    """Milliseconds that projection adds to ``optimizer.step()``."""
-    return float(one[_OWN_STEP] - one[_PLAIN_STEP])
 
 
 def _commands(lines: Iterable[Json]) -> str:
@@ -368,22 +374,28 @@ def plot_overhead(ranks: Sequence[Json], vectors: Sequence[Json], path: Path) ->
     """What projection adds to a step, against the number of ranks, and against k for each granularity."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot([one["world size"] for one in ranks], [_added(one) for one in ranks], marker="o", color=_COLOURS["dots"])
+    _draw_added(left, "world size", ranks, color=_COLOURS["dots"])
     left.set_xlabel(f"ranks ({ranks[0]['cores']} cores; k = {ranks[0]['basis vectors']})")
     left.set_xscale("log", base=2)
     left.set_xticks([one["world size"] for one in ranks], [str(one["world size"]) for one in ranks])
     for granularity, colour in zip(("model", "tensor"), _COLOURS.values(), strict=True):
         chosen = [one for one in vectors if one["arguments"]["granularity"] == granularity]
         blocks = chosen[0]["tensors"] if granularity == "tensor" else 1
-        points = [(one["basis vectors"], _added(one)) for one in chosen]
         label = f"{granularity}, {blocks} block{'s' if blocks > 1 else ''}"
-        right.plot(*zip(*points, strict=True), marker="o", color=colour, label=label)
+        _draw_added(right, "basis vectors", chosen, color=colour, label=label)
     right.set_xlabel(f"basis vectors k ({vectors[0]['world size']} ranks)")
     right.legend()
     for axes in (left, right):
         axes.set_ylim(bottom=0)
         axes.set_ylabel("milliseconds added to optimizer.step()")
     figure.savefig(path, dpi=_DPI)
+
+
+def _draw_added(axes: Axes, key: str, lines: Sequence[Json], *, color: str, label: str = "") -> None:
+    """Medians, and quartiles as bars."""
+    lower, median, upper = zip(*(one[_ADDED] for one in lines), strict=True)
+    bars = [[b - a for a, b in zip(*pair, strict=True)] for pair in ((lower, median), (median, upper))]
+    axes.errorbar([one[key] for one in lines], median, yerr=bars, marker="o", capsize=3, color=color, label=label)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -123,9 +123,11 @@ def check_compiler(environment: Mapping[str, str], headers: Path = _PYTHON_HEADE
     """
     name = "compiler"
     given = environment.get("CC")
-    found = given or next((c for c in ("clang", "gcc") if shutil.which(c, path=environment.get("PATH"))), None)
+    candidates = [given] if given else ["gcc", "clang"]
+    found = next((c for c in candidates if shutil.which(c, path=environment.get("PATH"))), None)
     if found is None:
-        return fail(name, "none, which Triton needs to start kernels", "install gcc, or name a C compiler in CC")
+        text = f"CC={given} is not there" if given else "none"
+        return fail(name, f"{text}, which Triton needs to start kernels", "install gcc, or name a C compiler in CC")
     if not headers.is_file():
         return fail(name, f"{found}, but {headers} is missing, which Triton includes", "install Python's headers")
     return ok(name, f"{found}, for Triton's kernels")

@@ -85,12 +85,16 @@ class LoadedModel:
         args.load, args.ckpt_step, args.pretrained_checkpoint = folder, iteration, None
         args.finetune = args.no_load_optim = args.no_load_rng = args.exit_on_missing_checkpoint = True
         load_checkpoint([self.module], None, None)
-        agreed(lambda: self._require_scales(flag, folder))
+        self._require_scales(flag, folder)
         return agreed(lambda: _loaded_iteration(folder, iteration))
 
     def _require_scales(self, flag: str, folder: str) -> None:
         """With the scale 1, which a module begins with, small activations would be rounded to nothing and scores be wrong."""
-        if starts_without_scales([self.module]) and not has_forward_scales([self.module]):
+        if not starts_without_scales([self.module]):
+            return
+        held = [False] * dist.get_world_size()
+        dist.all_gather_object(held, has_forward_scales([self.module]))  # a stage may have no layers
+        if not any(held):
             raise UserError(
                 f"{flag} {folder}: it was not trained with --fp8-recipe {self.args.fp8_recipe} and holds no scales for it: "
                 "leave --fp8-format out, or use --fp8-recipe tensorwise"

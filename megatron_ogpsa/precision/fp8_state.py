@@ -61,7 +61,7 @@ class ModuleState:
 
     def _of_the_length_in_use(self) -> Any:
         """The copies, with histories as long as a pass has made them: ``--fp8-amax-history-len`` may differ from that of the
-        checkpoint which they are from. The newest come first; what is not known is zero, as Transformer Engine has it.
+        checkpoint which they are from. Cut or padded with zeros at the end, as Transformer Engine does it.
         """
         if self.scaling is None:
             return None

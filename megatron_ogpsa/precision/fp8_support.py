@@ -116,17 +116,21 @@ def check_fp8_available(args: argparse.Namespace) -> None:
 
 
 def _check_scales_can_be_loaded(args: argparse.Namespace) -> None:
-    given = [f"{flag} {folder}" for flag, folder in (("--load", args.load), ("--save", args.save)) if folder]
-    if args.fp8_recipe != "delayed" or not given or os.environ.get(ALLOW_PICKLES) == "1":
+    loaded = [f"--load {args.load}"] if args.load else []
+    loaded += [f"--pretrained-checkpoint {args.pretrained_checkpoint}"] if args.pretrained_checkpoint else []
+    if args.fp8_recipe != "delayed" or not (loaded or args.save) or os.environ.get(ALLOW_PICKLES) == "1":
         return
     try:
         import_module("transformer_engine.pytorch._extra_state")
     except ImportError:  # an older one, which asks for no such thing
         return
+    # What a checkpoint holds decides, not what the run does with it: one of the delayed recipe loads in no other either.
+    given, other = (
+        (loaded[0], "") if loaded else (f"--save {args.save}", ", or use --fp8-recipe tensorwise, which keeps none")
+    )
     raise UserError(
-        f"--fp8-recipe delayed with {given[0]}: its scales are pickled into checkpoints, and this Transformer Engine does "
-        f"not load them unless {ALLOW_PICKLES}=1 is set: set it if you trust those who write there, or use "
-        "--fp8-recipe tensorwise"
+        f"--fp8-recipe delayed with {given}: its scales are pickled into checkpoints, and this Transformer Engine does not "
+        f"load them unless {ALLOW_PICKLES}=1 is set: set it if you trust those who write there{other}"
     )
 
 

@@ -1,6 +1,6 @@
 """The passes of a step on a GPU, as Triton kernels: each reads the gradient and the basis from memory once.
 
-Each program takes one piece of up to 2¹⁵ elements, block by block of 2¹⁰, and keeps its sums in registers, in fp64. Eager
+Each program takes one piece of up to 2¹⁵ elements, some hundred at a time, and keeps its sums in registers, in fp64. Eager
 PyTorch writes fp64 copies of the operands to memory first. The sums of pieces are added in one order, without atomics, so
 that a step is bitwise reproducible.
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from weakref import proxy
 
 import torch
 import triton
@@ -42,10 +43,11 @@ _MOST_TABLES = 64
 VECTOR_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@triton.jit(do_not_specialize=["first_piece", "first_column"])
+@triton.jit(do_not_specialize=["first_element", "first_piece", "first_column"])
 def _dots(
     addresses: tl.tensor,
     spans: tl.tensor,
+    first_element: tl.int64,
     rows: tl.tensor,
     row_stride: tl.int64,
     first_piece: tl.int64,
@@ -73,7 +75,7 @@ def _dots(
     for begin in range(start, stop, block):
         offsets = begin + tl.arange(0, block)
         inside = offsets < stop
-        value = tl.load(vector + offsets, mask=inside, other=0.0).to(tl.float64)
+        value = tl.load(vector + (offsets - first_element), mask=inside, other=0.0).to(tl.float64)
         with_itself += value * value
         at = rows + row[:, None] * row_stride + (offsets + shift)[None, :]
         held = (row < num_rows)[:, None] & inside[None, :]
@@ -180,7 +182,8 @@ class GpuKernels:
 
     def __init__(self, layout: SegmentLayout) -> None:
         by_span = pieces_by_span(layout, most=LONGEST_PIECE)
-        self._layout = layout
+        self._layout = proxy(layout)  # these live as long as the layout does, and would keep it alive
+        self._num_pieces = [num_pieces(tile, most=LONGEST_PIECE) for tile in layout.tiles]  # asks the device
         self._pieces, self._columns = in_memory(by_span), in_columns(by_span)
         self._order = BlockOrder(self._columns.blocks_P, layout.num_blocks)
         self._addresses: dict[tuple[int, ...], Tensor] = {}
@@ -192,7 +195,7 @@ class GpuKernels:
         """
         addresses, sums_PJ = self._where(spans), self._sums(rows_KN.shape[0])
         for part in self._parts(rows_KN):
-            self._add_up(addresses, spans[0].dtype, self._pieces, part, sums_PJ)
+            self._add_up(addresses, spans[0].dtype, self._pieces, part, sums_PJ, first_element=0)
         return self._order.sums_of_blocks(sums_PJ)
 
     def gram(self, rows_KN: Rows) -> Tensor:
@@ -269,9 +272,10 @@ class GpuKernels:
         sums = [self._sums(others_JN.shape[0]) for _ in range(rows_KN.shape[0])]
         for part, other in parts:
             rows = part.rows_KT.unbind()
-            addresses = self._where(rows, first_column=part.first_column)
+            addresses = self._where(rows)
             for index, (row, sums_PJ) in enumerate(zip(rows, sums, strict=True)):
-                self._add_up(addresses[index:], row.dtype, self._columns, other, sums_PJ)
+                first = part.first_column
+                self._add_up(addresses[index:], row.dtype, self._columns, other, sums_PJ, first_element=first)
         tables = [self._order.sums_of_blocks(sums_PJ) for sums_PJ in sums]
         return torch.stack(tables, dim=1)[..., :-1]
 
@@ -280,13 +284,16 @@ class GpuKernels:
         return torch.empty(len(self._columns), num_rows + 1, dtype=torch.float64, device=self._layout.device)
 
     @staticmethod
-    def _add_up(addresses: Tensor, dtype: torch.dtype, pieces: Pieces, part: _Part, sums_PJ: Tensor) -> None:
-        """R·v and ‖v‖² of the part's pieces of v."""
+    def _add_up(
+        addresses: Tensor, dtype: torch.dtype, pieces: Pieces, part: _Part, sums_PJ: Tensor, *, first_element: int
+    ) -> None:
+        """R·v and ‖v‖² of the part's pieces of v, which begins at ``first_element`` of its span."""
         num_rows = len(part.rows_KT)
         padded = triton.next_power_of_2(max(num_rows, 1))
         _dots[(part.num_pieces,)](
             addresses,
             pieces.spans_P,
+            first_element,
             part.rows_KT,
             part.rows_KT.stride(0),
             part.first_piece,
@@ -309,14 +316,13 @@ class GpuKernels:
                 yield _Part(rows_KN, 0, 0, len(self._columns))
             return
         first = 0
-        for tile, rows_KT in tiles_of(self._layout, rows_KN):
-            number = num_pieces(tile, most=LONGEST_PIECE)
+        for (tile, rows_KT), number in zip(tiles_of(self._layout, rows_KN), self._num_pieces, strict=True):
             yield _Part(rows_KT, tile.column, first, number)
             first += number
 
-    def _where(self, vectors: Sequence[Tensor], *, first_column: int = 0) -> Tensor:
-        """Where each of ``vectors`` begins in memory, as a table on the device; or its column 0, where it has less."""
-        found = tuple(vector.data_ptr() - first_column * vector.element_size() for vector in vectors)
+    def _where(self, vectors: Sequence[Tensor]) -> Tensor:
+        """Where each of ``vectors`` begins in memory, as a table on the device."""
+        found = tuple(vector.data_ptr() for vector in vectors)
         if found not in self._addresses:
             if len(self._addresses) == _MOST_TABLES:
                 self._addresses.clear()

@@ -130,7 +130,7 @@ def _fits_on_gpu(layout: SegmentLayout, vectors: Sequence[Rows], tables: Sequenc
 
     return (
         all(
-            isinstance(rows, TileSource) or (rows.device.type == "cuda" and rows.is_contiguous())
+            isinstance(rows, TileSource) or (rows.device == layout.device and rows.is_contiguous())
             for rows in (*vectors, *tables)
         )
         and len({vector.dtype for vector in vectors}) == 1

@@ -90,7 +90,6 @@ def test_a_step_is_timed(distributed: Callable[[int], WorkerGroup], rule: str, m
         assert figures["collectives of a step, ogpsa"] == figures["collectives of a step, plain"] + more
         assert figures["bytes of the basis"] == 4 * 2 * figures["elements of this rank's shard"]
         assert figures["ogpsa / plain"] > 0
-        assert figures["peak bytes, refresh"] > 10e6  # of a process that has imported PyTorch
         assert ("bytes of the authors' copies" in figures) == ("--no-authors" not in rule)
         assert figures.get("bytes of the authors' copies", 0) in (0, 4 * 2 * figures["parameters"])
 

@@ -96,8 +96,9 @@ def compare_streamed(device: torch.device) -> None:
     """Rows in host memory give the bits of rows on the device, in each pass."""
     from megatron_ogpsa.projection.gpu_kernels import GpuKernels
 
-    layout = SegmentLayout(SPANS, NUM_BLOCKS, device, TileLimits(tile=2**14, short=2**11))
+    limits = TileLimits(tile=2**14, short=2**11)
     for dtype in (torch.float32, torch.bfloat16):
+        layout = SegmentLayout(SPANS, NUM_BLOCKS, device, limits)
         found = []
         for is_far in (False, True):
             kernels = GpuKernels(layout)
@@ -116,6 +117,25 @@ def compare_streamed(device: torch.device) -> None:
         names = ("gram", "products", "dots", "subtract", "combine")
         for name, near, far in zip(names, *found, strict=True):
             _require(torch.equal(near, far), f"{name}: rows in host memory in {dtype} give other bits")
+
+
+def compare_parameters(device: torch.device) -> None:
+    """Spans that are parameters: none as long as another, one without elements, their columns in another order."""
+    from megatron_ogpsa.projection.gpu_kernels import GpuKernels
+
+    spans = [SPANS[1], [], SPANS[0]]
+    first = sum(segment.length for segment in SPANS[0])
+    layout = SegmentLayout(spans, NUM_BLOCKS, device, TileLimits(tile=2**14, short=2**11), columns=[first, first, 0])
+    rows, vector, weights = _random(layout, 2, torch.float32)
+    parameters = [part.clone() for part in vector.split(layout.span_lengths)]
+    wanted, kernels = [part.clone() for part in parameters], GpuKernels(layout)
+    dots = gram_and_dots(layout, rows, wanted)
+    subtract_combination(layout, wanted, rows, weights)
+    for held in (rows, HostRows(host_rows(*rows.shape, rows.dtype, device).copy_(rows), device)):
+        own = [part.clone() for part in parameters]
+        torch.testing.assert_close(kernels.dots(own, held), dots, rtol=1e-13, atol=1e-10)
+        kernels.subtract(own, held, weights)
+        _require(all(map(torch.equal, own, wanted)), "parameters in another order than the basis' columns")
 
 
 def _weights(layout: SegmentLayout, number: int) -> Tensor:
@@ -202,7 +222,7 @@ def compile_for_a_gpu() -> None:
     passes = gpu_kernels.GpuKernels(layout)
     for num_rows, dtype in ((0, torch.float32), (1, torch.float32), (3, torch.bfloat16), (8, torch.float32)):
         rows, vector, weights = _random(layout, num_rows, dtype)
-        for span_type in (torch.float32, torch.bfloat16) if num_rows == 3 else (torch.float32,):
+        for span_type in (torch.float32, torch.bfloat16, torch.float16) if num_rows == 3 else (torch.float32,):
             spans = list(vector.to(span_type).split(layout.span_lengths))
             passes.dots(spans, rows)
             passes.subtract(spans, rows, weights)
@@ -224,5 +244,6 @@ if __name__ == "__main__":
         os.environ["TRITON_INTERPRET"] = "1"
         compare(torch.device("cpu"))
         compare_streamed(torch.device("cpu"))
+        compare_parameters(torch.device("cpu"))
     else:
         compile_for_a_gpu()

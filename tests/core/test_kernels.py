@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_ogpsa.projection import passes
 from megatron_ogpsa.projection.cpu_kernels import CpuKernels
+from megatron_ogpsa.projection.gpu_kernels import GpuKernels
 from megatron_ogpsa.projection.segments import (
     Segment,
     SegmentLayout,
@@ -171,13 +174,13 @@ def test_only_large_shards_are_worth_loading_the_compiler(monkeypatch: pytest.Mo
 def test_on_a_gpu_16_bits_and_rows_in_host_memory_are_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors say that they lie on a GPU."""
     layout = layout_of()
-    layout.device = torch.device("cuda")
+    layout.device = torch.device("cuda", 0)
     monkeypatch.setattr(passes, "_has_triton", lambda: True)
     far = HostRows(random(2, layout.num_elements), CPU)
     with FakeTensorMode():
 
         def near(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.empty(*shape, layout.num_elements, dtype=dtype, device="cuda")
+            return torch.empty(*shape, layout.num_elements, dtype=dtype, device=layout.device)
 
         table = near(torch.float32, 2)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -190,6 +193,7 @@ def test_on_a_gpu_16_bits_and_rows_in_host_memory_are_compiled_too(monkeypatch: 
             ([near(torch.float64)], table),
             ([near(torch.float32)], near(torch.float64, 2)),
             ([near(torch.float32)], torch.empty(2, layout.num_elements)),
+            ([near(torch.float32)], torch.empty(2, layout.num_elements, device="cuda:1")),
             ([near(torch.float32, 2)[:, ::2]], table),
         ):
             assert not passes._fits_on_gpu(layout, vectors, [rows])
@@ -215,8 +219,20 @@ def test_triton_computes_the_same_and_compiles(how: str) -> None:
     assert ended.returncode == 0, ended.stderr[-2000:]
 
 
+@pytest.mark.parametrize("made", [CpuKernels, GpuKernels])
+def test_a_layout_that_is_let_go_of_takes_its_tables_along(made: type[CpuKernels | GpuKernels]) -> None:
+    layout = layout_of()
+    passes._known[layout] = made(layout)
+    told, number = weakref.ref(layout), len(passes._known)
+    del layout
+    gc.collect()
+    assert told() is None
+    assert len(passes._known) == number - 1
+
+
 @pytest.mark.gpu
 def test_triton_on_a_gpu() -> None:
     gpu_kernel_cases.compare(torch.device("cuda"))
     gpu_kernel_cases.compare_streamed(torch.device("cuda"))
+    gpu_kernel_cases.compare_parameters(torch.device("cuda"))
     gpu_kernel_cases.repeat(torch.device("cuda"))

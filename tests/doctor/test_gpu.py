@@ -41,6 +41,9 @@ def test_kernels_need_a_c_compiler_and_pythons_headers(tmp_path: Path) -> None:
     compiler.touch(mode=0o755)
     for environment in ({"PATH": str(tmp_path)}, {"PATH": "", "CC": str(compiler)}):
         assert str(headers) in check_compiler(environment, headers).value
+    assert check_compiler({"PATH": str(tmp_path), "CC": "/nowhere/cc"}, headers).value.startswith(
+        "CC=/nowhere/cc is not"
+    )
     headers.touch()
     assert check_compiler({"PATH": str(tmp_path)}, headers).level == "OK"
     assert check_gpus([HOPPER], built_in=1, cuda_build="13.0")[2].name == "compiler"

@@ -42,6 +42,7 @@ def arguments(**changes: Any) -> argparse.Namespace:
         "sequence_parallel": True,
         "load": None,
         "save": None,
+        "pretrained_checkpoint": None,
     }
     return argparse.Namespace(**(plain | changes))
 
@@ -147,9 +148,14 @@ def test_scales_that_could_not_be_loaded_again_are_refused(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, extra_state.__name__, extra_state)
     check_fp8_available(arguments())
     check_fp8_available(arguments(load="run", fp8_recipe="tensorwise"))
-    words = f"^--fp8-recipe delayed with --save run: .* unless {ALLOW_PICKLES}=1 is set.* --fp8-recipe tensorwise$"
+    words = (
+        f"^--fp8-recipe delayed with --save run: .* unless {ALLOW_PICKLES}=1 is set.* --fp8-recipe tensorwise, which"
+    )
     with pytest.raises(UserError, match=words):
         check_fp8_available(arguments(save="run"))
+    for given, flag in (("load", "--load run"), ("pretrained_checkpoint", "--pretrained-checkpoint run")):
+        with pytest.raises(UserError, match=f"{flag}: .* trust those who write there$"):  # another recipe is no way out
+            check_fp8_available(arguments(save="run", **{given: "run"}))
     monkeypatch.setenv(ALLOW_PICKLES, "1")
     check_fp8_available(arguments(save="run"))
 
