@@ -18,7 +18,7 @@ REFRESH = (
     Mutation(
         "refresh-in-the-basis-own-memory",
         "megatron_ogpsa/plugin.py",
-        "        self._captured_KN = self._rows(len(self.reference_names))\n",
+        "        self._captured_KN = self._rows(len(self.reference_names) if num_references is None else num_references)\n",
         "        basis = self._space.basis\n"
         "        self._captured_KN = self._rows(0) if basis is None else basis.rows_KN\n",
         (f"{NOT_FINITE}[tp2-1]",),
@@ -61,7 +61,7 @@ REFRESH = (
     Mutation(
         "tracked-random-states-not-restored",
         "megatron_ogpsa/references.py",
-        "        get_cuda_rng_tracker().set_states(tracked)\n",
+        "        tracker.set_states({name: _set_back(state, kept[name]) for name, state in tracked.items()})\n",
         "        tracked.clear()\n",
         (f"{PASSES}[dp2-overlap]",),
         "a refresh draws from Megatron's tensor-parallel random states, so that dropout differs after it",
