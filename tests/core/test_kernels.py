@@ -7,11 +7,12 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_ogpsa.projection import passes
 from megatron_ogpsa.projection.cpu_kernels import CpuKernels
@@ -171,34 +172,43 @@ def test_only_large_shards_are_worth_loading_the_compiler(monkeypatch: pytest.Mo
     assert passes._kernels(layout, [span.bfloat16() for span in spans], [rows]) is None
 
 
+@dataclass
+class OnGpu:
+    """What passes ask of a tensor before they choose; without a GPU there is no tensor on one."""
+
+    dtype: torch.dtype
+    number: int = 0
+    contiguous: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.number)
+
+    def is_contiguous(self) -> bool:
+        return self.contiguous
+
+
 def test_on_a_gpu_16_bits_and_rows_in_host_memory_are_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fake tensors say that they lie on a GPU."""
     layout = layout_of()
     layout.device = torch.device("cuda", 0)
     monkeypatch.setattr(passes, "_has_triton", lambda: True)
-    far = HostRows(random(2, layout.num_elements), CPU)
-    with FakeTensorMode():
 
-        def near(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.empty(*shape, layout.num_elements, dtype=dtype, device=layout.device)
+    def fit(vectors: list[Any], *tables: Any) -> bool:
+        return passes._fits_on_gpu(layout, vectors, tables)
 
-        table = near(torch.float32, 2)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            assert passes._fits_on_gpu(layout, [near(dtype)], [table])
-        for rows in (near(torch.bfloat16, 2), far):
-            assert passes._fits_on_gpu(layout, [near(torch.float32)], [rows])
-        assert passes._fits_on_gpu(layout, [far], [far])
-        for vectors, rows in (
-            ([near(torch.float32), near(torch.bfloat16)], table),
-            ([near(torch.float64)], table),
-            ([near(torch.float32)], near(torch.float64, 2)),
-            ([near(torch.float32)], torch.empty(2, layout.num_elements)),
-            ([near(torch.float32)], torch.empty(2, layout.num_elements, device="cuda:1")),
-            ([near(torch.float32, 2)[:, ::2]], table),
-        ):
-            assert not passes._fits_on_gpu(layout, vectors, [rows])
-        monkeypatch.setattr(passes, "_has_triton", lambda: False)
-        assert not passes._fits_on_gpu(layout, [near(torch.float32)], [table])
+    far, near = HostRows(random(2, layout.num_elements), CPU), OnGpu(torch.float32)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert fit([OnGpu(dtype)], near)
+    assert fit([near], OnGpu(torch.bfloat16))
+    assert fit([near], far)
+    assert fit([far], far)
+    assert not fit([near, OnGpu(torch.bfloat16)], near)
+    assert not fit([OnGpu(torch.float64)], near)
+    assert not fit([OnGpu(torch.float32, contiguous=False)], near)
+    for table in (OnGpu(torch.float64), OnGpu(torch.float32, number=1), random(2, layout.num_elements)):
+        assert not fit([near], table)
+    monkeypatch.setattr(passes, "_has_triton", lambda: False)
+    assert not fit([near], near)
 
 
 @pytest.mark.parametrize("layout", ["dp2-bf16", "tp2"])
