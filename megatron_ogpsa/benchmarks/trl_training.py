@@ -111,8 +111,10 @@ def measure(args: argparse.Namespace) -> list[StepTimes]:
     """Train for ``args.steps`` steps.
 
     Raises:
-        UserError: trl is not installed, or a source cannot be read.
+        UserError: trl is not installed, the model or a source cannot be read.
     """
+    if not (args.model / "config.json").is_file():
+        raise UserError(f"{args.model}: no config.json in it: name a Hugging Face folder of an instruct model")
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     except ImportError as error:

@@ -191,19 +191,7 @@ def _add_projection_arguments(group: argparse._ArgumentGroup) -> None:
         "sft), nll_chosen (default for dpo), nll_pair (both answers) or dpo of preference pairs.",
     )
     _add_rule_arguments(group)
-    group.add_argument(
-        "--ogpsa-basis-dtype",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="Storage of the basis on each rank (default: fp32).",
-    )
-    group.add_argument(
-        "--ogpsa-basis-device",
-        choices=("accelerator", "cpu"),
-        default="accelerator",
-        help="Keep the basis beside the gradient, or in host memory, from where each step streams it tile by tile "
-        "(default: accelerator).",
-    )
+    _add_basis_arguments(group)
     group.add_argument(
         "--ogpsa-max-bad-refreshes",
         metavar="N",
@@ -221,6 +209,22 @@ def _add_projection_arguments(group: argparse._ArgumentGroup) -> None:
         "those that only a loss scale was too large for do not count (default: 10).",
     )
     _add_authors_arguments(group)
+
+
+def _add_basis_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--ogpsa-basis-dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="Storage of the basis on each rank (default: fp32).",
+    )
+    group.add_argument(
+        "--ogpsa-basis-device",
+        choices=("accelerator", "cpu"),
+        default="accelerator",
+        help="Keep the basis beside the gradient, or in host memory, from where each step streams it tile by tile "
+        "(default: accelerator).",
+    )
 
 
 def _add_rule_arguments(group: argparse._ArgumentGroup) -> None:

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from megatron_ogpsa.benchmarks import training, trl_training
-from tests.conversion.models import build
-from tests.data.conftest import build_hugging_face_folder
+from tests.conversion.models import build_chat_model
 
 CPU = torch.device("cpu")
 
@@ -63,9 +61,7 @@ def test_a_plain_clock_leaves_gradients_alone() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trl")
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    build(folder / "tiny", LlamaConfig(**shape, vocab_size=400, max_position_embeddings=512, tie_word_embeddings=True))
-    build_hugging_face_folder(folder / "tiny")
+    build_chat_model(folder / "tiny")
 
     def say(role: str, text: str) -> list[dict[str, str]]:
         return [{"role": role, "content": text}]
@@ -109,3 +105,6 @@ def test_mistakes_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "texts.jsonl:1: TRL is given lists of messages in messages" in capsys.readouterr().err
     assert trl_training.main([*flags, "--data", good, "--reference", none]) == 2
     assert "no such file" in capsys.readouterr().err
+    flags[0] = str(folder / "nowhere")
+    assert trl_training.main([*flags, "--data", good, "--reference", good]) == 2
+    assert "nowhere: no config.json in it" in capsys.readouterr().err

@@ -20,6 +20,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from tests.data.conftest import build_hugging_face_folder
+
 SHAPE: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -75,6 +77,13 @@ def build(folder: Path, config: PreTrainedConfig, dtype: torch.dtype = torch.flo
     model.generation_config = GenerationConfig(temperature=0.7, do_sample=True)
     model.to(dtype).save_pretrained(folder, **saving)
     return folder
+
+
+def build_chat_model(folder: Path) -> Path:
+    """A small random Llama with a tokenizer and its chat template."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    build(folder, LlamaConfig(**shape, vocab_size=400, max_position_embeddings=512, tie_word_embeddings=True))
+    return build_hugging_face_folder(folder)
 
 
 def tokens(vocabulary: int = 96) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.harness import WorkerGroup
 from tests.harness.preloaded import PreloadedCommand
 from tests.integration.conftest import CONFIG, Outcome, write_inputs
 
@@ -146,6 +147,7 @@ def test_scores_are_the_same_in_every_layout(
             "--load run --prompts a=prompts.jsonl --judge bad_judge.py:judge --max-new-tokens 2",
             "answer 1 of 7: it raised ZeroDivisionError",
         ),
+        ("--load run --data odd=odd.jsonl --fp8-format hybrid", "--fp8-format needs a GPU"),
         ("--load run --prompts a=prompts.jsonl --max-new-tokens 120", "are more than --max-position-embeddings 128"),
     ],
 )
@@ -165,3 +167,12 @@ def test_a_judge_that_does_not_answer_ends_all_ranks(evaluate: Evaluate) -> None
     assert re.search(
         r"rank 1 .* has waited for \d+ s .*: rank 0\b.* is alive and computes .*slow_judge\.py:2\b", line
     ), line
+
+
+def test_scales_of_any_stage_will_do(distributed: Callable[[int], WorkerGroup]) -> None:
+    """A pipeline stage may have no layers that are run in FP8."""
+    job = "tests.evaluation.scale_cases:scales_on"
+    assert distributed(2).run(job, ranks=[1]) == ["", ""]
+    first, second = distributed(2).run(job, ranks=[])
+    assert first == second
+    assert first.startswith("--load run: it was not trained with --fp8-recipe delayed and holds no scales for it")

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from transformers import LlamaConfig
 
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.laptop.gguf import to_hugging_face
@@ -23,8 +22,7 @@ from megatron_ogpsa.laptop.run import add_arguments
 from megatron_ogpsa.laptop.safety_data import held_out_prompts
 from megatron_ogpsa.study.report import read_json
 from megatron_ogpsa.study.settings import SETTINGS
-from tests.conversion.models import build
-from tests.data.conftest import build_hugging_face_folder
+from tests.conversion.models import build_chat_model
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
@@ -33,9 +31,7 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("laptop")
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    build(folder / "tiny", LlamaConfig(**shape, vocab_size=400, max_position_embeddings=512, tie_word_embeddings=True))
-    build_hugging_face_folder(folder / "tiny")
+    build_chat_model(folder / "tiny")
     rows = [{"prompt": f"what is {number} plus one", "response": f"it is {number + 1}"} for number in range(12)]
     (folder / "general.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
