@@ -23,6 +23,9 @@ ALL = slice(None)
 WHOLE = {
     "input_layernorm.weight": "input_layernorm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    # Transformer Engine has a norm in the layer that follows it.
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
     "self_attention.linear_proj.bias": "self_attn.o_proj.bias",
@@ -67,6 +70,8 @@ def _layer_parts(shape: ModelShape, leaf: str, dense: Share) -> list[Part]:
         return [("self_attn.o_proj.weight", ALL, dense(shape.hidden))]
     if leaf.startswith("self_attention.linear_qkv."):
         return _qkv_parts(shape, kind, dense)
+    if match := re.fullmatch(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)", leaf):  # grouped
+        return _layer_parts(shape, f"mlp.experts.local_experts.{match[3]}.{match[1]}.{match[2]}", dense)
     if match := re.fullmatch(r"mlp\.experts\.local_experts\.(\d+)\.(.*)", leaf):
         expert_tp = _share(
             parallel_state.get_expert_tensor_parallel_rank(), parallel_state.get_expert_tensor_parallel_world_size()

@@ -15,7 +15,7 @@ from megatron_ogpsa.projection.segments import gram_and_dots
 from tests.core import oracle
 from tests.core.comparison import on_first_rank
 from tests.core.gradients import kept, plant, projected_gradient, put_back, reduced_gradient
-from tests.core.layouts import LAYOUTS, PRECISIONS, RANDOM, ROWS, Layout
+from tests.core.layouts import ALL_LAYOUTS, RANDOM, ROWS, Layout
 from tests.core.megatron_model import Batch, Training, build
 
 REFERENCES = ("math", "chat", "code")
@@ -83,7 +83,7 @@ def expectation(model: tuple[tuple[str, Any], ...], frozen: str | None) -> tuple
 
 def parity(layout: str) -> dict[str, dict[str, float]]:
     """The projected gradient of one step in ``layout`` against one unsharded fp64 process, in both granularities."""
-    sharding = LAYOUTS[layout]
+    sharding = ALL_LAYOUTS[layout]
     shape = oracle.ModelShape(**sharding.model)
     training = build(sharding, oracle.random_weights(shape, seed=1), clip_grad=0.0)
     passes = []
@@ -110,7 +110,7 @@ def parity(layout: str) -> dict[str, dict[str, float]]:
 
 def _compared(layout: str, granularity: str, actual: oracle.Tensors, grad_norm: float) -> dict[str, float]:
     """A projected gradient against the oracle's."""
-    plain, references = expectation(tuple(LAYOUTS[layout].model.items()), LAYOUTS[layout].frozen)
+    plain, references = expectation(tuple(ALL_LAYOUTS[layout].model.items()), ALL_LAYOUTS[layout].frozen)
     expected = oracle.project(plain, references, granularity)
     return {
         "error": oracle.relative_error(actual, expected),
@@ -157,8 +157,6 @@ def random_parity(layout: str) -> dict[str, dict[str, float]]:
 
 
 # --------------------------------------------------------------------------------------- planted gradients
-
-ALL_LAYOUTS: dict[str, Layout] = LAYOUTS | PRECISIONS
 
 
 def planted(shape: oracle.ModelShape, count: int, *, integers: bool) -> list[oracle.Tensors]:

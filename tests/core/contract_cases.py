@@ -15,9 +15,9 @@ from torch import Tensor
 
 from megatron_ogpsa import OGPSA, OGPSAConfig, attach
 from tests.core import oracle
-from tests.core.cases import ALL_LAYOUTS, batch_of, planted, refresh, refresh_planted
+from tests.core.cases import batch_of, planted, refresh, refresh_planted
 from tests.core.gradients import plant, projected_gradient
-from tests.core.layouts import LAYOUTS
+from tests.core.layouts import ALL_LAYOUTS, LAYOUTS
 from tests.core.megatron_model import Training, build
 
 

@@ -8,8 +8,9 @@ import torch
 
 from megatron_ogpsa import OGPSAConfig, attach
 from tests.core import oracle
-from tests.core.cases import ALL_LAYOUTS, planted, refresh_planted
+from tests.core.cases import planted, refresh_planted
 from tests.core.gradients import plant
+from tests.core.layouts import ALL_LAYOUTS
 from tests.core.megatron_model import build
 from tests.core.update_cases import main_weights
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 ROWS = 8
@@ -32,6 +32,7 @@ class Layout:
         precision: of parameters and gradients: fp32; bf16 with fp32 gradients; bf16 with bf16 gradients; fp16.
         precision_aware: keep gradients in the dtype of Megatron's buffer up to the inner optimizer.
         cpu_offload: keep optimizer state in host memory.
+        transformer_engine: build the layers of Transformer Engine's modules, where a process has it; experts are grouped.
         model: what differs from the default ``ModelShape``.
     """
 
@@ -56,6 +57,7 @@ class Layout:
     precision: str = "fp32"
     precision_aware: bool = False
     cpu_offload: bool = False
+    transformer_engine: bool = False
     model: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -159,3 +161,28 @@ RANDOM: dict[str, Layout] = {
     "pp2-dropout": Layout(pp=2, dropout=0.1),
     "ep2-dropout": Layout(dp=2, ep=2, dropout=0.1, balancing=True, model=MOE | {"routing_bias": True}),
 }
+
+# Of Transformer Engine's layers, in processes that have it (tests/transformer_engine).
+TRANSFORMER_ENGINE: dict[str, Layout] = {
+    name: replace(layout, transformer_engine=True)
+    for name, layout in {
+        "te": Layout(),
+        "te-tp2": Layout(tp=2),
+        "te-pp2": Layout(pp=2),
+        "te-dp2": Layout(dp=2),
+        "te-dp2-overlap": Layout(dp=2, overlap=True, overlap_param_gather=True),
+        "te-tp2-sp": Layout(tp=2, sequence_parallel=True),
+        "te-tp2-sp-bias": Layout(
+            tp=2, sequence_parallel=True, model={"linear_bias": True, "qkv_bias": True, "qk_norm": True}
+        ),
+        "te-tp2-plain": Layout(tp=2, distributed_optimizer=False),
+        "te-tp2-tied": Layout(tp=2, model={"tied": True}),
+        "te-tp2-recompute": Layout(tp=2, sequence_parallel=True, recompute=True),
+        "te-ep2": Layout(dp=2, ep=2, model=MOE),
+        "te-ep2-plain": Layout(dp=2, ep=2, distributed_optimizer=False, model=MOE),
+        "te-ep2-bias": Layout(dp=2, ep=2, model={"experts": 4, "linear_bias": True}),
+        "te-tp2-moe": Layout(tp=2, sequence_parallel=True, model=MOE | {"shared_gate": True}),
+    }.items()
+}
+
+ALL_LAYOUTS = LAYOUTS | PRECISIONS | TRANSFORMER_ENGINE

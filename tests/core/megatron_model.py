@@ -14,7 +14,10 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -165,7 +168,7 @@ def _module(layout: Layout, shape: ModelShape, config: TransformerConfig, stage:
         _layer_spec(layout, shape, is_dense=layer < shape.dense_layers)
         for layer in range(first, first + get_num_layers_to_build(config, vp_stage))
     ]
-    norm = SequenceParallelNorm if layout.sequence_parallel else WrappedTorchNorm
+    norm = _norm(layout)
     vp = {"ignore_virtual": False, "vp_stage": stage} if layout.vpp else {}
     return GPTModel(
         config,
@@ -180,8 +183,20 @@ def _module(layout: Layout, shape: ModelShape, config: TransformerConfig, stage:
     )
 
 
+def _norm(layout: Layout) -> Any:
+    if layout.transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return SequenceParallelNorm if layout.sequence_parallel else WrappedTorchNorm
+
+
 def _layer_spec(layout: Layout, shape: ModelShape, *, is_dense: bool) -> ModuleSpec:
     num_experts = None if is_dense else shape.experts or None
+    if layout.transformer_engine:
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=num_experts, moe_grouped_gemm=num_experts is not None, qk_layernorm=shape.qk_norm
+        )
     spec = get_gpt_layer_local_spec(num_experts=num_experts, normalization="RMSNorm", qk_layernorm=shape.qk_norm)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     if layout.cp > 1:
@@ -250,6 +265,7 @@ def _expert_settings(layout: Layout, shape: ModelShape) -> dict[str, Any]:
         "moe_router_bias_update_rate": 0.1 if layout.balancing else 0.0,  # the oracle's bias stays where it is
         "moe_router_load_balancing_type": "aux_loss" if layout.balancing else "none",
         "moe_aux_loss_coeff": 0.1 if layout.balancing else 0.0,
+        "moe_grouped_gemm": layout.transformer_engine,
         "moe_token_dispatcher_type": "allgather",  # gloo has no all-to-all
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.tp if layout.etp is None else layout.etp,

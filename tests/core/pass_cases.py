@@ -19,8 +19,9 @@ from torch import Tensor
 from megatron_ogpsa import attach
 from megatron_ogpsa.references import MicroBatch, Reference, refresh
 from tests.core import oracle
-from tests.core.cases import ALL_LAYOUTS, REFERENCES, batch_of, expectation
+from tests.core.cases import REFERENCES, batch_of, expectation
 from tests.core.gradients import plant, reduced_gradient
+from tests.core.layouts import ALL_LAYOUTS
 from tests.core.megatron_model import Training, build, forward_step
 
 BIAS_UPDATE_RATE = 1e-6

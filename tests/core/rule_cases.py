@@ -10,9 +10,10 @@ import torch
 
 from megatron_ogpsa import OGPSAConfig, attach
 from tests.core import oracle
-from tests.core.cases import ALL_LAYOUTS, refresh_planted
+from tests.core.cases import refresh_planted
 from tests.core.comparison import on_first_rank
 from tests.core.gradients import plant, projected_gradient
+from tests.core.layouts import ALL_LAYOUTS
 from tests.core.megatron_model import build
 
 

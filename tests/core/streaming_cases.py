@@ -11,8 +11,9 @@ from torch import Tensor
 from megatron_ogpsa import OGPSAConfig, attach
 from megatron_ogpsa.streaming import HostRows
 from tests.core import oracle
-from tests.core.cases import ALL_LAYOUTS, planted, refresh_planted
+from tests.core.cases import planted, refresh_planted
 from tests.core.gradients import plant
+from tests.core.layouts import ALL_LAYOUTS
 from tests.core.megatron_model import build
 
 

@@ -11,8 +11,9 @@ from megatron_ogpsa import OGPSAConfig, attach
 from megatron_ogpsa.errors import UnsupportedError
 from megatron_ogpsa.sharding.gradients import _model_and_main_params, leaf_optimizers
 from tests.core import oracle
-from tests.core.cases import ALL_LAYOUTS, refresh_planted
+from tests.core.cases import refresh_planted
 from tests.core.gradients import canonical_gradient, plant
+from tests.core.layouts import ALL_LAYOUTS
 from tests.core.megatron_model import Training, build
 from tests.core.rule_cases import opposed
 

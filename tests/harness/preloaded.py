@@ -94,13 +94,17 @@ class Running:
 class PreloadedCommand:
     """``python -m MODULE ARGUMENTS`` with everything imported."""
 
-    def __init__(self) -> None:
-        """Starts the server, which imports while the tests go on."""
+    def __init__(self, *, prepare: str = "") -> None:
+        """Starts the server, which imports while the tests go on.
+
+        Args:
+            prepare: ``"package.module:function"`` that the server calls before it imports Megatron.
+        """
         self._exit_codes: dict[int, int] = {}
         self._connection, theirs = Pipe()
         with theirs:
             self._server = subprocess.Popen(
-                [sys.executable, "-m", "tests.harness.preloaded", str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-m", "tests.harness.preloaded", str(theirs.fileno()), str(os.getpid()), prepare],
                 cwd=PROJECT_ROOT,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
@@ -169,8 +173,11 @@ class PreloadedCommand:
         return int(message["started"])
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, prepare: str) -> None:
     """Fork what is asked for, and tell how it ended, until pytest closes the pipe."""
+    if prepare:
+        module, _, function = prepare.partition(":")
+        getattr(import_module(module), function)()
     _preload()
     running: dict[int, int] = {}  # process id by its file descriptor, which can be read when the process has ended
     while True:
@@ -301,4 +308,4 @@ def _free_port() -> int:
 
 if __name__ == "__main__":
     end_with_parent(int(sys.argv[2]))
-    _serve(Connection(int(sys.argv[1])))
+    _serve(Connection(int(sys.argv[1])), sys.argv[3])
