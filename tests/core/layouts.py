@@ -33,6 +33,8 @@ class Layout:
         precision_aware: keep gradients in the dtype of Megatron's buffer up to the inner optimizer.
         cpu_offload: keep optimizer state in host memory.
         transformer_engine: build the layers of Transformer Engine's modules, where a process has it; experts are grouped.
+        fp8: recipe of their products, for models in bf16.
+        fp8_params: hold the layers' weights in FP8.
         model: what differs from the default ``ModelShape``.
     """
 
@@ -58,6 +60,8 @@ class Layout:
     precision_aware: bool = False
     cpu_offload: bool = False
     transformer_engine: bool = False
+    fp8: str | None = None
+    fp8_params: bool = False
     model: dict[str, Any] = field(default_factory=dict)
 
     @property

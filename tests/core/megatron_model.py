@@ -114,7 +114,11 @@ def build(
     for module in modules:
         module.to(DTYPES[layout.precision])
         for param, parts in canonical_parts(module, shape):
-            param.data.copy_(gather_parts(parts, weights))
+            values = gather_parts(parts, weights)
+            with torch.no_grad():
+                param.copy_(values)
+            if layout.fp8_params and hasattr(param, "get_high_precision_init_val"):
+                param.get_high_precision_init_val().data.copy_(values)  # what main parameters are made of
             param.requires_grad_(not all(layout.is_frozen(name) for name, *_ in parts))
         for name, buffer in module.named_buffers():
             if name.endswith("router.expert_bias"):
@@ -125,6 +129,7 @@ def build(
         num_distributed_optimizer_instances=layout.instances,
         overlap_grad_reduce=layout.overlap,
         overlap_param_gather=layout.overlap_param_gather,
+        fp8_param_gather=layout.fp8_params,
         bucket_size=2000 if layout.overlap else None,
     )
     chunks = [DistributedDataParallel(config, ddp_config, module) for module in modules]
@@ -225,10 +230,11 @@ def _transformer_config(layout: Layout, shape: ModelShape) -> TransformerConfig:
         qk_layernorm=shape.qk_norm,
         hidden_dropout=layout.dropout,
         attention_dropout=layout.dropout,
-        use_cpu_initialization=True,
+        use_cpu_initialization=not layout.transformer_engine,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        **_fp8_settings(layout),
         fp16=dtype == torch.float16,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -248,6 +254,12 @@ def _transformer_config(layout: Layout, shape: ModelShape) -> TransformerConfig:
         masked_softmax_fusion=False,
         deallocate_pipeline_outputs=True,
     )
+
+
+def _fp8_settings(layout: Layout) -> dict[str, Any]:
+    if layout.fp8 is None:
+        return {}
+    return {"fp8": "hybrid", "fp8_recipe": layout.fp8, "fp8_param": layout.fp8_params, "fp8_amax_history_len": 4}
 
 
 def _expert_settings(layout: Layout, shape: ModelShape) -> dict[str, Any]:

@@ -62,6 +62,11 @@ Train = Callable[..., Outcome]
 
 @pytest.fixture
 def train(inputs: Path, tmp_path: Path, preloaded: PreloadedCommand) -> Train:
+    """The below, on the session's command."""
+    return train_with(preloaded, inputs, tmp_path)
+
+
+def train_with(preloaded: PreloadedCommand, inputs: Path, tmp_path: Path) -> Train:
     """``train(*flags, config=..., module=...)``: run ``megatron-ogpsa train`` in ``folder`` and wait.
 
     ``plain``: with nothing but ``flags``, where the configuration names all data. ``agent``: under torchrun's agent, which

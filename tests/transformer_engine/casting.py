@@ -77,36 +77,47 @@ def fp8_transpose(data: Tensor, dtype: int, *, out: Tensor | None = None) -> Ten
     return moved if out is None else out.copy_(moved)
 
 
-def _largest(dtype: int) -> float:
+def largest(dtype: int) -> float:
+    """The largest number of an FP8 format."""
     return float(torch.finfo(torch_dtype(dtype)).max)
 
 
-def _rounded(scaled: Tensor, dtype: int) -> Tensor:
+def rounded(scaled: Tensor, dtype: int) -> Tensor:
     """FP8 bits, uint8."""
-    largest = _largest(dtype)
-    return scaled.clamp(-largest, largest).to(torch_dtype(dtype)).view(torch.uint8)
+    limit = largest(dtype)
+    return scaled.clamp(-limit, limit).to(torch_dtype(dtype)).view(torch.uint8)
 
 
 def _read(data: Tensor, dtype: int) -> Tensor:
     return data.view(torch_dtype(dtype)).float()
 
 
-def _scale_for(amax: Tensor, quantizer: Any) -> Tensor:
+def scales_for(amax: Tensor, largest_value: float, powers_of_two: bool, epsilon: float) -> Tensor:
     """The scale that lets ``amax`` just fit; one where there is nothing, or nothing finite, to fit."""
-    amax = amax.clamp(min=float(getattr(quantizer, "amax_epsilon", 0.0)))
-    scale = _largest(quantizer.dtype) / amax
+    amax = amax.clamp(min=epsilon)
+    scale = largest_value / amax
     scale = torch.where((amax == 0) | ~amax.isfinite(), torch.ones_like(scale), scale)
     scale = scale.clamp(max=torch.finfo(torch.float32).max)
-    if quantizer.force_pow_2_scales:
-        return torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 1)
-    return scale
+    return torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 1) if powers_of_two else scale
+
+
+def _scale_for(amax: Tensor, quantizer: Any) -> Tensor:
+    return scales_for(amax, largest(quantizer.dtype), quantizer.force_pow_2_scales, quantizer.amax_epsilon)
+
+
+def mx_powers(amax: Tensor, largest_value: float) -> Tensor:
+    """The exponent of the smallest power of two by which ``amax`` divided fits; int32."""
+    fraction, exponent = torch.frexp(amax / largest_value)
+    power = torch.where(fraction == 0.5, exponent - 1, exponent)
+    return torch.where(fraction == 0, -MX_BIAS, power.clamp(-MX_BIAS, MX_BIAS))
 
 
 # One scale for a tensor
 
 
 def _fill_delayed(source: Tensor, quantizer: Any, output: Any) -> None:
-    quantizer.amax.copy_(torch.maximum(quantizer.amax, source.abs().max()))
+    if quantizer.amax.numel():  # none where the scale is known to fit
+        quantizer.amax.copy_(torch.maximum(quantizer.amax, source.abs().max()))
     _fill_whole(source, quantizer.scale, quantizer.dtype, output)
 
 
@@ -118,7 +129,7 @@ def _fill_current(source: Tensor, quantizer: Any, output: Any) -> None:
 
 
 def _fill_whole(source: Tensor, scale: Tensor, dtype: int, output: Any) -> None:
-    data = _rounded(source * scale, dtype)
+    data = rounded(source * scale, dtype)
     if output._data is not None:
         output._data.copy_(data)
     if output._transpose is not None:
@@ -142,16 +153,17 @@ def _fill_blockwise(source: Tensor, quantizer: Any, output: Any) -> None:
         if data is None:
             continue
         tall = BLOCK if quantizer.block_scaling_dim == 2 else 1
-        tiles = _tiles(of, tall)  # [row tiles, tall, column tiles, 128]
-        scale = _scale_for(tiles.abs().amax(dim=(1, 3), keepdim=True), quantizer)
-        rounded = _rounded(tiles * scale, quantizer.dtype).flatten(0, 1).flatten(1, 2)
-        data.copy_(rounded[: of.shape[0], : of.shape[1]].reshape(data.shape))
+        blocks = tiles(of, tall)  # [row tiles, tall, column tiles, 128]
+        scale = _scale_for(blocks.abs().amax(dim=(1, 3), keepdim=True), quantizer)
+        bits = rounded(blocks * scale, quantizer.dtype).flatten(0, 1).flatten(1, 2)
+        data.copy_(bits[: of.shape[0], : of.shape[1]].reshape(data.shape))
         inverse = (1 / scale)[:, 0, :, 0]  # [row tiles, column tiles]
         inverse = inverse if tall == BLOCK else inverse.T
         getattr(output, f"_{part}_scale_inv").zero_()[: inverse.shape[0], : inverse.shape[1]] = inverse
 
 
-def _tiles(matrix: Tensor, tall: int) -> Tensor:
+def tiles(matrix: Tensor, tall: int) -> Tensor:
+    """``[row tiles, tall, column tiles, 128]``, the last ones filled up with zeros."""
     rows, columns = matrix.shape
     padded = torch.nn.functional.pad(matrix, (0, -columns % BLOCK, 0, -rows % tall))
     return padded.reshape(padded.shape[0] // tall, tall, padded.shape[1] // BLOCK, BLOCK)
@@ -162,9 +174,9 @@ def _values_blockwise(tensor: Any, columnwise: bool) -> Tensor:
     scale = tensor._columnwise_scale_inv if columnwise else tensor._rowwise_scale_inv
     matrix = data.reshape(data.shape[0], -1) if columnwise else data.reshape(-1, data.shape[-1])
     tall = BLOCK if tensor._is_2D_scaled else 1
-    tiles = _tiles(_read(matrix.contiguous(), tensor._fp8_dtype), tall)
+    blocks = tiles(_read(matrix.contiguous(), tensor._fp8_dtype), tall)
     scale = scale if tensor._is_2D_scaled else scale.T
-    scaled = tiles * scale[: tiles.shape[0], None, : tiles.shape[2], None]
+    scaled = blocks * scale[: blocks.shape[0], None, : blocks.shape[2], None]
     flat = scaled.flatten(0, 1).flatten(1, 2)[: matrix.shape[0], : matrix.shape[1]].reshape(data.shape)
     return flat.movedim(0, -1) if columnwise else flat
 
@@ -179,14 +191,12 @@ def _fill_mx(source: Tensor, quantizer: Any, output: Any) -> None:
         if data is None:
             continue
         blocks = of.unflatten(1, (-1, MX_BLOCK))
-        fraction, exponent = torch.frexp(blocks.abs().amax(-1) / _largest(quantizer.dtype))
-        power = torch.where(fraction == 0.5, exponent - 1, exponent)  # the power of two that is not less
-        power = torch.where(fraction == 0, -MX_BIAS, power.clamp(-MX_BIAS, MX_BIAS))
-        rounded = _rounded(torch.ldexp(blocks, -power[..., None]), quantizer.dtype).flatten(1)
+        power = mx_powers(blocks.abs().amax(-1), largest(quantizer.dtype))
+        bits = rounded(torch.ldexp(blocks, -power[..., None]), quantizer.dtype).flatten(1)
         scale = (power + MX_BIAS).to(torch.uint8)
         if part == "columnwise":
-            rounded, scale = rounded.T, scale.T
-        data.copy_(rounded.reshape(data.shape))
+            bits, scale = bits.T, scale.T
+        data.copy_(bits.reshape(data.shape))
         getattr(output, f"_{part}_scale_inv").zero_()[: scale.shape[0], : scale.shape[1]] = scale
 
 
@@ -218,8 +228,7 @@ _ARGUMENTS = {
 
 
 def _format(tensor: Any) -> str:
-    name = type(tensor).__name__.removesuffix("Storage")
-    return "Float8BlockwiseQTensor" if name == "Float8BlockwiseQTensor" else name
+    return type(tensor).__name__.removesuffix("Storage")
 
 
 def _has(tensor: Any, *, columnwise: bool) -> bool:

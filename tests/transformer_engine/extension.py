@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from tests.transformer_engine import casting, enums, layers, optimizers, products
+from tests.transformer_engine import casting, enums, layers, master_weights, optimizers, products
 
 NAME = "transformer_engine_torch"
 
@@ -19,8 +19,17 @@ _KERNELS = (
     *(layers.layernorm_fwd, layers.layernorm_bwd, layers.rmsnorm_fwd, layers.rmsnorm_bwd),
     *(layers.scaled_softmax_forward, layers.scaled_masked_softmax_forward),
     *(layers.scaled_upper_triang_masked_softmax_forward, layers.scaled_aligned_causal_masked_softmax_forward),
-    *(optimizers.multi_tensor_adam, optimizers.multi_tensor_scale, optimizers.multi_tensor_l2norm),
-    optimizers.fused_amax_and_scale_update_after_reduction,
+    *(
+        optimizers.multi_tensor_adam,
+        optimizers.multi_tensor_scale,
+        optimizers.multi_tensor_scale_tensor,
+        optimizers.multi_tensor_l2norm,
+    ),
+    *(layers.convert_thd_to_bshd, layers.convert_bshd_to_thd, optimizers.fused_amax_and_scale_update_after_reduction),
+    *(master_weights.compute_amax, master_weights.multi_tensor_compute_scale_and_scale_inv),
+    *(master_weights.fp8_block_scaling_compute_partial_amax, master_weights.fp8_block_scaling_partial_cast),
+    *(master_weights.mxfp8_scaling_compute_partial_amax, master_weights.mxfp8_scaling_partial_cast),
+    master_weights.multi_tensor_compute_scale_inv_e8m0,
 )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,6 +15,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import torch
+from torch import Tensor
 
 from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
 from tests.transformer_engine import extension
@@ -20,6 +23,13 @@ from tests.transformer_engine.wheel import python_of_wheel
 
 HOPPER = (9, 0)
 BLACKWELL = (10, 0)
+
+BROUGHT_BY_TRANSFORMER_ENGINE = (
+    "--transformer-impl transformer_engine",
+    "--fp8-format",
+    "--sequence-parallel",
+    "--moe-grouped-gemm",
+)
 
 ONNX = ("onnxscript", "onnx")
 """What Transformer Engine imports for exports that nobody makes here."""
@@ -39,7 +49,6 @@ def install(capability: tuple[int, int] = HOPPER) -> None:
     folder = python_of_wheel()
     sys.path.insert(0, str(folder))
     os.environ.setdefault("NVTE_PROJECT_BUILDING", "1")  # or it looks for its libraries
-    os.environ.setdefault("NVTE_FLASH_ATTN", "0")
     os.environ.setdefault("NVTE_TORCH_COMPILE", "0")
     sys.modules[extension.NAME] = extension.build()
     for name in ONNX:
@@ -47,6 +56,8 @@ def install(capability: tuple[int, int] = HOPPER) -> None:
     _import_package(folder)
     install_if_no_gpu()
     _be_a_gpu(capability)
+    _gather_one_by_one()
+    _save_dequantized()
 
 
 class _Unused(ModuleType):
@@ -61,6 +72,34 @@ class _Unused(ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         return MagicMock()
+
+
+def be_hopper() -> None:
+    """Prepare a process that runs commands on what Transformer Engine takes for a Hopper GPU."""
+    _install_for_commands(HOPPER)
+
+
+def be_blackwell() -> None:
+    """The same on what it takes for a Blackwell GPU."""
+    _install_for_commands(BLACKWELL)
+
+
+def _install_for_commands(capability: tuple[int, int]) -> None:
+    """Also let the CPU runtime keep a GPU's defaults, and do without its refusals, of what Transformer Engine brings."""
+    install(capability)
+    from megatron_ogpsa.integration import arguments, cpu_arguments
+
+    cpu_arguments._REFUSALS = tuple(
+        refusal for refusal in cpu_arguments._REFUSALS if refusal.flag not in BROUGHT_BY_TRANSFORMER_ENGINE
+    )
+    set_cpu_defaults = cpu_arguments.set_cpu_defaults
+
+    def set_defaults(parser: argparse.ArgumentParser) -> None:
+        set_cpu_defaults(parser)
+        # With weights initialised by Megatron, Transformer Engine would have kept those before, which are whatever memory held.
+        parser.set_defaults(transformer_impl="transformer_engine", use_cpu_initialization=None)
+
+    arguments.set_cpu_defaults = set_defaults
 
 
 def _import_package(folder: Path) -> None:
@@ -85,9 +124,52 @@ def _be_a_gpu(capability: tuple[int, int]) -> None:
     )
     torch.cuda.get_device_properties = lambda device=None: properties  # type: ignore[assignment,return-value]
     torch.cuda.get_device_capability = lambda device=None: capability
+    distributed = importlib.import_module("transformer_engine.pytorch.distributed")
+    distributed._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # type: ignore[attr-defined]
+    distributed._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # type: ignore[attr-defined]
+    move = torch.Tensor.to
+    torch.Tensor.to = lambda self, *args, **kwargs: _moved(move, self, args, kwargs)  # type: ignore[method-assign]
+    # To the host is a copy, whose memory nobody else has.
+    cpu = torch.Tensor.cpu
+    torch.Tensor.cpu = lambda self: self.clone() if _asked_by_transformer_engine() else cpu(self)  # type: ignore[method-assign,assignment]
     is_available, is_cuda = torch.cuda.is_available, torch.Tensor.is_cuda.__get__
     torch.cuda.is_available = lambda: _asked_by_transformer_engine() or is_available()
     torch.Tensor.is_cuda = property(lambda self: _asked_by_transformer_engine() or is_cuda(self))  # type: ignore[assignment]
+
+
+def _gather_one_by_one() -> None:
+    """Gather each bucket of parameters by itself: gloo would make one message, of one dtype, of FP8 and bf16 ones."""
+    buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+
+    def gather(whole: Tensor, own: Tensor, *, group: Any, async_op: bool) -> None:
+        group._allgather_base(whole, own).wait()
+
+    buffers.dist_all_gather_func = gather  # type: ignore[attr-defined]
+
+
+def _save_dequantized() -> None:
+    """Write FP8 parameters to checkpoints as Megatron does where it sees that they lie on a GPU.
+
+    Source: ``core/dist_checkpointing/strategies/filesystem_async.py``, ``_clone_or_dequantize_if_needed``.
+    """
+    from torch.distributed.checkpoint import DefaultSavePlanner
+
+    resolve_data = DefaultSavePlanner.resolve_data
+
+    def dequantized(self: DefaultSavePlanner, item: Any) -> Any:
+        data = resolve_data(self, item)
+        return data.dequantize() if "dequantize" in type(data).__dict__ else data
+
+    DefaultSavePlanner.resolve_data = dequantized  # type: ignore[method-assign]
+
+
+def _moved(move: Callable[..., Tensor], tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """``Tensor.to`` that leaves a tensor here when it is to go to the GPU."""
+    if str(kwargs.get("device")).startswith("cuda"):
+        kwargs["device"] = torch.device("cpu")
+    if args and str(args[0]).startswith("cuda"):
+        args = (torch.device("cpu"), *args[1:])
+    return move(tensor, *args, **kwargs)
 
 
 def _asked_by_transformer_engine() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -104,3 +105,19 @@ def softmax_backward(gradient: Tensor, probabilities: Tensor, scale: float) -> T
     """Of all of them: what is hidden has probability zero."""
     g, p = gradient.float(), probabilities.float()
     return (scale * p * (g - (g * p).sum(-1, keepdim=True))).to(gradient.dtype)
+
+
+def convert_thd_to_bshd(packed: Tensor, boundaries: Tensor, batch: int, length: int) -> Tensor:
+    """``[tokens, heads, size]`` of several sequences → ``[batch, length, heads, size]``, filled up with zeros."""
+    padded = packed.new_zeros(batch, length, *packed.shape[1:])
+    for row, (start, stop) in enumerate(itertools.pairwise(boundaries.tolist())):
+        padded[row, : stop - start] = packed[start:stop]
+    return padded
+
+
+def convert_bshd_to_thd(padded: Tensor, boundaries: Tensor, tokens: int) -> Tensor:
+    """The way back."""
+    packed = padded.new_zeros(tokens, *padded.shape[2:])
+    for row, (start, stop) in enumerate(itertools.pairwise(boundaries.tolist())):
+        packed[start:stop] = padded[row, : stop - start]
+    return packed

@@ -42,6 +42,11 @@ def multi_tensor_scale(chunk_size: int, noop: Tensor, tensors: list[list[Tensor]
         target.copy_(source.float() * scale)
 
 
+def multi_tensor_scale_tensor(chunk_size: int, noop: Tensor, tensors: list[list[Tensor]], scale: Tensor) -> None:
+    """The same by a factor that lies on the device."""
+    multi_tensor_scale(chunk_size, noop, tensors, float(scale))
+
+
 def multi_tensor_l2norm(
     chunk_size: int, noop: Tensor, tensors: list[list[Tensor]], per_tensor: bool = False
 ) -> tuple[Tensor, Tensor]:

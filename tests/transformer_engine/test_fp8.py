@@ -1,0 +1,51 @@
+"""FP8 over the emulated kernels: what tests/gpu holds a GPU to, on a smaller model; and over two ranks."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_ogpsa.precision.fp8_support import ALLOW_PICKLES, AVAILABILITY
+from tests.integration.conftest import Train
+from tests.precision.fp8_training import VARIANTS, Fp8Training, fp8, refusal_of
+
+MODEL = (
+    "--transformer-impl transformer_engine --num-layers 3 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 2 "
+    "--global-batch-size 2"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def _checkpoints_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales of the delayed recipe are unpickled, for which Transformer Engine wants leave."""
+    monkeypatch.setenv(ALLOW_PICKLES, "1")
+
+
+@pytest.fixture
+def training(recipe: str, request: pytest.FixtureRequest, tmp_path):
+    train: Train = request.getfixturevalue("train_te_blackwell" if recipe == "mxfp8" else "train_te")
+    return Fp8Training(train, tmp_path, tuple(MODEL), steps=4, fresh=False)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("recipe", AVAILABILITY)
+def test_refreshes_leave_no_trace(training: Fp8Training, recipe: str, variant: str) -> None:
+    if reason := refusal_of(recipe, variant):
+        pytest.skip(reason)
+    training.assert_no_trace(fp8(recipe, variant))
+
+
+@pytest.mark.parametrize("recipe", AVAILABILITY)
+def test_a_run_goes_on_bitwise_from_its_checkpoint(training: Fp8Training, recipe: str) -> None:
+    training.assert_resumes(fp8(recipe))
+
+
+@pytest.mark.parametrize("recipe", AVAILABILITY)
+def test_reference_subspaces_are_near_those_in_bf16(training: Fp8Training, recipe: str) -> None:
+    assert training.lowest_cosine(recipe) > 0.95
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("recipe", AVAILABILITY)
+def test_losses_are_near_those_in_bf16(training: Fp8Training, recipe: str, stage: str) -> None:
+    in_fp8, in_bf16 = training.losses_beside_bf16(recipe, stage)
+    assert in_fp8 == pytest.approx(in_bf16, rel=0.05)
