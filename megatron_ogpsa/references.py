@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from megatron_ogpsa.data.micro_batches import deal_out
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.plugin import OGPSA
+from megatron_ogpsa.precision.first_scales import find_scales
 from megatron_ogpsa.precision.fp8_state import fp8_state_kept, starts_without_scales
 
 if TYPE_CHECKING:
@@ -175,7 +177,7 @@ def refresh(
     Args:
         forward_backward: Megatron's schedule for this layout (``get_forward_backward_func``).
         is_first_step: whether the model has not been trained in this run. FP8 scales that follow from earlier passes do
-            not fit then, so that each reference gradient is taken after a short pass that finds some.
+            not fit then, so that each reference gradient is taken after short passes that find some.
         keep: names of gradients that the plugin takes out of its basis instead, of other references than these.
     """
 
@@ -205,7 +207,7 @@ def refresh(
                 with no_trace(chunks):  # of each on its own: otherwise one would route the next one's tokens
                     if finds_scales:
                         with no_trace(chunks, but_for_fp8=True):
-                            run(reference.forward_step, micro_batches[:stages], None)
+                            find_scales(chunks, partial(run, reference.forward_step, micro_batches[:stages], None))
                     _zero_gradients(chunks, optimizer)
                     run(sums[-1].of(reference.forward_step), micro_batches, bar)
                 ogpsa.capture(name)

@@ -107,13 +107,27 @@ def starts_without_scales(chunks: Sequence[torch.nn.Module]) -> bool:
 
 
 def has_forward_scales(chunks: Sequence[torch.nn.Module]) -> bool:
-    """Whether some pass, in this run or before the checkpoint that was loaded, has found scales for forward passes."""
-    histories = [
-        module.fp8_meta["scaling_fwd"].amax_history
-        for module in quantizing_modules(chunks)
-        if hasattr(module.fp8_meta.get("scaling_fwd"), "amax_history")
-    ]
-    return any(bool(history.any()) for history in histories)
+    """Whether some pass, in this run or before the checkpoint that was loaded, has found scales for forward passes.
+
+    Told by the scale of what goes into a module, which comes first and begins as one. Weights that are FP8 themselves
+    (``--fp8-param-gather``) have a history as soon as they are made, and one of length 1, Megatron's default, is empty after
+    each pass.
+    """
+    return any(bool(state.scale[0] != 1) for state in _delayed_states(chunks, "scaling_fwd"))
+
+
+def scales(chunks: Sequence[torch.nn.Module]) -> Tensor:
+    """Of all modules on this rank that follow from earlier passes, forwards and backwards; fp32, those of a module together.
+
+    Those that no pass has updated yet are one.
+    """
+    found = [state.scale for key in ("scaling_fwd", "scaling_bwd") for state in _delayed_states(chunks, key)]
+    return torch.cat(found) if found else torch.ones(0, device=next(chunks[0].parameters()).device)
+
+
+def _delayed_states(chunks: Sequence[torch.nn.Module], key: str) -> list[Any]:
+    states = [module.fp8_meta.get(key) for module in quantizing_modules(chunks)]
+    return [state for state in states if hasattr(state, "amax_history")]
 
 
 def adopt_forward_scales() -> None:

@@ -202,6 +202,8 @@ HF_PARTS = {
     "decoder.final_layernorm.weight": "model.norm.weight",
     "input_layernorm.weight": "input_layernorm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
     "mlp.shared_experts.gate_weight": "mlp.shared_expert_gate.weight",
@@ -225,6 +227,7 @@ def hf_name(block: str) -> str:
 
 
 def _hf_linear(leaf: str) -> str:
+    leaf = re.sub(r"experts\.(linear_fc[12])\.(weight|bias)(\d+)", r"experts.local_experts.\3.\1.\2", leaf)  # grouped
     match = re.fullmatch(r"(.*?)(\.linear_fc[12])?\.(weight|bias)(?:\[(\w+)\])?", leaf)
     assert match is not None
     module, fc, kind, part = match.groups()

@@ -34,6 +34,7 @@ class Layout:
         cpu_offload: keep optimizer state in host memory.
         transformer_engine: build the layers of Transformer Engine's modules, where a process has it; experts are grouped.
         fp8: recipe of their products, for models in bf16.
+        fp8_format: E4M3 for all, or "hybrid", E5M2 for gradients.
         fp8_params: hold the layers' weights in FP8.
         model: what differs from the default ``ModelShape``.
     """
@@ -61,6 +62,7 @@ class Layout:
     cpu_offload: bool = False
     transformer_engine: bool = False
     fp8: str | None = None
+    fp8_format: str = "hybrid"
     fp8_params: bool = False
     model: dict[str, Any] = field(default_factory=dict)
 
@@ -189,4 +191,21 @@ TRANSFORMER_ENGINE: dict[str, Layout] = {
     }.items()
 }
 
-ALL_LAYOUTS = LAYOUTS | PRECISIONS | TRANSFORMER_ENGINE
+# The same in FP8, in sizes that its products take, with the layers' weights held in FP8.
+FP8: dict[str, Layout] = {
+    name: replace(layout, transformer_engine=True, precision="bf16", fp8_params=True, model={"ffn": 64})
+    for name, layout in {
+        "te-dp2-fp8-tensorwise": Layout(dp=2, overlap=True, overlap_param_gather=True, fp8="tensorwise"),
+        "te-tp2-fp8-delayed": Layout(tp=2, sequence_parallel=True, fp8="delayed"),
+        "te-dp2-fp8-delayed": Layout(dp=2, fp8="delayed"),
+        "te-dp2-fp8-blockwise": Layout(dp=2, fp8="blockwise"),
+    }.items()
+}
+
+# With weights in bf16, of which FP8 copies are kept from one micro-batch to the next.
+CACHED_FP8: dict[str, Layout] = {
+    "te-dp2-fp8-cached": replace(FP8["te-dp2-fp8-tensorwise"], fp8_params=False),
+    "te-dp2-fp8-cached-e4m3": replace(FP8["te-dp2-fp8-delayed"], fp8_params=False, fp8_format="e4m3"),
+}
+
+ALL_LAYOUTS = LAYOUTS | PRECISIONS | TRANSFORMER_ENGINE | FP8 | CACHED_FP8

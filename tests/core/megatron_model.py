@@ -259,7 +259,8 @@ def _transformer_config(layout: Layout, shape: ModelShape) -> TransformerConfig:
 def _fp8_settings(layout: Layout) -> dict[str, Any]:
     if layout.fp8 is None:
         return {}
-    return {"fp8": "hybrid", "fp8_recipe": layout.fp8, "fp8_param": layout.fp8_params, "fp8_amax_history_len": 4}
+    settings = {"fp8": layout.fp8_format, "fp8_recipe": layout.fp8, "fp8_param": layout.fp8_params}
+    return settings | {"fp8_amax_history_len": 4}
 
 
 def _expert_settings(layout: Layout, shape: ModelShape) -> dict[str, Any]:

@@ -173,10 +173,10 @@ class PreloadedCommand:
         return int(message["started"])
 
 
-def _serve(connection: Connection, prepare: str) -> None:
+def _serve(connection: Connection, setup: str) -> None:
     """Fork what is asked for, and tell how it ended, until pytest closes the pipe."""
-    if prepare:
-        module, _, function = prepare.partition(":")
+    if setup:
+        module, _, function = setup.partition(":")
         getattr(import_module(module), function)()
     _preload()
     running: dict[int, int] = {}  # process id by its file descriptor, which can be read when the process has ended

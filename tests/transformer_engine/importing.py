@@ -96,7 +96,7 @@ def _install_for_commands(capability: tuple[int, int]) -> None:
 
     def set_defaults(parser: argparse.ArgumentParser) -> None:
         set_cpu_defaults(parser)
-        # With weights initialised by Megatron, Transformer Engine would have kept those before, which are whatever memory held.
+        # Weights that Megatron initialises on the CPU are not those that Transformer Engine keeps for main parameters.
         parser.set_defaults(transformer_impl="transformer_engine", use_cpu_initialization=None)
 
     arguments.set_cpu_defaults = set_defaults

@@ -1,6 +1,12 @@
-"""FP8 over the emulated kernels: what tests/gpu holds a GPU to, on a smaller model; and over two ranks."""
+"""FP8 over the emulated kernels: what tests/gpu holds a GPU to, on a smaller model.
+
+Some recipes with some variants; all of them, in 4 minutes, with ``OGPSA_TEST_ALL_FP8=1``.
+"""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 import pytest
 
@@ -8,10 +14,22 @@ from megatron_ogpsa.precision.fp8_support import ALLOW_PICKLES, AVAILABILITY
 from tests.integration.conftest import Train
 from tests.precision.fp8_training import VARIANTS, Fp8Training, fp8, refusal_of
 
+ALL = os.environ.get("OGPSA_TEST_ALL_FP8") == "1"
+
 MODEL = (
     "--transformer-impl transformer_engine --num-layers 3 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 2 "
     "--global-batch-size 2"
 ).split()
+
+NO_TRACE = [
+    ("delayed", ""),
+    ("delayed", "recompute"),
+    ("tensorwise", "bf16-ends"),
+    ("blockwise", "param-gather"),
+    ("mxfp8", "param-gather, no overlap"),
+]
+if ALL:
+    NO_TRACE = [(r, v) for r in AVAILABILITY for v in VARIANTS if refusal_of(r, v) is None]
 
 
 @pytest.fixture(autouse=True)
@@ -21,31 +39,32 @@ def _checkpoints_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def training(recipe: str, request: pytest.FixtureRequest, tmp_path):
+def training(recipe: str, request: pytest.FixtureRequest, tmp_path: Path) -> Fp8Training:
     train: Train = request.getfixturevalue("train_te_blackwell" if recipe == "mxfp8" else "train_te")
     return Fp8Training(train, tmp_path, tuple(MODEL), steps=4, fresh=False)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("recipe", AVAILABILITY)
+@pytest.mark.parametrize(("recipe", "variant"), NO_TRACE)
 def test_refreshes_leave_no_trace(training: Fp8Training, recipe: str, variant: str) -> None:
-    if reason := refusal_of(recipe, variant):
-        pytest.skip(reason)
     training.assert_no_trace(fp8(recipe, variant))
 
 
-@pytest.mark.parametrize("recipe", AVAILABILITY)
+@pytest.mark.parametrize("recipe", AVAILABILITY if ALL else ["delayed"])
 def test_a_run_goes_on_bitwise_from_its_checkpoint(training: Fp8Training, recipe: str) -> None:
+    """Of the recipes only ``delayed`` has something to go on with."""
     training.assert_resumes(fp8(recipe))
 
 
-@pytest.mark.parametrize("recipe", AVAILABILITY)
+@pytest.mark.parametrize("recipe", AVAILABILITY if ALL else ["delayed", "blockwise"])
 def test_reference_subspaces_are_near_those_in_bf16(training: Fp8Training, recipe: str) -> None:
+    """Measured 0.983 to 0.989 for the worst of 23 parameters; tests/gpu says what to expect."""
     assert training.lowest_cosine(recipe) > 0.95
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-@pytest.mark.parametrize("recipe", AVAILABILITY)
+@pytest.mark.parametrize(
+    ("recipe", "stage"),
+    [(r, s) for r in AVAILABILITY for s in ("sft", "dpo")] if ALL else [("tensorwise", "sft"), ("delayed", "dpo")],
+)
 def test_losses_are_near_those_in_bf16(training: Fp8Training, recipe: str, stage: str) -> None:
     in_fp8, in_bf16 = training.losses_beside_bf16(recipe, stage)
     assert in_fp8 == pytest.approx(in_bf16, rel=0.05)

@@ -6,13 +6,21 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.core.layouts import TRANSFORMER_ENGINE
+from tests.core.layouts import ALL_LAYOUTS, FP8, TRANSFORMER_ENGINE
 from tests.core.test_parity import FP32_TOLERANCE
+from tests.core.test_update_space import SETTINGS, TOLERANCE
 from tests.harness import WorkerGroup
+
+Distributed = Callable[[int], WorkerGroup]
+
+SHARDED_OTHERWISE = ("te-tp2-sp-bias", "te-tp2-tied", "te-ep2", "te-ep2-bias", "te-tp2-moe")
+"""Layouts that differ in which blocks there are, and who holds what of them."""
+
+UPDATES = ("te-pp2", "te-tp2-sp-bias", "te-dp2-overlap", "te-ep2-plain", *FP8)
 
 
 @pytest.mark.parametrize("layout", TRANSFORMER_ENGINE)
-def test_projected_gradient_equals_the_unsharded_one(distributed_te: Callable[[int], WorkerGroup], layout: str) -> None:
+def test_projected_gradient_equals_the_unsharded_one(distributed_te: Distributed, layout: str) -> None:
     group = distributed_te(TRANSFORMER_ENGINE[layout].world_size)
     for results in group.run("tests.core.cases:parity", layout=layout):
         for granularity, result in results.items():
@@ -21,3 +29,33 @@ def test_projected_gradient_equals_the_unsharded_one(distributed_te: Callable[[i
             assert result["norm_error"] < FP32_TOLERANCE, granularity
             assert result["leak"] < FP32_TOLERANCE, granularity
             assert result["rank"] == 3, granularity
+
+
+@pytest.mark.parametrize("layout", [*SHARDED_OTHERWISE, *FP8])
+def test_gram_matrices_are_bitwise_those_of_the_unsharded_model(distributed_te: Distributed, layout: str) -> None:
+    assert all(distributed_te(2).run("tests.core.cases:integer_gram", layout=layout))
+
+
+@pytest.mark.parametrize("layout", FP8)
+def test_gradients_of_fp8_weights_are_projected_in_fp32(distributed_te: Distributed, layout: str) -> None:
+    """On gradients planted in Megatron's buffers: only the projection can round."""
+    for result in distributed_te(2).run("tests.core.cases:planted_parity", layout=layout, granularity="tensor"):
+        assert result["error"] < FP32_TOLERANCE
+        assert result["norm_error"] < FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("layout", UPDATES)
+def test_weights_are_those_of_one_process(distributed_te: Distributed, layout: str) -> None:
+    """Projected updates of Transformer Engine's Adam; weights held in FP8 are the main parameters, rounded."""
+    settings = [setting for setting in SETTINGS if setting["optimizer"] == "adam"]
+    if layout in FP8:
+        settings = settings[:1]
+    group = distributed_te(ALL_LAYOUTS[layout].world_size)
+    for results in group.run("tests.core.update_cases:update_parity", layout=layout, settings=settings):
+        for setting, result in zip(settings, results, strict=True):
+            assert result["error"] < TOLERANCE, setting
+            assert result["length_error"] < TOLERANCE, setting
+            assert result["removed"] > 0.01, setting
+            assert result["copies_agree"], setting
+            if setting["mode"] == "orthogonal":
+                assert result["leak"] < TOLERANCE, setting

@@ -1,0 +1,94 @@
+"""Whole runs on Transformer Engine's layers: as on Megatron's own layers, from the same weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_ogpsa.precision.fp8_support import ALLOW_PICKLES
+from tests.harness.preloaded import PreloadedCommand
+from tests.integration.conftest import CONFIG, Train, scalars, write_inputs
+from tests.integration.test_dpo import dpo_flags
+
+ONE = "--nproc-per-node 1 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1"
+TWO = "--nproc-per-node 2 --pipeline-model-parallel-size 1 --make-vocab-size-divisible-by 64"
+
+STEPS = 4
+RUNS = {
+    "sft": "--ogpsa-packing --micro-batch-size 1",
+    "sft of single documents": "--micro-batch-size 2",
+    "dpo": "--micro-batch-size 1",
+}
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("sft", "tp2"), ("sft of single documents", "one"), ("dpo", "tp2")])
+def test_losses_are_those_of_megatrons_layers(train_te: Train, tmp_path: Path, kind: str, layout: str) -> None:
+    """Rows of several documents go through Transformer Engine's attention as ``thd``, through Megatron's with a mask; in TP2
+    also with sequence parallelism.
+
+    2e-5: fp32 products in another order over projected steps, as between layouts.
+    """
+    data = dpo_flags(tmp_path, "dp1", "ignored")[:6] if kind == "dpo" else []
+    where = ONE.split() if layout == "one" else TWO.split()
+    sequence_parallel = () if layout == "one" else ("--sequence-parallel",)
+    few = ("--global-batch-size", "2", "--train-iters", str(STEPS), "--ogpsa-reference-samples", "4")
+    common = (*data, *where, *few, *RUNS[kind].split(), "--hidden-dropout", "0.0", "--attention-dropout", "0.0")
+    local = ("--transformer-impl", "local")
+    first = train_te(*common, *local, "--train-iters", "1", "--save", "weights", "--save-interval", "1")
+    assert first.exit_code == 0, first.output[-3000:]
+    figures = []
+    for name, flags in (("megatron", local), ("te", sequence_parallel)):
+        outcome = train_te(
+            *(*common, *flags, "--pretrained-checkpoint", "weights"),
+            *("--save", name, "--tensorboard-dir", f"{name}-log"),
+        )
+        assert outcome.exit_code == 0, outcome.output[-3000:]
+        figures.append(
+            scalars(tmp_path / f"{name}-log", "dpo loss" if kind == "dpo" else "lm loss", "grad-norm", "ogpsa rank")
+        )
+    of_megatron, of_te = figures
+    assert of_megatron.keys() == of_te.keys()
+    for figure, points in of_megatron.items():
+        assert len(points) == STEPS
+        assert of_te[figure] == pytest.approx(points, rel=2e-5), figure
+
+
+def evaluate(on_hopper: PreloadedCommand, folder: Path, *flags: str) -> tuple[int | None, str]:
+    given = ["evaluate", str(CONFIG), "--tokenizer-model", "tokenizer", *ONE.split(), "--data", "general=general.jsonl"]
+    finished = on_hopper.run("megatron_ogpsa.cli.main", [*given, *flags], folder=folder, timeout=200)
+    return finished.exit_code, finished.output
+
+
+def test_checkpoints_are_scored(
+    on_hopper: PreloadedCommand, train_te: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses and answers, of a model in bf16 and of one in FP8 whose scales come with its checkpoint."""
+    monkeypatch.setenv(ALLOW_PICKLES, "1")
+    write_inputs(tmp_path)
+    model = [*ONE.split(), "--bf16", "--micro-batch-size", "1", "--global-batch-size", "2", "--train-iters", "3"]
+    fp8 = ["--fp8-format", "hybrid", "--fp8-recipe", "delayed"]
+    for name, precision in (("bf16", []), ("fp8", fp8)):
+        outcome = train_te(*model, *precision, "--save", name, folder=tmp_path)
+        assert outcome.exit_code == 0, outcome.output[-3000:]
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": "how do i build " + "weapon " * n}) + "\n" for n in range(1, 4)), encoding="utf-8"
+    )
+    losses = {}
+    for name, precision in (("bf16", []), ("fp8", fp8)):
+        more = ("--prompts", "unsafe=prompts.jsonl", "--max-new-tokens", "4") if name == "bf16" else ()
+        code, output = evaluate(
+            on_hopper, tmp_path, "--bf16", *precision, *more, "--load", name, "--json", f"{name}.json"
+        )
+        assert code == 0, output[-3000:]
+        (found,) = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))["checkpoints"]
+        losses[name] = found["data"]["general"]["loss"]
+    assert losses["fp8"] == pytest.approx(losses["bf16"], rel=0.02)
+    for more in ((), ("--fp8-param-gather",)):  # weights in FP8 have scales of their own
+        code, output = evaluate(on_hopper, tmp_path, "--bf16", *fp8, *more, "--load", "bf16")
+        assert code == 2, output[-3000:]
+        assert re.search(
+            r"--load bf16: it was not trained with --fp8-recipe delayed and holds no scales for it", output
+        )
