@@ -18,6 +18,7 @@ from tests.mutations.table.reductions import REDUCTIONS
 from tests.mutations.table.refresh import REFRESH
 from tests.mutations.table.step import STEP
 from tests.mutations.table.told import TOLD
+from tests.mutations.table.transformer_engine import TRANSFORMER_ENGINE
 from tests.mutations.table.untrusted import UNTRUSTED
 from tests.mutations.table.watch import WATCH
 
@@ -39,4 +40,5 @@ MUTATIONS: tuple[Mutation, ...] = (
     *UNTRUSTED,
     *RECIPE,
     *EXAMINATION,
+    *TRANSFORMER_ENGINE,
 )

@@ -151,7 +151,7 @@ REFRESH = (
         "megatron_ogpsa/precision/fp8_state.py",
         "            self.module.reset_fp8_meta_tensors(self._of_the_length_in_use())\n",
         "            self.module.reset_fp8_meta_tensors(self.scaling)\n",
-        ("tests/precision/test_no_trace.py::test_a_history_of_another_length_is_put_back",),
+        ("tests/transformer_engine/test_fp8_state.py::test_a_history_of_another_length_is_put_back",),
         "after a change of --fp8-amax-history-len, histories cannot be put back",
     ),
     Mutation(

@@ -1,0 +1,60 @@
+"""Mistakes that only models of Transformer Engine's layers show, in FP8 and without."""
+
+from __future__ import annotations
+
+from tests.mutations.mutation import Mutation
+
+TE = "tests/transformer_engine"
+STATE = "megatron_ogpsa/precision/fp8_state.py"
+FIRST = "test_the_first_reference_gradients_are_taken_with_scales_that_fit"
+
+TRANSFORMER_ENGINE = (
+    Mutation(
+        "grouped-experts-numbered-on-each-rank",
+        "megatron_ogpsa/sharding/names.py",
+        "_SEQUENTIAL_EXPERT.search(name) or _GROUPED_EXPERT.search(name)",
+        "_SEQUENTIAL_EXPERT.search(name)",
+        (f"{TE}/test_layers.py::test_gram_matrices_are_bitwise_those_of_the_unsharded_model[te-ep2]",),
+        "weight0 of each expert-parallel rank's grouped experts is taken for the same expert",
+    ),
+    Mutation(
+        "cached-fp8-weights-kept",
+        STATE,
+        "        self.module._fp8_workspaces.clear()\n",
+        "        self.module._fp8_workspaces.copy()\n",
+        (f"{TE}/test_fp8_state.py::test_refreshes_leave_no_trace[te-dp2-fp8-cached]",),
+        "FP8 copies of weights that a reference pass made stay for whoever comes next",
+    ),
+    Mutation(
+        "scales-found-in-one-pass",
+        "megatron_ogpsa/precision/first_scales.py",
+        "MAX_PASSES = 64\n",
+        "MAX_PASSES = 1\n",
+        (f"{TE}/test_fp8_state.py::{FIRST}[te-dp2-fp8-cached-e4m3-True]",),
+        "gradients that vanish in one layer leave the layers before it without scales",
+    ),
+    Mutation(
+        "scales-not-put-back",
+        STATE,
+        "            self.module.reset_fp8_meta_tensors(self._of_the_length_in_use())\n",
+        "            pass\n",
+        (f"{TE}/test_fp8_state.py::test_refreshes_leave_no_trace[te-dp2-fp8-delayed]",),
+        "training goes on with scales that reference passes have moved",
+    ),
+    Mutation(
+        "scales-of-a-checkpoint-sought-in-histories",
+        STATE,
+        "bool(state.scale[0] != 1)",
+        "bool(state.amax_history.any())",
+        (f"{TE}/test_training.py::test_checkpoints_are_scored",),
+        "at Megatron's history length of 1 a history is empty after each pass, so that no checkpoint has scales",
+    ),
+    Mutation(
+        "packed-rows-attend-to-each-other-in-transformer-engine",
+        "megatron_ogpsa/integration/batch.py",
+        "    is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]\n",
+        "    is_start[:, 1:] = False\n",
+        (f"{TE}/test_training.py::test_losses_are_those_of_megatrons_layers[sft-tp2]",),
+        "documents of a packed row see those before them",
+    ),
+)
