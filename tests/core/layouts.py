@@ -208,4 +208,15 @@ CACHED_FP8: dict[str, Layout] = {
     "te-dp2-fp8-cached-e4m3": replace(FP8["te-dp2-fp8-delayed"], fp8_params=False, fp8_format="e4m3"),
 }
 
-ALL_LAYOUTS = LAYOUTS | PRECISIONS | TRANSFORMER_ENGINE | FP8 | CACHED_FP8
+# Its fused attention, which takes 16 bits only, and which context parallelism needs.
+FUSED_ATTENTION: dict[str, Layout] = {
+    name: replace(layout, transformer_engine=True, precision="bf16")
+    for name, layout in {
+        "te-bf16": Layout(),
+        "te-cp2-bf16": Layout(cp=2),
+        "te-cp2-bf16-mqa": Layout(cp=2, distributed_optimizer=False, model={"query_groups": 1}),
+        "te-tp2-cp2-bf16": Layout(tp=2, cp=2, sequence_parallel=True),
+    }.items()
+}
+
+ALL_LAYOUTS = LAYOUTS | PRECISIONS | TRANSFORMER_ENGINE | FP8 | CACHED_FP8 | FUSED_ATTENTION

@@ -27,7 +27,12 @@ if "RANK" in os.environ:
         def keeping(name: str) -> None:
             if name not in kept:
                 parameters = [item for chunk in chunks for item in chunk.named_parameters()]
-                kept[name] = {key: parameter.main_grad.float().cpu().clone() for key, parameter in parameters}
+                kept[name] = {
+                    key.replace("module.", ""): parameter.main_grad.float()
+                    .cpu()
+                    .clone()  # wrappers differ with precision
+                    for key, parameter in parameters
+                }
             capture(name)
 
         def finishing() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
@@ -29,6 +31,7 @@ BROUGHT_BY_TRANSFORMER_ENGINE = (
     "--fp8-format",
     "--sequence-parallel",
     "--moe-grouped-gemm",
+    "--context-parallel-size",
 )
 
 ONNX = ("onnxscript", "onnx")
@@ -58,6 +61,7 @@ def install(capability: tuple[int, int] = HOPPER) -> None:
     _be_a_gpu(capability)
     _gather_one_by_one()
     _save_dequantized()
+    _exchange_in_turn()
 
 
 class _Unused(ModuleType):
@@ -87,6 +91,8 @@ def be_blackwell() -> None:
 def _install_for_commands(capability: tuple[int, int]) -> None:
     """Also let the CPU runtime keep a GPU's defaults, and do without its refusals, of what Transformer Engine brings."""
     install(capability)
+    from megatron.core.transformer.enums import AttnBackend
+
     from megatron_ogpsa.integration import arguments, cpu_arguments
 
     cpu_arguments._REFUSALS = tuple(
@@ -97,7 +103,9 @@ def _install_for_commands(capability: tuple[int, int]) -> None:
     def set_defaults(parser: argparse.ArgumentParser) -> None:
         set_cpu_defaults(parser)
         # Weights that Megatron initialises on the CPU are not those that Transformer Engine keeps for main parameters.
-        parser.set_defaults(transformer_impl="transformer_engine", use_cpu_initialization=None)
+        parser.set_defaults(
+            transformer_impl="transformer_engine", use_cpu_initialization=None, attention_backend=AttnBackend.auto
+        )
 
     arguments.set_cpu_defaults = set_defaults
 
@@ -161,6 +169,27 @@ def _save_dequantized() -> None:
         return data.dequantize() if "dequantize" in type(data).__dict__ else data
 
     DefaultSavePlanner.resolve_data = dequantized  # type: ignore[method-assign]
+
+
+def _exchange_in_turn() -> None:
+    """Pass keys and values around the ring at once: gloo confuses messages that are under way between the same two ranks."""
+    ring = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention.context_parallel")
+    numbers = itertools.count()
+
+    def exchange(
+        rank: int, sent: Tensor, to: int, received: Tensor, source: int, group: Any, batched: bool
+    ) -> list[object]:
+        tag = next(numbers)
+        requests = [
+            dist.isend(sent.contiguous(), to, group, tag),
+            dist.irecv(received, source, group, tag),
+        ]
+        for request in requests:
+            assert request is not None
+            request.wait()
+        return []
+
+    ring.flash_attn_p2p_communicate = exchange  # type: ignore[attr-defined]
 
 
 def _moved(move: Callable[..., Tensor], tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

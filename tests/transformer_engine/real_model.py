@@ -116,7 +116,7 @@ def compared(exact: Gradients, found: Gradients) -> dict[str, Any]:
         "lengths": [float(lengths[index + len(names)] / lengths[index]) for index in range(len(names))],
         "subspace": float(_principal_cosines(gram, len(names)).min()),
         "lowest of a parameter": of_parameters[worst],
-        "which": worst[1].removeprefix("module.module."),
+        "which": worst[1],
     }
 
 

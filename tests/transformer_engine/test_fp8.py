@@ -22,7 +22,6 @@ MODEL = (
 ).split()
 
 NO_TRACE = [
-    ("delayed", ""),
     ("delayed", "recompute"),
     ("tensorwise", "bf16-ends"),
     ("blockwise", "param-gather"),

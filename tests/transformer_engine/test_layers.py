@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.core.layouts import ALL_LAYOUTS, FP8, TRANSFORMER_ENGINE
+from tests.core.layouts import ALL_LAYOUTS, FP8, FUSED_ATTENTION, TRANSFORMER_ENGINE
 from tests.core.test_parity import FP32_TOLERANCE
 from tests.core.test_update_space import SETTINGS, TOLERANCE
 from tests.harness import WorkerGroup
@@ -29,6 +29,17 @@ def test_projected_gradient_equals_the_unsharded_one(distributed_te: Distributed
             assert result["norm_error"] < FP32_TOLERANCE, granularity
             assert result["leak"] < FP32_TOLERANCE, granularity
             assert result["rank"] == 3, granularity
+
+
+@pytest.mark.parametrize("layout", [name for name in FUSED_ATTENTION if name != "te-bf16"])
+def test_context_parallel_attention_takes_the_right_positions(distributed_te: Distributed, layout: str) -> None:
+    """Fused attention takes 16 bits: as far from fp64 as one process in 16 bits is, where a wrong position gives 0.5."""
+    (alone,) = distributed_te(1).run("tests.core.cases:parity", layout="te-bf16")
+    for results in distributed_te(FUSED_ATTENTION[layout].world_size).run("tests.core.cases:parity", layout=layout):
+        for granularity, result in results.items():
+            assert result["num_blocks"] == result["expected_num_blocks"], granularity
+            assert result["error"] < 1.5 * alone[granularity]["error"] < 0.05, granularity
+            assert result["leak"] < FP32_TOLERANCE, granularity
 
 
 @pytest.mark.parametrize("layout", [*SHARDED_OTHERWISE, *FP8])

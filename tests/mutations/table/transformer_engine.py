@@ -38,7 +38,7 @@ TRANSFORMER_ENGINE = (
         STATE,
         "            self.module.reset_fp8_meta_tensors(self._of_the_length_in_use())\n",
         "            pass\n",
-        (f"{TE}/test_fp8_state.py::test_refreshes_leave_no_trace[te-dp2-fp8-delayed]",),
+        (f"{TE}/test_fp8_state.py::test_refreshes_leave_no_trace[te-tp2-fp8-delayed]",),
         "training goes on with scales that reference passes have moved",
     ),
     Mutation(
