@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import re
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -12,6 +17,7 @@ import pytest
 
 from tests.adoption import bridge_interface
 from tests.adoption.bridge_modules import callbacks_module, real_source
+from tests.adoption.bridge_pretrain import SITE, STEPS
 from tests.adoption.pages import blocks
 from tests.harness import WorkerGroup
 
@@ -101,6 +107,31 @@ def test_bridges_loop_fires_events_in_the_order_of_ours() -> None:
     finetune = ast.parse(function_of("finetune.py", "finetune")).body[0]
     assert isinstance(finetune, ast.FunctionDef)
     assert [argument.arg for argument in finetune.args.args] == ["config", "forward_step_func", "callbacks"]
+
+
+@pytest.mark.skipif(
+    SITE not in os.environ,
+    reason=f"needs Megatron-Bridge with what it imports: {SITE}=FOLDER, as tests/adoption/bridge_pretrain.py says",
+)
+def test_bridges_own_loop_runs_with_the_callback() -> None:
+    """Refreshes without projection are bitwise the run without the callback; with it, both references are protected."""
+    told = {}
+    for mode in ("plain", "disabled", "projected"):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = str(listener.getsockname()[1])
+        command = [sys.executable, "-m", "tests.adoption.bridge_pretrain", mode]
+        finished = subprocess.run(
+            command, capture_output=True, text=True, timeout=200, check=False, env=os.environ | {"MASTER_PORT": port}
+        )
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        told[mode] = json.loads(finished.stdout.splitlines()[-1])
+    assert len(told["plain"]["lm loss"]) == STEPS
+    assert told["disabled"]["lm loss"] == told["plain"]["lm loss"]
+    assert told["projected"]["lm loss"][0] == told["plain"]["lm loss"][0]
+    assert told["projected"]["lm loss"][1:] != told["plain"]["lm loss"][1:]
+    assert told["projected"]["ogpsa rank"] == [2.0] * STEPS
+    assert all(removed > 0 for removed in told["projected"]["ogpsa removed length"])
 
 
 def function_of(file: str, name: str) -> str:
