@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.core import test_parity, test_update_space
 from tests.core.layouts import ALL_LAYOUTS, FP8, FUSED_ATTENTION, TRANSFORMER_ENGINE
 from tests.core.test_parity import FP32_TOLERANCE
-from tests.core.test_update_space import SETTINGS, TOLERANCE
+from tests.core.test_update_space import SETTINGS
 from tests.harness import WorkerGroup
 
 Distributed = Callable[[int], WorkerGroup]
@@ -23,12 +24,7 @@ UPDATES = ("te-pp2", "te-tp2-sp-bias", "te-dp2-overlap", "te-ep2-plain", *FP8)
 def test_projected_gradient_equals_the_unsharded_one(distributed_te: Distributed, layout: str) -> None:
     group = distributed_te(TRANSFORMER_ENGINE[layout].world_size)
     for results in group.run("tests.core.cases:parity", layout=layout):
-        for granularity, result in results.items():
-            assert result["num_blocks"] == result["expected_num_blocks"], granularity
-            assert result["error"] < FP32_TOLERANCE, granularity
-            assert result["norm_error"] < FP32_TOLERANCE, granularity
-            assert result["leak"] < FP32_TOLERANCE, granularity
-            assert result["rank"] == 3, granularity
+        test_parity.assert_like_one_process(results)
 
 
 @pytest.mark.parametrize("layout", [name for name in FUSED_ATTENTION if name != "te-bf16"])
@@ -63,10 +59,4 @@ def test_weights_are_those_of_one_process(distributed_te: Distributed, layout: s
         settings = settings[:1]
     group = distributed_te(ALL_LAYOUTS[layout].world_size)
     for results in group.run("tests.core.update_cases:update_parity", layout=layout, settings=settings):
-        for setting, result in zip(settings, results, strict=True):
-            assert result["error"] < TOLERANCE, setting
-            assert result["length_error"] < TOLERANCE, setting
-            assert result["removed"] > 0.01, setting
-            assert result["copies_agree"], setting
-            if setting["mode"] == "orthogonal":
-                assert result["leak"] < TOLERANCE, setting
+        test_update_space.assert_like_one_process(settings, results)
