@@ -106,8 +106,14 @@ class OGPSA:
         1 − ‖g'‖²/‖g‖², and after :meth:`add_references_once` ``added``: ‖w·Σ_j a_j‖²/‖g‖². With ``space="update"``
         ``removed_length``: ‖QᵀΔ‖ in the parameters' units. With ``check_leak``: ``leak``, the largest |⟨g', q⟩|/‖g'‖,
         and ``removed`` also of updates.
+
+        Waits for the device; :meth:`metrics_on` does not.
         """
-        return self._space.metrics
+        return {name: float(value) for name, value in self._space.figures.items()}
+
+    def metrics_on(self, device: torch.device | int) -> dict[str, Tensor]:
+        """The same as fp32 tensors of one element, for a loop that adds figures up and reads them now and then."""
+        return self._space.figures_on(device)
 
     @property
     def skipped_steps(self) -> int:

@@ -72,7 +72,7 @@ class Space(ABC):
         enabled: whether steps are projected.
         basis: the one in use; None until the first refresh.
         needs_refresh: whether the basis was found not to be finite: steps are skipped until there is another.
-        metrics: of the last projected step.
+        figures: of the last projected step; those that need not be known within it are numbers on the device.
         skipped_steps: steps skipped because the gradient, or the basis, was not finite.
         skipped_in_a_row: of these the last ones, without those that a loss scale was too large for.
     """
@@ -84,7 +84,7 @@ class Space(ABC):
         self.enabled = True
         self.basis: Basis | None = None
         self.needs_refresh = False
-        self.metrics: dict[str, float] = {}
+        self.figures: dict[str, float | Tensor] = {}
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         self._norm: float | None = None  # of the gradient that the optimizer is about to use, known on all ranks
@@ -167,7 +167,14 @@ class Space(ABC):
             )
         return norm
 
-    def _ranks(self, basis: Basis) -> dict[str, float]:
+    def figures_on(self, device: torch.device | int) -> dict[str, Tensor]:
+        """``figures`` as fp32 tensors of one element, without waiting for the device."""
+        return {
+            name: torch.as_tensor(value, dtype=torch.float32, device=device).reshape(1)
+            for name, value in self.figures.items()
+        }
+
+    def _ranks(self, basis: Basis) -> dict[str, float | Tensor]:
         return {"rank": float(basis.rank), "rank_total": float(basis.rank_total)}
 
 
@@ -207,15 +214,15 @@ class GradientSpace(Space):
         subtract(layout, self._shard.spans, basis.rows_KN, removed_BK)
         self._shard.store()
         self._norm = math.sqrt(after)
-        self.metrics = self._ranks(basis) | {
+        self.figures = self._ranks(basis) | {
             "removed": 1.0 - projected / before if before > 0 else 0.0,
             "grad_norm_before": math.sqrt(before),
             "grad_norm_after": self._norm,
         }
         if self.added_weight:
-            self.metrics["added"] = added / before if before > 0 else math.inf
+            self.figures["added"] = added / before if before > 0 else math.inf
         if self._check_leak:
-            self.metrics["leak"] = self._leak(basis)
+            self.figures["leak"] = self._leak(basis)
         return True
 
     def _leak(self, basis: Basis) -> float:
@@ -285,13 +292,13 @@ class UpdateSpace(Space):
         # The cone is of gradients, and an update goes against the gradient.
         removed_BK = -basis.removed(-change_BK)
         subtract(self._layout, parameters, basis.rows_KN, removed_BK)
-        self.metrics = self._ranks(basis) | {
-            "removed_length": float(removed_BK.square().sum().sqrt()),
+        self.figures = self._ranks(basis) | {
+            "removed_length": removed_BK.square().sum().sqrt(),
             "grad_norm_before": norm,
             "grad_norm_after": norm,
         }
         if before is not None:
-            self.metrics |= self._checked(basis, before, float(removed_BK.square().sum()))
+            self.figures |= self._checked(basis, before, float(removed_BK.square().sum()))
 
     def _along(self, basis: Basis, parameters: Sequence[Tensor]) -> Tensor:
         """Qᵀθ, this rank's share."""

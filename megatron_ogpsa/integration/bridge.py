@@ -22,7 +22,6 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -120,13 +119,11 @@ class OGPSACallback(bridge.Callback):
 
     def on_train_step_end(self, context: bridge.CallbackContext) -> None:
         """Add figures to the losses, on ranks that have some: Bridge logs them all alike."""
-        metrics = self.ogpsa.metrics if self.ogpsa is not None else {}
-        if context.loss_dict and metrics:
-            device = next(iter(context.loss_dict.values())).device
+        if context.loss_dict and self.ogpsa is not None:
+            metrics = self.ogpsa.metrics_on(next(iter(context.loss_dict.values())).device)
             for name in ("removed", "removed_length", "rank"):
                 if name in metrics:
-                    value = torch.tensor([max(metrics[name], 0.0)], device=device)
-                    context.loss_dict[f"ogpsa {name.replace('_', ' ')}"] = value
+                    context.loss_dict[f"ogpsa {name.replace('_', ' ')}"] = metrics[name].clamp(min=0.0)
 
     def on_checkpoint_save(self, context: bridge.CallbackContext) -> None:
         """A resumed run refreshes when it starts, so this one does too; see :func:`_was_saved` for asynchronous saves."""

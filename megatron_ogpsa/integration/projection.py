@@ -244,12 +244,13 @@ class ProjectionRun:
 
         Counters are of this process: steps that were skipped, and refreshes that were rejected, for what is not finite.
         """
-        metrics = self._ogpsa.metrics if self._ogpsa is not None else {}
+        device = torch.cuda.current_device()
+        metrics = self._ogpsa.metrics_on(device) if self._ogpsa is not None else {}
         if not metrics:
             return {}
         removed = {"removed": "ogpsa removed", "removed_length": "ogpsa removed length"}
-        values = {title: max(metrics[name], 0.0) for name, title in removed.items() if name in metrics} | {
-            "ogpsa rank": metrics["rank"],
+        figures = {title: metrics[name].clamp(min=0.0) for name, title in removed.items() if name in metrics}
+        values = {
             "ogpsa refresh (ms)": self._refresh_seconds * 1000,
             "ogpsa skipped steps": float(self._ogpsa.skipped_steps if self._ogpsa is not None else 0),
             "ogpsa bad refreshes": float(self._bad_refreshes),
@@ -258,9 +259,11 @@ class ProjectionRun:
             values["ogpsa interval"] = float(self._schedule.interval)
         if self._args.ogpsa_energy < 1.0 and self._ogpsa is not None:
             values["ogpsa energy"] = self._ogpsa.kept_energy
+        figures["ogpsa rank"] = metrics["rank"]
+        figures |= {name: torch.tensor([value], device=device) for name, value in values.items()}
         if self._args.ogpsa_authors_leak:
-            values["ogpsa leaked"] = metrics.get("added", 0.0)
-        return {name: torch.tensor([value], device=torch.cuda.current_device()) for name, value in values.items()}
+            figures["ogpsa leaked"] = metrics.get("added", torch.zeros(1, device=device))
+        return figures
 
     def after_step(self, losses: dict[str, torch.Tensor], step: int) -> None:
         """Nothing: the figures are positive, so that Megatron's log line has them."""
