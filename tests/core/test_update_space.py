@@ -100,3 +100,8 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(distributed: Distribute
 def test_parameters_out_of_reach_are_refused(distributed: Distributed, layout: str, flag: str) -> None:
     for message in distributed(2).run("tests.core.update_cases:refused", layout=layout):
         assert message.startswith(f"{flag} with --ogpsa-space update: ")
+
+
+def test_figures_for_the_log_are_not_waited_for(distributed: Distributed) -> None:
+    for result in distributed(2).run("tests.core.update_cases:figures_on_the_device", layout="dp2"):
+        assert result == {"on the device": True, "the same": True}

@@ -12,7 +12,7 @@ from megatron_ogpsa import OGPSAConfig, attach
 from megatron_ogpsa.errors import UnsupportedError
 from megatron_ogpsa.sharding.gradients import _model_and_main_params, leaf_optimizers
 from tests.core import oracle
-from tests.core.cases import refresh_planted
+from tests.core.cases import planted, refresh_planted
 from tests.core.gradients import canonical_gradient, plant
 from tests.core.layouts import ALL_LAYOUTS
 from tests.core.megatron_model import Training, build
@@ -148,3 +148,18 @@ def refused(layout: str) -> str:
     except UnsupportedError as error:
         return str(error)
     return ""
+
+
+def figures_on_the_device(layout: str) -> dict[str, bool]:
+    """Of one projected step: that nobody has waited for what only a log wants, and that both forms tell the same."""
+    shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
+    training = build(ALL_LAYOUTS[layout], oracle.random_weights(shape, seed=1))
+    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig())
+    *references, gradient = planted(shape, 3, integers=False)
+    refresh_planted(training, ogpsa, references, 1.0)
+    plant(training, gradient, 1.0)
+    training.optimizer.step()
+    waits = isinstance(ogpsa._space.figures["removed_length"], Tensor)
+    tensors = ogpsa.metrics_on(torch.device("cpu"))
+    same = {name: float(torch.tensor(value)) for name, value in ogpsa.metrics.items()}
+    return {"on the device": waits, "the same": {name: float(tensor) for name, tensor in tensors.items()} == same}

@@ -1,6 +1,7 @@
 """``megatron-ogpsa`` of which all ranks but those of the first node wait before step ``HOLD``, until they are ended.
 
-They do so once: whoever waits says so in the file ``held``, and ranks that find it go on.
+They do so once: the last rank, which has printed Megatron's line of the step before then, says so in the file ``held``, and
+ranks that find it go on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ if int(os.environ.get("GROUP_RANK", "0")) > 0 and not HELD.exists():
 
     def holding_before_step(self: Any, model: Any, optimizer: Any, forward_backward: Any, step: int) -> None:
         if step == int(os.environ["HOLD"]):
-            HELD.write_text(str(os.getpid()), encoding="utf-8")
+            if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+                HELD.write_text(str(os.getpid()), encoding="utf-8")
             time.sleep(600)
             raise RuntimeError("nobody has ended this rank")
         before_step(self, model, optimizer, forward_backward, step)
