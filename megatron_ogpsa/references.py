@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -32,6 +32,7 @@ from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.plugin import OGPSA
 from megatron_ogpsa.precision.first_scales import find_scales
 from megatron_ogpsa.precision.fp8_state import fp8_state_kept, starts_without_scales
+from megatron_ogpsa.precision.passes_without_fp8 import without_fp8
 
 if TYPE_CHECKING:
     from megatron_ogpsa.data import TokenizedChatDataset, TokenizedPreferenceDataset
@@ -167,6 +168,7 @@ def refresh(
     micro_batch_size: int,
     decoder_seq_length: int | None = None,
     is_first_step: bool = False,
+    in_bf16: bool = False,
     keep: Sequence[str] = (),
 ) -> Refreshed:
     """Compute the reference gradients as training gradients are computed, and give the plugin its new basis.
@@ -178,6 +180,8 @@ def refresh(
         forward_backward: Megatron's schedule for this layout (``get_forward_backward_func``).
         is_first_step: whether the model has not been trained in this run. FP8 scales that follow from earlier passes do
             not fit then, so that each reference gradient is taken after short passes that find some.
+        in_bf16: take no layer in FP8, of a model that is trained in it: nearer to what is to be protected, for the time and
+            the activations of passes in bf16.
         keep: names of gradients that the plugin takes out of its basis instead, of other references than these.
     """
 
@@ -195,7 +199,7 @@ def refresh(
             forward_only=False,
         )
 
-    finds_scales = is_first_step and starts_without_scales(chunks)
+    finds_scales = is_first_step and not in_bf16 and starts_without_scales(chunks)
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     number = len(keep) + sum(len(reference.parts) for reference in references)
     ogpsa.begin_refresh(keep, num_references=number)
@@ -204,7 +208,8 @@ def refresh(
         for reference in references:
             for name, micro_batches in reference.parts.items():
                 sums.append(LossSum())
-                with no_trace(chunks):  # of each on its own: otherwise one would route the next one's tokens
+                # Of each on its own: otherwise one would route the next one's tokens.
+                with no_trace(chunks), without_fp8(chunks) if in_bf16 else nullcontext():
                     if finds_scales:
                         with no_trace(chunks, but_for_fp8=True):
                             find_scales(chunks, partial(run, reference.forward_step, micro_batches[:stages], None))

@@ -190,6 +190,12 @@ def _add_projection_arguments(group: argparse._ArgumentGroup) -> None:
         help="Loss whose gradient is protected, for all references or for the named one: nll of conversations (default for "
         "sft), nll_chosen (default for dpo), nll_pair (both answers) or dpo of preference pairs.",
     )
+    group.add_argument(
+        "--ogpsa-references-in-bf16",
+        action="store_true",
+        help="In a run with --fp8-format, take the reference gradients without FP8: nearer to what is to be protected, for "
+        "the time and the activations of passes in bf16.",
+    )
     _add_rule_arguments(group)
     _add_basis_arguments(group)
     group.add_argument(

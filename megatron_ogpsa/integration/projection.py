@@ -84,6 +84,11 @@ def check_projection_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--ogpsa-reference {repeated[0]}=… is given twice: give each reference a name of its own")
     if unknown := sorted({name for name, _ in args.ogpsa_reference_loss if name is not None} - set(names)):
         raise UserError(f"--ogpsa-reference-loss {unknown[0]}=…: no --ogpsa-reference has this name")
+    if args.ogpsa_references_in_bf16 and not args.bf16:
+        raise UserError(
+            "--ogpsa-references-in-bf16: reference passes without FP8 are in the parameters' type, which is bf16 with "
+            "--bf16 only; add it, or leave --ogpsa-references-in-bf16 out"
+        )
     check_authors_arguments(args)
     check_schedule_arguments(args)
     config_from_arguments(args)
@@ -94,12 +99,14 @@ def check_projection_arguments(args: argparse.Namespace) -> None:
             "join some references into one, lower --ogpsa-rank-per-reference, or use --ogpsa-mode orthogonal"
         )
     scaling = "reference passes would leave their mark on its scaling factors"
+    unknown_recipes = "which layers are quantised, and by what, would not be known"
     dtensors = "its gradients lie outside Megatron's gradient buffers"
     within = "--ogpsa-space update does not reach parameters within the inner optimizer"
     of_update = args.ogpsa_space == "update"
     splits_pairs = args.context_parallel_size > 1 and any(loss_of_reference(args, name) != "nll" for name in names)
     for is_given, flag, reason, remedy in (
         (args.fp4, "--fp4-format", scaling, "train in --bf16 or with --fp8-format"),
+        (args.te_precision_config_file, "--te-precision-config-file", unknown_recipes, "use --fp8-format"),
         (
             splits_pairs,
             "--context-parallel-size",
@@ -220,6 +227,7 @@ class ProjectionRun:
                 micro_batch_size=self._args.micro_batch_size,
                 decoder_seq_length=self._args.decoder_seq_length,
                 is_first_step=step == 0,
+                in_bf16=self._args.ogpsa_references_in_bf16,
                 keep=[
                     part for reference in self._references if reference.name not in names for part in reference.parts
                 ],

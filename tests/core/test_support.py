@@ -54,6 +54,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
     switches = "ogpsa_authors_rule ogpsa_authors_leak fp8 fp4 use_megatron_fsdp use_torch_fsdp2 mtp_num_layers".split()
     switches += ["ogpsa_packing", "hybrid_context_parallel", "ogpsa_stagger_references", "ogpsa_adaptive_interval"]
     switches += ["save", "save_interval", "non_persistent_save_interval"]
+    switches += ["te_precision_config_file", "ogpsa_references_in_bf16", "bf16"]
     switches += "optimizer_cuda_graph perform_rl_step optimizer_cpu_offload use_precision_aware_optimizer".split()
     return lambda **changes: argparse.Namespace(**(plain | dict.fromkeys(switches) | changes))
 
@@ -62,6 +63,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
     ("change", "flag"),
     [
         ({"fp4": "e2m1"}, "--fp4-format"),
+        ({"te_precision_config_file": "layers.yaml"}, "--te-precision-config-file"),
         ({"context_parallel_size": 2, "ogpsa_reference_loss": [(None, "nll_pair")]}, "--context-parallel-size"),
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
         ({"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
@@ -133,6 +135,14 @@ def test_conflicts_are_taken_out_of_updates_unless_the_authors_rule_is_asked_for
     args = arguments(**change)
     check_projection_arguments(args)
     assert (args.ogpsa_space, args.ogpsa_mode) == rule
+
+
+def test_references_in_bf16_of_parameters_in_another_type(arguments: Callable[..., argparse.Namespace]) -> None:
+    from megatron_ogpsa.integration.projection import check_projection_arguments
+
+    check_projection_arguments(arguments(ogpsa_references_in_bf16=True, bf16=True))
+    with pytest.raises(UserError, match=r"^--ogpsa-references-in-bf16: .+ with --bf16 only; add it, or leave"):
+        check_projection_arguments(arguments(ogpsa_references_in_bf16=True))
 
 
 def test_the_loss_of_a_reference_that_is_not_there(arguments: Callable[..., argparse.Namespace]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -40,7 +41,7 @@ def fp8_state(training: Training) -> dict[str, Tensor]:
     return found
 
 
-def train(layout: str, refreshes: bool) -> dict[str, Any]:
+def train(layout: str, refreshes: bool, in_bf16: bool = False) -> dict[str, Any]:
     """Three steps, each after a refresh whose basis is not used: the weights and FP8 state at the end, and what the
     refreshes changed or left."""
     training = build_fp8(layout)
@@ -50,7 +51,7 @@ def train(layout: str, refreshes: bool) -> dict[str, Any]:
     for step in range(STEPS):
         if refreshes:
             before = fp8_state(training)
-            _refresh(training, ogpsa, layout, is_first_step=step == 0)
+            _refresh(training, ogpsa, layout, is_first_step=step == 0, in_bf16=in_bf16)
             after = fp8_state(training)
             changed += [name for name, value in before.items() if not torch.equal(value, after[name])]
             caches_left += sum(len(module._fp8_workspaces) for module in quantizing_modules(training.chunks))
@@ -66,7 +67,9 @@ def _plain(param: torch.nn.Parameter) -> Tensor:
         return (param.dequantize() if hasattr(param, "_quantizer") else param.detach()).clone()
 
 
-def _refresh(training: Training, ogpsa: Any, layout: str, *, is_first_step: bool, factor: float = 1.0) -> None:
+def _refresh(
+    training: Training, ogpsa: Any, layout: str, *, is_first_step: bool, in_bf16: bool = False, factor: float = 1.0
+) -> None:
     references = [
         _reference(name, batch_of(training.shape, seed), layout) for seed, name in enumerate(("math", "chat"))
     ]
@@ -79,6 +82,7 @@ def _refresh(training: Training, ogpsa: Any, layout: str, *, is_first_step: bool
         seq_length=training.shape.positions,
         micro_batch_size=training.layout.micro_batch,
         is_first_step=is_first_step,
+        in_bf16=in_bf16,
     )
 
 
@@ -103,12 +107,59 @@ def first_gradients(layout: str) -> dict[str, float]:
     training = build_fp8(layout)
     exact = oracle.gradient(training.shape, oracle.random_weights(training.shape, seed=1), batch_of(training.shape, 0))
     return {
-        name: _cosine(exact, _captured(training, layout, is_first_step=finds_scales))
+        name: _cosine(exact, _captured(training, layout, is_first_step=finds_scales, factor=1e-3))
         for name, finds_scales in (("with scales", True), ("without", False))
     }
 
 
-def _captured(training: Training, layout: str, *, is_first_step: bool) -> oracle.Tensors:
+def gradients_without_fp8(layout: str) -> dict[str, Any]:
+    """A reference's gradient without FP8, beside that of a model in bf16 with the same weights, and whether it is the same
+    after a step's passes in FP8. FP8 weights are what their rounded values are in bf16.
+    """
+    training = build_fp8(layout)
+    _sum_weights_gradients_up_in_fp32(training)
+    found = _captured(training, layout, in_bf16=True)
+    training.gradient(batch_of(training.shape, 100))
+    last_pass = _of_the_last_pass(training)
+    again = _captured(training, layout, in_bf16=True)
+    last_pass_after = _of_the_last_pass(training)
+    in_fp8 = _captured(training, layout)
+    weights = [_plain(param) for param in training.chunks[0].parameters()]
+    parallel_state.destroy_model_parallel()
+    in_bf16 = build(
+        replace(ALL_LAYOUTS[layout], fp8=None, fp8_params=False), oracle.random_weights(training.shape, seed=1)
+    )
+    with torch.no_grad():
+        for param, value in zip(in_bf16.chunks[0].parameters(), weights, strict=True):
+            param.copy_(value)
+    if not ALL_LAYOUTS[layout].fp8_params:
+        _sum_weights_gradients_up_in_fp32(in_bf16)
+    expected = _captured(in_bf16, layout)
+    return {
+        "differ": [name for name in expected if not torch.equal(found[name], expected[name])],
+        "differ after a step": [name for name in expected if not torch.equal(again[name], expected[name])],
+        "cosine in FP8": _cosine(in_fp8, expected),
+        "configs": {chunk.module.config.fp8 for chunk in training.chunks},
+        "last passes": (last_pass, last_pass_after),
+    }
+
+
+def _of_the_last_pass(training: Training) -> list[tuple[bool, ...]]:
+    """What each module notes: whether it was in FP8, and so, whether its scales belong into a checkpoint."""
+    modules = quantizing_modules(training.chunks)
+    return [(module.fp8, module.fp8_initialized, module.fp8_meta["fp8_checkpoint"]) for module in modules]
+
+
+def _sum_weights_gradients_up_in_fp32(training: Training) -> None:
+    """In the products, as on a GPU (``gradient_accumulation_fusion``)."""
+    for module in training.chunks[0].modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+
+
+def _captured(
+    training: Training, layout: str, *, is_first_step: bool = False, in_bf16: bool = False, factor: float = 1.0
+) -> oracle.Tensors:
     """The reduced gradient of the first reference of a refresh."""
     captured: list[oracle.Tensors] = []
     ogpsa = attach(training.optimizer, training.chunks)
@@ -119,7 +170,7 @@ def _captured(training: Training, layout: str, *, is_first_step: bool) -> oracle
         capture(name)
 
     ogpsa.capture = recording  # type: ignore[method-assign]
-    _refresh(training, ogpsa, layout, is_first_step=is_first_step, factor=1e-3)
+    _refresh(training, ogpsa, layout, is_first_step=is_first_step, in_bf16=in_bf16, factor=factor)
     ogpsa.detach()
     return captured[0]
 

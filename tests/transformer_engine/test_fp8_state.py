@@ -15,12 +15,13 @@ Distributed = Callable[[int], WorkerGroup]
 CASES = "tests.transformer_engine.fp8_cases"
 
 
-@pytest.mark.parametrize("layout", ["te-tp2-fp8-delayed", "te-dp2-fp8-cached"])
-def test_refreshes_leave_no_trace(distributed_te: Distributed, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "in_bf16"), [("te-tp2-fp8-delayed", False), ("te-tp2-fp8-delayed", True), ("te-dp2-fp8-cached", False)]
+)
+def test_refreshes_leave_no_trace(distributed_te: Distributed, layout: str, in_bf16: bool) -> None:
     """Bitwise, from the first step on, when the modules have no state yet."""
-    plain, refreshed = (
-        distributed_te(2).run(f"{CASES}:train", layout=layout, refreshes=refreshes) for refreshes in (False, True)
-    )
+    plain = distributed_te(2).run(f"{CASES}:train", layout=layout, refreshes=False)
+    refreshed = distributed_te(2).run(f"{CASES}:train", layout=layout, refreshes=True, in_bf16=in_bf16)
     for without, with_them in zip(plain, refreshed, strict=True):
         assert with_them["changed"] == []
         assert with_them["caches left"] == 0
@@ -60,3 +61,16 @@ def test_the_first_reference_gradients_are_taken_with_scales_that_fit(
     for cosines in distributed_te(2).run(f"{CASES}:first_gradients", layout=layout):
         assert cosines["with scales"] > 0.98  # E4M3 rounds to 3 bits, E5M2 to 2; measured 0.986 and 0.989
         assert (cosines["without"] < 0.9) == needs_them, cosines
+
+
+@pytest.mark.parametrize("layout", ["te-dp2-fp8-cached", "te-tp2-fp8-delayed", "te-dp2-fp8-blockwise"])
+def test_reference_gradients_without_fp8_are_those_of_a_model_in_bf16(distributed_te: Distributed, layout: str) -> None:
+    """Bitwise; before the first pass in FP8 and after a step in it, with weights in bf16 and in FP8."""
+    for found in distributed_te(2).run(f"{CASES}:gradients_without_fp8", layout=layout):
+        assert found["differ"] == []
+        assert found["differ after a step"] == []
+        assert found["cosine in FP8"] < 0.9999  # the passes of a step are in FP8 still
+        assert found["configs"] == {"hybrid"}
+        before, after = found["last passes"]
+        assert after == before
+        assert (True, True, True) in before

@@ -6,6 +6,8 @@ from tests.mutations.mutation import Mutation
 
 TE = "tests/transformer_engine"
 STATE = "megatron_ogpsa/precision/fp8_state.py"
+WITHOUT = "megatron_ogpsa/precision/passes_without_fp8.py"
+IN_BF16 = "test_reference_gradients_without_fp8_are_those_of_a_model_in_bf16"
 FIRST = "test_the_first_reference_gradients_are_taken_with_scales_that_fit"
 
 TRANSFORMER_ENGINE = (
@@ -22,7 +24,7 @@ TRANSFORMER_ENGINE = (
         STATE,
         "        self.module._fp8_workspaces.clear()\n",
         "        self.module._fp8_workspaces.copy()\n",
-        (f"{TE}/test_fp8_state.py::test_refreshes_leave_no_trace[te-dp2-fp8-cached]",),
+        (f"{TE}/test_fp8_state.py::test_refreshes_leave_no_trace[te-dp2-fp8-cached-False]",),
         "FP8 copies of weights that a reference pass made stay for whoever comes next",
     ),
     Mutation(
@@ -38,8 +40,32 @@ TRANSFORMER_ENGINE = (
         STATE,
         "            self.module.reset_fp8_meta_tensors(self._of_the_length_in_use())\n",
         "            pass\n",
-        (f"{TE}/test_fp8_state.py::test_refreshes_leave_no_trace[te-tp2-fp8-delayed]",),
+        (f"{TE}/test_fp8_state.py::test_refreshes_leave_no_trace[te-tp2-fp8-delayed-False]",),
         "training goes on with scales that reference passes have moved",
+    ),
+    Mutation(
+        "references-asked-for-in-bf16-are-in-fp8",
+        "megatron_ogpsa/references.py",
+        "without_fp8(chunks) if in_bf16 else nullcontext()",
+        "nullcontext()",
+        (f"{TE}/test_fp8_state.py::{IN_BF16}[te-dp2-fp8-cached]",),
+        "the flag is read, and passes go on in FP8",
+    ),
+    Mutation(
+        "gradients-of-converted-weights-lost",
+        WITHOUT,
+        '(module, "fuse_wgrad_accumulation", False)',
+        '(module, "fuse_wgrad_accumulation", True)',
+        (f"{TE}/test_fp8_state.py::{IN_BF16}[te-tp2-fp8-delayed]",),
+        "a product writes the gradient of an FP8 weight to the copy in 16 bits, which has no main_grad",
+    ),
+    Mutation(
+        "modules-forget-that-they-are-in-fp8",
+        WITHOUT,
+        'module.fp8_meta["fp8_checkpoint"] = value',
+        'module.fp8_meta["fp8_checkpoint"] = False',
+        (f"{TE}/test_fp8_state.py::{IN_BF16}[te-tp2-fp8-delayed]",),
+        "a checkpoint right after a refresh without FP8 would lack the scales",
     ),
     Mutation(
         "scales-of-a-checkpoint-sought-in-histories",
