@@ -383,12 +383,12 @@ def attach(
     model: DistributedDataParallel | Sequence[DistributedDataParallel],
     config: OGPSAConfig | None = None,
 ) -> OGPSA:
-    """Project the gradients of ``optimizer``. Collective: every rank of the model calls it.
+    """Project the steps of ``optimizer``. Collective: every rank of the model calls it.
 
     Args:
         optimizer: a Megatron optimizer with fp32 or 16-bit parameters, distributed or not, or a chain of them.
         model: this rank's model chunks, wrapped in megatron.core's ``DistributedDataParallel``.
-        config: by default one block for each logical tensor, both signs removed.
+        config: by default the updates of each logical tensor are projected, and lose what conflicts with a reference.
 
     Raises:
         UnsupportedError: a Megatron feature that is not supported, by its flag's name.

@@ -31,6 +31,7 @@ from megatron_ogpsa.config import OGPSAConfig
 from megatron_ogpsa.data.micro_batches import Row, deal_out
 from megatron_ogpsa.errors import UnsupportedError, UserError
 from megatron_ogpsa.integration.agreement import agreed
+from megatron_ogpsa.integration.bridge_settings import check_run
 from megatron_ogpsa.integration.protection import Losses, as_line, interval_figures, log_figures
 from megatron_ogpsa.plugin import OGPSA, attach
 from megatron_ogpsa.references import Reference, refresh
@@ -63,6 +64,7 @@ class OGPSACallback(bridge.Callback):
             number of tokens.
         max_bad_refreshes: the run ends after so many refreshes in a row whose gradients are not finite.
         max_bad_steps: likewise steps.
+        references_in_bf16: in a run in FP8, take reference gradients without it (``--ogpsa-references-in-bf16``).
 
     Raises:
         UnsupportedError: a Megatron-Bridge with other callbacks than those that this was written for.
@@ -77,6 +79,7 @@ class OGPSACallback(bridge.Callback):
         *,
         max_bad_refreshes: int = 3,
         max_bad_steps: int = 10,
+        references_in_bf16: bool = False,
     ) -> None:
         _check_interface()
         if not references:
@@ -87,6 +90,7 @@ class OGPSACallback(bridge.Callback):
         self._forward_step = forward_step
         self._max_bad_refreshes = max_bad_refreshes
         self._max_bad_steps = max_bad_steps
+        self._references_in_bf16 = references_in_bf16
         self._references: list[Reference] = []
         self._refresh_is_due = True
         self._losses: Losses = {}
@@ -95,7 +99,7 @@ class OGPSACallback(bridge.Callback):
         """Attach the plugin; deal out the references."""
         from megatron.bridge.training.utils.train_utils import prepare_forward_step_func
 
-        agreed(lambda: _check_run(context))
+        agreed(lambda: check_run(context.state.cfg, context.model, references_in_bf16=self._references_in_bf16))
         forward_step = prepare_forward_step_func(self._forward_step, context.state)
         self._references = [
             agreed(partial(_reference, name, rows, forward_step, context)) for name, rows in self._rows.items()
@@ -147,6 +151,8 @@ class OGPSACallback(bridge.Callback):
                 seq_length=config.model.seq_length,
                 micro_batch_size=config.train.micro_batch_size,
                 decoder_seq_length=config.model.seq_length,
+                is_first_step=step == 0,
+                in_bf16=self._references_in_bf16,
             )
         if not refreshed.is_new and (not ogpsa.has_basis or ogpsa.rejected_refreshes >= self._max_bad_refreshes):
             raise UserError(
@@ -174,36 +180,6 @@ def _check_interface() -> None:
             f"megatron-bridge {installed} has no {', '.join(missing)} in its callbacks, which were read on 0.6: "
             "pip install 'megatron-bridge==0.6.*'"
         )
-
-
-def _check_run(context: bridge.CallbackContext) -> None:
-    """Refuse what reference passes would disturb, or would not reach, by the name of Bridge's setting."""
-    config, model = context.state.cfg, get_model_config(context.model[0])
-    has_graphs = model.cuda_graph_impl not in (None, "none")
-    for is_given, setting, reason, remedy in (
-        (getattr(model, "fp8", None), "model.fp8", "reference passes would mark its scaling factors", "train in bf16"),
-        (getattr(model, "fp4", None), "model.fp4", "reference passes would mark its scaling factors", "train in bf16"),
-        (
-            has_graphs,
-            "model.cuda_graph_impl",
-            "graphs replay training passes only",
-            "use 'none'",
-        ),
-        (
-            config.dist.use_decentralized_pg,
-            "dist.use_decentralized_pg",
-            "passes use Megatron's own groups",
-            "use False",
-        ),
-        (
-            config.checkpoint.async_save and config.train.rampup_batch_size,
-            "train.rampup_batch_size with checkpoint.async_save",
-            "checkpoints are saved at steps that no interval tells",
-            "use one of the two",
-        ),
-    ):
-        if is_given:
-            raise UnsupportedError(f"{setting} with OGPSACallback is not supported: {reason}; {remedy}")
 
 
 def _was_saved(context: bridge.CallbackContext, step: int) -> bool:

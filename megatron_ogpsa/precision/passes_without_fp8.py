@@ -32,7 +32,10 @@ whether a checkpoint gets the module's scales."""
 def without_fp8(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Forward and backward passes inside take no layer in FP8; nothing to do for a model that is not trained in it."""
     modules = quantizing_modules(chunks)
-    settings: list[tuple[Any, str, Any]] = [(config, "fp8", None) for config in _configs_in_fp8(chunks)]
+    configs = _configs_in_fp8(chunks)
+    settings: list[tuple[Any, str, Any]] = [(config, "fp8", None) for config in configs]
+    # To multiples of what the recipe takes; without one, of nothing.
+    settings += [(config, "moe_router_padding_for_quantization", False) for config in configs]
     # Gradients reach FP8 weights through the conversion, in which Transformer Engine loses sight of their main_grad.
     settings += [
         (module, "fuse_wgrad_accumulation", False)

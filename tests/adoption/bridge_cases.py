@@ -139,11 +139,13 @@ def refusals(real: bool) -> list[str]:
     messages: list[str] = []
     for settings in (
         {"model.fp8": "hybrid"},
+        {"model.fp8": "hybrid", "model.fp8_recipe": "custom"},
+        {"model.quant_recipe": "layers.yaml"},
         {"dist.use_decentralized_pg": True},
         {"train.rampup_batch_size": [8, 8, 100], "checkpoint.async_save": True},
     ):
-        training.chunks[0].config.fp8 = settings.get("model.fp8")
-        with bridge_modules(real=real), _told(messages):
+        model = {name.removeprefix("model."): value for name, value in settings.items() if name.startswith("model.")}
+        with bridge_modules(real=real), _told(messages), mock.patch.dict(vars(training.chunks[0].config), model):
             _run(training, settings=settings)
     with bridge_modules(real=real):
         import megatron.bridge.training.callbacks as interface
@@ -157,6 +159,9 @@ def refusals(real: bool) -> list[str]:
             with _told(messages):
                 callback = OGPSACallback(_config(), references, forward_step)
                 finetune(Run(training, train_iters=1), forward_step, callbacks=[callback])
+        with _told(messages):
+            callback = OGPSACallback(_config(), {"math": good}, forward_step, references_in_bf16=True)
+            finetune(Run(training, train_iters=1), forward_step, callbacks=[callback])
         events, interface.VALID_EVENTS = interface.VALID_EVENTS, interface.VALID_EVENTS - {"on_checkpoint_save"}
         with _told(messages):
             _callback(training)

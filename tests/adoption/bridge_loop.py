@@ -45,6 +45,8 @@ class Run:
         """Of Bridge's settings those that derive from Megatron's are Megatron's."""
         config = SimpleNamespace(
             model=SimpleNamespace(seq_length=self.training.shape.positions),
+            ddp=self.training.chunks[0].ddp_config,
+            optimizer=self.training.optimizer.config,
             train=TrainingConfig(micro_batch_size=self.training.layout.micro_batch),
             dist=SimpleNamespace(use_decentralized_pg=False),
             rerun_state_machine=RerunStateMachineConfig(check_for_nan_in_loss=True),

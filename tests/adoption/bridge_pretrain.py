@@ -1,7 +1,8 @@
-"""Megatron-Bridge's own ``pretrain`` with the callback, on the CPU: ``python -m tests.adoption.bridge_pretrain MODE``.
+"""Megatron-Bridge's own ``pretrain`` with the callback: ``python -m tests.adoption.bridge_pretrain MODE [RECIPE]``.
 
-MODE is ``plain`` (without the callback), ``disabled`` (refreshes, no projection) or ``projected``; prints a JSON line with
-the losses of the steps and what the plugin logged. Transformer Engine, which Bridge imports, is emulated
+MODE is ``plain`` (without the callback), ``disabled`` (refreshes, no projection), ``projected``, or ``in_bf16`` (projected,
+references without FP8); RECIPE is one of Bridge's of mixed precision, such as ``bf16_with_fp8_current_scaling_mixed``. Prints
+a JSON line with the losses of the steps and what the plugin logged. Transformer Engine, which Bridge imports, is emulated
 (tests/transformer_engine); packages for features that are not used here are empty. Bridge and what it needs lie in the
 folder of ``MEGATRON_BRIDGE_SITE``, ahead of the installed packages, some of which are newer than it takes::
 
@@ -54,7 +55,7 @@ class _EmptyPackages(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None: ...
 
 
-def main(mode: str) -> None:
+def main(mode: str, precision: str | None = None) -> None:
     sys.path.insert(0, os.environ[SITE])
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -78,6 +79,7 @@ def main(mode: str) -> None:
         OGPSAConfig(space="update", refresh_interval=2),
         references={"math": rows(1), "chat": rows(2)},
         forward_step=forward_step,
+        references_in_bf16=mode == "in_bf16",
     )
     told: dict[str, list[float]] = {}
 
@@ -91,18 +93,19 @@ def main(mode: str) -> None:
                 told.setdefault(name, []).append(float(value))
 
     callbacks = [Recording()] if mode == "plain" else [protect, Recording()]
-    pretrain(configuration(), forward_step, callbacks=callbacks)
+    pretrain(configuration(precision), forward_step, callbacks=callbacks)
     print(json.dumps(told))
 
 
-def configuration() -> Any:
+def configuration(precision: str | None) -> Any:
     """A small model on Bridge's mock data."""
     from megatron.bridge.models.gpt_provider import GPTModelProvider
     from megatron.bridge.training import config
 
     return config.ConfigContainer(
+        mixed_precision=precision,
         model=GPTModelProvider(
-            num_layers=2,
+            num_layers=3,
             hidden_size=64,
             num_attention_heads=4,
             ffn_hidden_size=128,
@@ -159,4 +162,4 @@ def rows(seed: int) -> list[dict[str, torch.Tensor]]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

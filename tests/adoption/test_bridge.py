@@ -55,12 +55,15 @@ def test_what_is_refused_is_told_in_a_line(distributed: Distributed) -> None:
     told = distributed(2).run("tests.adoption.bridge_cases:refusals", real=REAL)
     assert told[0] == told[1]
     expected = [
-        r"model.fp8 with OGPSACallback",
+        r"UserError: model.fp8 needs Transformer Engine, .+ or train in bf16",
+        r"model.fp8_recipe custom in FP8 with OGPSACallback is not supported: .+; use delayed",
+        r"model.quant_recipe with OGPSACallback is not supported",
         r"dist.use_decentralized_pg with OGPSACallback",
         r"train.rampup_batch_size with checkpoint.async_save",
         r"reference math has no supervised token in 8 rows",
         r"reference math, row 0: .*1-D tensors of model.seq_length",
         r"OGPSACallback without references",
+        r"OGPSACallback\(references_in_bf16=True\): .+ bf16 with model.bf16 only; train in bf16",
         r"megatron-bridge .* has no on_checkpoint_save in its callbacks.*pip install",
         r"ImportError: megatron_ogpsa.integration.bridge needs Megatron-Bridge, which cannot be imported",
     ]
@@ -113,14 +116,15 @@ def test_bridges_loop_fires_events_in_the_order_of_ours() -> None:
     SITE not in os.environ,
     reason=f"needs Megatron-Bridge with what it imports: {SITE}=FOLDER, as tests/adoption/bridge_pretrain.py says",
 )
-def test_bridges_own_loop_runs_with_the_callback() -> None:
+@pytest.mark.parametrize("recipe", ["", "bf16_with_fp8_current_scaling_mixed", "bf16_with_fp8_delayed_scaling_mixed"])
+def test_bridges_own_loop_runs_with_the_callback(recipe: str) -> None:
     """Refreshes without projection are bitwise the run without the callback; with it, both references are protected."""
     told = {}
-    for mode in ("plain", "disabled", "projected"):
+    for mode in ("plain", "disabled", "projected", *(("in_bf16",) if recipe else ())):
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = str(listener.getsockname()[1])
-        command = [sys.executable, "-m", "tests.adoption.bridge_pretrain", mode]
+        command = [sys.executable, "-m", "tests.adoption.bridge_pretrain", mode, *recipe.split()]
         finished = subprocess.run(
             command, capture_output=True, text=True, timeout=200, check=False, env=os.environ | {"MASTER_PORT": port}
         )
@@ -132,6 +136,9 @@ def test_bridges_own_loop_runs_with_the_callback() -> None:
     assert told["projected"]["lm loss"][1:] != told["plain"]["lm loss"][1:]
     assert told["projected"]["ogpsa rank"] == [2.0] * STEPS
     assert all(removed > 0 for removed in told["projected"]["ogpsa removed length"])
+    if recipe:
+        assert told["in_bf16"]["ogpsa rank"] == [2.0] * STEPS
+        assert told["in_bf16"]["lm loss"][1:] != told["projected"]["lm loss"][1:]
 
 
 def function_of(file: str, name: str) -> str:

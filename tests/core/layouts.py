@@ -193,12 +193,15 @@ TRANSFORMER_ENGINE: dict[str, Layout] = {
 
 # The same in FP8, in sizes that its products take, with the layers' weights held in FP8.
 FP8: dict[str, Layout] = {
-    name: replace(layout, transformer_engine=True, precision="bf16", fp8_params=True, model={"ffn": 64})
+    name: replace(layout, transformer_engine=True, precision="bf16", fp8_params=True, model=layout.model | {"ffn": 64})
     for name, layout in {
         "te-dp2-fp8-tensorwise": Layout(dp=2, overlap=True, overlap_param_gather=True, fp8="tensorwise"),
         "te-tp2-fp8-delayed": Layout(tp=2, sequence_parallel=True, fp8="delayed"),
         "te-dp2-fp8-delayed": Layout(dp=2, fp8="delayed"),
         "te-dp2-fp8-blockwise": Layout(dp=2, fp8="blockwise"),
+        "te-ep2-fp8-tensorwise": Layout(
+            dp=2, ep=2, fp8="tensorwise", model={"experts": 4, "expert_ffn": 32, "shared_ffn": 32}
+        ),
     }.items()
 }
 

@@ -42,6 +42,11 @@ def bgrad_quantize(gradient: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
     return gradient.reshape(-1, gradient.shape[-1]).float().sum(0).to(gradient.dtype), quantize(gradient, quantizer)
 
 
+def split_quantize(tensor: Tensor, lengths: list[int], quantizers: list[Any], **how: Any) -> list[Any]:
+    """Groups of rows, each by its own quantizer."""
+    return [quantize(part, quantizer) for part, quantizer in zip(tensor.split(lengths), quantizers, strict=True)]
+
+
 def create_empty_quantized_tensor(quantizer: Any, shape: Any, dtype: Any, device: Any, pin_memory: bool) -> Any:
     """A quantized tensor whose values are not there yet, with the parts that ``quantizer``'s usages ask for."""
     shape = tuple(shape)

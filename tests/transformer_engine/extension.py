@@ -15,6 +15,7 @@ CUBLAS = 130000
 
 _KERNELS = (
     *(casting.quantize, casting.bgrad_quantize, casting.dequantize, casting.create_empty_quantized_tensor),
+    *(casting.split_quantize, layers.fused_multi_row_padding, layers.fused_multi_row_unpadding),
     *(casting.fp8_transpose, products.generic_gemm, products.te_general_grouped_gemm),
     *(layers.layernorm_fwd, layers.layernorm_bwd, layers.rmsnorm_fwd, layers.rmsnorm_bwd),
     *(layers.scaled_softmax_forward, layers.scaled_masked_softmax_forward),

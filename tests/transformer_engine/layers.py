@@ -121,3 +121,17 @@ def convert_bshd_to_thd(padded: Tensor, boundaries: Tensor, tokens: int) -> Tens
     for row, (start, stop) in enumerate(itertools.pairwise(boundaries.tolist())):
         packed[start:stop] = padded[row, : stop - start]
     return packed
+
+
+def fused_multi_row_padding(rows: Tensor, out: Tensor, lengths: list[int], padded_lengths: list[int]) -> None:
+    """Each group of rows, followed by rows of zeros."""
+    starts = zip(itertools.accumulate(lengths, initial=0), itertools.accumulate(padded_lengths, initial=0), strict=True)
+    out.zero_()
+    for (start, padded_start), length in zip(starts, lengths, strict=False):
+        out[padded_start : padded_start + length] = rows[start : start + length]
+
+
+def fused_multi_row_unpadding(padded: Tensor, out: Tensor, padded_lengths: list[int], lengths: list[int]) -> None:
+    """Each group without the rows that were added."""
+    groups = zip(padded.split(padded_lengths), lengths, strict=True)
+    torch.cat([group[:length] for group, length in groups], out=out)
