@@ -16,6 +16,9 @@ from megatron_ogpsa.streaming import NUM_BUFFERS
 
 FP32, FP64 = 4, 8
 
+FP8_SPEED = 2
+"""Products in FP8 are at most so many times as fast as in bf16 (peak rates of NVIDIA's H100, H200 and B200)."""
+
 LONGEST_TILE = TileLimits.for_device(torch.device("cuda")).tile
 """Elements of a staging buffer's rows."""
 
@@ -111,14 +114,19 @@ def reference_micro_batches(samples: int, micro_batch: int, data_parallel: int, 
 
 
 def refresh_share(
-    micro_batches: int, reference_micro_batches: Sequence[int], interval: int, pipeline: int, virtual: int
+    micro_batches: int,
+    reference_micro_batches: Sequence[int],
+    interval: int,
+    pipeline: int,
+    virtual: int,
+    cost: float = 1.0,
 ) -> float:
     """Share of the time of forward and backward passes that refreshes take.
 
     A pass over m micro-batches lasts m + (p−1)/v micro-batches, the second term being the pipeline's bubble (Narayanan et
     al., arXiv:2104.04473, section 2.2). Gradient reduction happens in each pass alike; the optimizer's step, which only
-    training has, is left out, so that this is an upper bound.
+    training has, is left out, so that this is an upper bound. A reference micro-batch takes the time of ``cost`` of training.
     """
     bubble = (pipeline - 1) / virtual
-    references = sum(m + bubble for m in reference_micro_batches)
+    references = cost * sum(m + bubble for m in reference_micro_batches)
     return references / (references + interval * (micro_batches + bubble))

@@ -136,7 +136,12 @@ def make_plan(args: argparse.Namespace, progress: Callable[[Sequence[int]], Any]
         micro_batches=micro_batches,
         reference_micro_batches=references,
         refresh_share=costs.refresh_share(
-            micro_batches, references, args.ogpsa_refresh_interval, args.pipeline_model_parallel_size, virtual or 1
+            micro_batches,
+            references,
+            args.ogpsa_refresh_interval,
+            args.pipeline_model_parallel_size,
+            virtual or 1,
+            cost=costs.FP8_SPEED if args.fp8 and args.ogpsa_references_in_bf16 else 1.0,
         ),
         reduction_size=reduction_size,
     )

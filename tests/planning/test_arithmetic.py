@@ -116,3 +116,4 @@ def test_time_of_refreshes() -> None:
     with_bubble = costs.refresh_share(4, [4], interval=1, pipeline=5, virtual=2)
     assert with_bubble == pytest.approx(0.5)
     assert costs.refresh_share(4, [2], interval=1, pipeline=5, virtual=2) == pytest.approx(4 / (4 + 6))
+    assert costs.refresh_share(4, [2], interval=1, pipeline=5, virtual=2, cost=2) == pytest.approx(8 / (8 + 6))

@@ -52,14 +52,6 @@ TRANSFORMER_ENGINE = (
         "the flag is read, and passes go on in FP8",
     ),
     Mutation(
-        "gradients-of-converted-weights-lost",
-        WITHOUT,
-        '(module, "fuse_wgrad_accumulation", False)',
-        '(module, "fuse_wgrad_accumulation", True)',
-        (f"{TE}/test_fp8_state.py::{IN_BF16}[te-tp2-fp8-delayed]",),
-        "a product writes the gradient of an FP8 weight to the copy in 16 bits, which has no main_grad",
-    ),
-    Mutation(
         "modules-forget-that-they-are-in-fp8",
         WITHOUT,
         'module.fp8_meta["fp8_checkpoint"] = value',
