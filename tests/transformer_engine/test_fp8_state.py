@@ -16,7 +16,13 @@ CASES = "tests.transformer_engine.fp8_cases"
 
 
 @pytest.mark.parametrize(
-    ("layout", "in_bf16"), [("te-tp2-fp8-delayed", False), ("te-tp2-fp8-delayed", True), ("te-dp2-fp8-cached", False)]
+    ("layout", "in_bf16"),
+    [
+        ("te-tp2-fp8-delayed", False),
+        ("te-tp2-fp8-delayed", True),
+        ("te-dp2-fp8-cached", False),
+        ("te-ep2-fp8-tensorwise", False),
+    ],
 )
 def test_refreshes_leave_no_trace(distributed_te: Distributed, layout: str, in_bf16: bool) -> None:
     """Bitwise, from the first step on, when the modules have no state yet."""

@@ -6,7 +6,6 @@ would import it.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import subprocess
 import sys
@@ -44,6 +43,9 @@ def python_of_wheel() -> Path:
             if done.returncode != 0:
                 raise OSError(f"no Transformer Engine {VERSION}: {done.stderr.strip().splitlines()[-1:]}")
             shutil.rmtree(target / "transformer_engine" / "jax")
-            with contextlib.suppress(FileExistsError):  # another process was faster
+            try:
                 target.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # or another process was faster
+                    raise
     return folder
