@@ -63,6 +63,11 @@ def test_reference_subspaces_are_near_those_in_bf16(training: Fp8Training, recip
     assert training.lowest_cosine(recipe) > 0.95
 
 
+@pytest.mark.parametrize("recipe", AVAILABILITY)
+def test_references_without_fp8_are_those_of_a_run_in_bf16(training: Fp8Training, recipe: str) -> None:
+    training.assert_references_without_fp8(recipe)
+
+
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 @pytest.mark.parametrize("recipe", AVAILABILITY)
 def test_losses_are_near_those_in_bf16(training: Fp8Training, recipe: str, stage: str) -> None:

@@ -19,6 +19,8 @@ MODEL = (
 ).split()
 """Whole tiles of every recipe's quantizers (16, 32 and 128 elements), with the widths that each kind of machine adds."""
 
+IN_BF16 = "--ogpsa-references-in-bf16"
+
 VARIANTS = {
     "": (),
     "param-gather": ("--fp8-param-gather", "--overlap-grad-reduce", "--overlap-param-gather"),
@@ -28,6 +30,7 @@ VARIANTS = {
         *("--num-layers-at-start-in-bf16", "1"),
         *("--num-layers-at-end-in-bf16", "1"),
     ),
+    "param-gather, references in bf16": ("--fp8-param-gather", IN_BF16),
     "recompute": ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
 }
 
@@ -129,6 +132,12 @@ class Fp8Training:
             )
             lowest = min(lowest, cosines[worst])
         return lowest
+
+    def assert_references_without_fp8(self, recipe: str) -> None:
+        """Asked for in bf16, reference gradients are bitwise those of a run in bf16."""
+        in_bf16, found = self.reference_gradients("bf16", []), self.reference_gradients("fp8", [*fp8(recipe), IN_BF16])
+        for reference, gradients in in_bf16.items():
+            assert [name for name, one in gradients.items() if not torch.equal(one, found[reference][name])] == []
 
     def mean_loss(self, name: str, stage: str, flags: list[str]) -> float:
         """Over the steps of a projected run of SFT or DPO."""
