@@ -186,6 +186,8 @@ def refresh(
     """
 
     def run(forward_step: Callable[..., Any], micro_batches: Sequence[MicroBatch], bar: tqdm[NoReturn] | None) -> None:
+        # Each time, since Megatron counts by it when a bucket's gradients are there and can be reduced.
+        _zero_gradients(chunks, optimizer)
         # Rank 0 is on the first stage, whose first chunk draws every micro-batch.
         iterators = [_watched(micro_batches, bar if chunk is chunks[0] else None) for chunk in chunks]
         forward_backward(
@@ -213,7 +215,6 @@ def refresh(
                     if finds_scales:
                         with no_trace(chunks, but_for_fp8=True):
                             find_scales(chunks, partial(run, reference.forward_step, micro_batches[:stages], None))
-                    _zero_gradients(chunks, optimizer)
                     run(sums[-1].of(reference.forward_step), micro_batches, bar)
                 ogpsa.capture(name)
     _zero_gradients(chunks, optimizer)

@@ -197,7 +197,7 @@ FP8: dict[str, Layout] = {
     for name, layout in {
         "te-dp2-fp8-tensorwise": Layout(dp=2, overlap=True, overlap_param_gather=True, fp8="tensorwise"),
         "te-tp2-fp8-delayed": Layout(tp=2, sequence_parallel=True, fp8="delayed"),
-        "te-dp2-fp8-delayed": Layout(dp=2, fp8="delayed"),
+        "te-dp2-fp8-delayed": Layout(dp=2, overlap=True, fp8="delayed"),
         "te-dp2-fp8-blockwise": Layout(dp=2, fp8="blockwise"),
         "te-ep2-fp8-tensorwise": Layout(
             dp=2, ep=2, fp8="tensorwise", model={"experts": 4, "expert_ffn": 32, "shared_ffn": 32}
