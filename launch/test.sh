@@ -7,7 +7,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment test
 cd "$OGPSA_ROOT"
-# All of them in two processes, since most of a test is one process at work or several that wait for each other. Some of
-# them in one, which shows what -s prints.
-[ "$#" -gt 0 ] || set -- --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 exec "$OGPSA_VENV/bin/python" -m pytest -q --durations=10 "$@"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Generator, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,13 +16,6 @@ if TYPE_CHECKING:
 # Before anything imports transformers or datasets: tests never go to the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-TESTS = Path(__file__).parent
-
-LONGEST = ("integration", "core", "transformer_engine", "adoption", "laptop", "conversion", "evaluation")
-"""Folders of tests that take longest. ``launch/test.sh`` runs all tests in two processes, each a folder at a time: what is
-begun first lets both end together. A folder's tests share their worker groups, which each process starts on its own."""
 
 
 @pytest.fixture(scope="session")
@@ -59,17 +51,8 @@ def _docstrings_are_read_once() -> None:
         keep_docstrings()
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep each folder's tests together, the longest folders first; skip tests marked ``gpu`` where there is no GPU."""
-    folders = {item: item.path.relative_to(TESTS).parts[0] for item in items}
-    items.sort(key=lambda item: LONGEST.index(folders[item]) if folders[item] in LONGEST else len(LONGEST))
-    for item, folder in folders.items():
-        item.add_marker(pytest.mark.xdist_group(folder))
-    _skip_without_gpu(items)
-
-
-def _skip_without_gpu(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where there is no GPU, with the reason."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
