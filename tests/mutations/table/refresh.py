@@ -35,9 +35,8 @@ REFRESH = (
     Mutation(
         "references-not-zeroed-between",
         "megatron_ogpsa/references.py",
-        "                    _zero_gradients(chunks, optimizer)\n                    run(",
-        "                    if len(sums) == 1:\n                        _zero_gradients(chunks, optimizer)\n"
-        "                    run(",
+        "        _zero_gradients(chunks, optimizer)\n        # Rank 0 is",
+        "        if not sums[1:]:\n            _zero_gradients(chunks, optimizer)\n        # Rank 0 is",
         (f"{PASSES}[dp2-overlap]",),
         "each reference's gradient has those before it in it",
     ),

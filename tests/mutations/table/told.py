@@ -42,7 +42,7 @@ TOLD = (
     Mutation(
         "references-undone-together",
         "megatron_ogpsa/references.py",
-        "            with no_trace(chunks):  # of each on its own: otherwise one would route the next one's tokens\n",
+        "            with no_trace(chunks), without_fp8(chunks) if in_bf16 else nullcontext():\n",
         "            with no_trace(chunks) if reference is references[-1] else _random_states():\n",
         ("tests/core/test_references.py::test_a_reference_does_not_depend_on_those_before_it",),
         "what a reference's pass does to the experts' bias is undone after the last one only",
