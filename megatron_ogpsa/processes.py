@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, also when that one is killed and can tell nobody."""
+"""What a rank's process knows of its start: who has started it and ends it, and which attempt of the job it belongs to."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import signal
 
 PARENT_VARIABLE = "MEGATRON_OGPSA_PARENT"
 """Process id of who has started a rank, in the rank's environment."""
+
+ATTEMPT_VARIABLE = "MEGATRON_OGPSA_ATTEMPT"
+"""What :func:`attempt_in_store` is for the job, in a process that one of its ranks has started."""
 
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
@@ -31,3 +34,15 @@ def end_with_starter() -> None:
         end_with_parent(int(parent))
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(os.getppid())
+
+
+def attempt_in_store() -> str:
+    """Which start of the ranks this is, the same on all of them: part of every key in the job's store.
+
+    torchrun's agents may keep one store over all starts, and only there their count of restarts is taken: each agent counts
+    its own, so that one which was lost and has come anew disagrees. Where rank 0 holds the store each start has a new one.
+    """
+    if given := os.environ.get(ATTEMPT_VARIABLE):
+        return given
+    keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if keeps_store else "0"

@@ -15,6 +15,7 @@ from typing import IO, Any, Protocol
 from megatron_ogpsa.doctor.collectives import watch
 from megatron_ogpsa.doctor.findings import Finding
 from megatron_ogpsa.doctor.steps import PATIENCE, Layout, Probe
+from megatron_ogpsa.processes import attempt_in_store
 
 PROBE_MODULE = "megatron_ogpsa.doctor.probe"
 
@@ -65,7 +66,7 @@ class JobRanks:
 
         self._store, self.rank, self.world = next(rendezvous("env://", timeout=timedelta(minutes=30)))
         self._timeout = timeout
-        self._attempt = f"doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._attempt = f"doctor/{attempt_in_store()}"
         self._rounds = 0
 
     def findings(self, layout: Layout) -> Iterator[Finding]:

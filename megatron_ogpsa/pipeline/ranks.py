@@ -18,7 +18,7 @@ from datetime import timedelta
 from types import FrameType
 
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.processes import PARENT_VARIABLE
+from megatron_ogpsa.processes import ATTEMPT_VARIABLE, PARENT_VARIABLE, attempt_in_store
 from megatron_ogpsa.watchdog.board import STORE_VARIABLE
 
 _HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -36,10 +36,7 @@ class JobRank:
         from torch.distributed.rendezvous import rendezvous
 
         self._store, self.rank, _ = next(rendezvous("env://", timeout=_PATIENCE))
-        # Each attempt has a store of its own where the ranks hold it; torchrun's agents may keep theirs. Each counts its own
-        # restarts, so that one which has come anew would disagree.
-        keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        self._attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if keeps_store else "0"
+        self._attempt = attempt_in_store()
         self._told = 0
 
     def told_by_first[T](self, look: Callable[[], T]) -> T:
@@ -73,6 +70,7 @@ class JobRank:
             "MASTER_PORT": str(port),
             "TORCHELASTIC_USE_AGENT_STORE": "False",  # rank 0 of the stage holds a store of its own
             PARENT_VARIABLE: str(os.getpid()),
+            ATTEMPT_VARIABLE: self._attempt,
             STORE_VARIABLE: f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",  # that of the job lives longer
         }
         process = subprocess.Popen([sys.executable, *arguments], env=os.environ | environment | own)

@@ -12,6 +12,7 @@ from datetime import timedelta
 
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from megatron_ogpsa.processes import attempt_in_store
 from megatron_ogpsa.watchdog.story import Record
 
 STORE_VARIABLE = "MEGATRON_OGPSA_STORE"
@@ -69,7 +70,7 @@ class Address:
 
 def run_prefix() -> str:
     """Keys of this run: the store may be that of several attempts, and of several stages one after the other."""
-    return f"megatron-ogpsa-watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{os.environ['MASTER_PORT']}"
+    return f"megatron-ogpsa-watch/{attempt_in_store()}/{os.environ['MASTER_PORT']}"
 
 
 class Board:

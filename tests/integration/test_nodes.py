@@ -11,7 +11,7 @@ import pytest
 
 from tests.harness.preloaded import PreloadedCommand
 from tests.integration.checkpoints import differences
-from tests.integration.conftest import CONFIG, REFERENCE_SAMPLES, Train, scalars
+from tests.integration.conftest import CONFIG, MICRO_BATCH_SIZE, REFERENCE_SAMPLES, Train, scalars
 from tests.integration.namespaces import DEVICE, Node, NotAllowedError, two_nodes
 
 LAYOUTS = {
@@ -69,7 +69,14 @@ def test_an_agent_is_killed_and_started_again(
     """The undisturbed run has the same ranks on one node: where ranks are changes no bit."""
     flags = ["--tokenizer-model", str(inputs / "tokenizer"), "--ogpsa-train-data", str(inputs / "safety.jsonl")]
     flags += ["--ogpsa-reference", f"general={inputs / 'general.jsonl'}", *LAYOUTS[layout].split()]
-    flags += ["--ogpsa-reference-samples", REFERENCE_SAMPLES]
+    flags += [
+        "--ogpsa-reference-samples",
+        REFERENCE_SAMPLES,
+        "--micro-batch-size",
+        MICRO_BATCH_SIZE,
+        "--num-layers",
+        "2",
+    ]
     restarts = ["--nproc-per-node", "2", "--max-restarts", "3", "--rdzv-timeout", "240"]
     arguments = [*restarts, *flags, *saving_to("lost")]
     agents = [Agent(preloaded, node, rank, nodes[0], arguments, tmp_path) for rank, node in enumerate(nodes)]
@@ -84,6 +91,7 @@ def test_an_agent_is_killed_and_started_again(
     output = "".join(agent.output for agent in agents)
     assert codes == [0, 0], output[-6000:]
     assert "All ranks are started again" in agents[0].output, output
+    assert "heard of ranks [0, 1, 2, 3]" in agents[0].output, output  # whose agents have counted different restarts
     counts = {step: output.count(f"iteration {step:8d}/") for step in (SAVED, HELD, HELD + 1)}
     assert counts == {SAVED: 1, HELD: 2, HELD + 1: 1}, output  # what was not saved is done again
 

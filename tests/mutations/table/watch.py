@@ -73,4 +73,12 @@ WATCH = (
         ("tests/watchdog/test_place.py::test_time_in_which_the_watch_was_stopped_itself_does_not_count",),
         "a job that was suspended for an hour is ended as one that hangs",
     ),
+    Mutation(
+        "attempt-counted-by-each-agent",
+        "megatron_ogpsa/processes.py",
+        'os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if keeps_store else "0"',
+        'os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")',
+        ("tests/watchdog/test_board.py::test_ranks_of_one_start_share_a_board",),
+        "after a node was lost and came back, its ranks and the others do not hear of each other's hangs",
+    ),
 )
