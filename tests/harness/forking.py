@@ -15,21 +15,25 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
 _FROM_PYTHON, _MODULE = ([sys.executable], [sys.executable, "-u"]), "-m"
 
 
-def fork_python_modules() -> None:
-    """From now on Popen forks where it is given this Python, ``-m`` and a module; other commands it starts as ever."""
+def fork_python_modules(*, but_with: Collection[str] = ()) -> None:
+    """From now on Popen forks where it is given this Python, ``-m`` and a module; other commands it starts as ever.
+
+    Args:
+        but_with: the first argument after a module's name which tells that it is to import everything for itself.
+    """
     execute: Callable[..., None] = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
     def execute_or_fork(self: Any, args: Any, *others: Any) -> None:
         command = [] if isinstance(args, str | bytes | os.PathLike) else [os.fspath(part) for part in args]
         at = command.index(_MODULE) if _MODULE in command else 0
-        if command[:at] in _FROM_PYTHON:
+        if command[:at] in _FROM_PYTHON and not set(command[at + 2 : at + 3]).intersection(but_with):
             _fork_child(self, command[at + 1 :], *others)
         else:
             execute(self, args, *others)

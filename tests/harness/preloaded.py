@@ -49,6 +49,9 @@ PRELOADED = (
     "megatron_ogpsa.cluster.node",
 )
 
+VERBS_WITHOUT_A_DEVICE = ("convert", "plan")
+"""They choose where tensors live before Megatron is imported, which here has happened."""
+
 THREADS_SAFE_TO_FORK = ("jemalloc_bg_thd",)
 """pyarrow's allocator has fork handlers for its own thread."""
 
@@ -227,7 +230,7 @@ def _prepare_command(request: Mapping[str, Any], connection: Connection, server:
     if request["network"]:
         os.setns(os.open(request["network"], os.O_RDONLY), os.CLONE_NEWNET)
     if request["agent"]:
-        fork_python_modules()
+        fork_python_modules(but_with=VERBS_WITHOUT_A_DEVICE)
     else:
         from megatron_ogpsa.cli import launching
 

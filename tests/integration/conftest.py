@@ -21,6 +21,9 @@ CONFIG = ROOT / "configs/example/sft.yaml"
 REFERENCE_SAMPLES = "8"
 """Fewer than the configuration's: refreshes would take more time than all else."""
 
+MICRO_BATCH_SIZE = "4"
+"""Where one data-parallel rank has the whole batch: two micro-batches, as two ranks have each of the configuration's."""
+
 GENERAL = ROOT.parent / "shared/data/general_sft.jsonl"
 
 
@@ -90,6 +93,8 @@ def train_with(preloaded: PreloadedCommand, inputs: Path, tmp_path: Path) -> Tra
         if references and not plain:
             given["--ogpsa-reference"] = f"general={inputs / 'general.jsonl'}"
             given["--ogpsa-reference-samples"] = REFERENCE_SAMPLES
+        if config == CONFIG and "--nproc-per-node" not in flags:
+            given["--micro-batch-size"] = MICRO_BATCH_SIZE
         pairs = [str(part) for flag, value in given.items() if flag not in flags for part in (flag, value)]
         if not fresh:
             arguments = ["train", str(config), *pairs, *flags]

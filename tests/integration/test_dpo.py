@@ -83,9 +83,9 @@ def test_a_resumed_run_is_bitwise_the_undisturbed_one(train: Train, tmp_path: Pa
 
 def test_the_result_of_fine_tuning_is_the_reference_policy(train: Train, tmp_path: Path) -> None:
     """The examples, one after the other: a second call goes on with the second stage instead of starting it anew."""
-    first = train("--save", "sft")
+    first = train("--save", "sft", *LAYOUTS["dp2"].split())
     assert first.exit_code == 0, first.output[-3000:]
-    flags = ["--pretrained-checkpoint", "sft", "--load", "dpo", *dpo_flags(tmp_path, "tp2-pp2", "dpo")]
+    flags = ["--pretrained-checkpoint", "sft", "--load", "dpo", *dpo_flags(tmp_path, "dp2", "dpo")]
     second = train(*flags, config=CONFIG.with_name("dpo.yaml"))
     assert second.exit_code == 0, second.output[-3000:]
     figures = scalars(tmp_path / "dpo-log", "dpo loss", "learning-rate")
@@ -113,7 +113,7 @@ def test_twenty_steps_are_those_of_one_process_in_every_layout(train: Train, tmp
     base = train(*dpo_flags(tmp_path, "dp1", "base", *still, "--train-iters", "1"))
     assert base.exit_code == 0, base.output[-3000:]
     run = (*still, "--train-iters", "20", "--lr", "1e-3", "--save-interval", "20", "--pretrained-checkpoint", "base")
-    run += ("--ogpsa-space", "gradient", "--ogpsa-mode", "orthogonal")
+    run += ("--ogpsa-space", "gradient", "--ogpsa-mode", "orthogonal", "--ogpsa-refresh-interval", "5")
     names = (*FIGURES, "ogpsa removed")
     seen, stored = {}, {}
     for layout in LAYOUTS:

@@ -106,13 +106,13 @@ def test_a_resumed_run_takes_turns_and_adapts_as_the_undisturbed_one(
 
 
 NO_TRACE = {
-    "tp2-pp2": "",
-    "dp2-overlap": DP2 + "--overlap-grad-reduce --overlap-param-gather",
+    "tp2-pp2": "--num-layers 2",
+    "dp2-overlap": DP2 + "--num-layers 2 --overlap-grad-reduce --overlap-param-gather",
     "interleaved": "--nproc-per-node 2 --tensor-model-parallel-size 1 --num-layers-per-virtual-pipeline-stage 1",
-    "ep2-expert-bias": EXPERT_BIAS + "--overlap-grad-reduce --overlap-param-gather",
+    "ep2-expert-bias": EXPERT_BIAS + "--num-layers 2 --overlap-grad-reduce --overlap-param-gather",
     # Not the distributed optimizer: the configuration's line is left out, as Megatron has no flag against it.
     "ep2-plain-aux-loss": EP2
-    + "--moe-router-load-balancing-type aux_loss global_aux_loss --moe-aux-loss-coeff 1e-2 1e-2",
+    + "--num-layers 2 --moe-router-load-balancing-type aux_loss global_aux_loss --moe-aux-loss-coeff 1e-2 1e-2",
 }
 
 NO_TRACE_STEPS = 20

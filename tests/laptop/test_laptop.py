@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from megatron_ogpsa.cli.main import main
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.laptop.gguf import to_hugging_face
 from megatron_ogpsa.laptop.recipe import Sizes
@@ -23,6 +21,7 @@ from megatron_ogpsa.laptop.safety_data import held_out_prompts
 from megatron_ogpsa.study.report import read_json
 from megatron_ogpsa.study.settings import SETTINGS
 from tests.conversion.models import build_chat_model
+from tests.harness.preloaded import Finished, PreloadedCommand
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
@@ -37,22 +36,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def laptop(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megatron_ogpsa.cli.main", "laptop", *flags]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+def laptop(preloaded: PreloadedCommand, folder: Path, *flags: str) -> Finished:
+    """Run the command, which starts a process for each of its steps."""
+    return preloaded.run("megatron_ogpsa.cli.main", ["laptop", *flags], folder=folder, timeout=300, agent=True)
 
 
-def test_a_model_goes_through_sft_and_dpo_and_comes_back(folder: Path) -> None:
+def test_a_model_goes_through_sft_and_dpo_and_comes_back(folder: Path, preloaded: PreloadedCommand) -> None:
     steps = (
         "--sft-steps 2 --dpo-steps 2 --save-interval 1 --refresh-interval 1 --references 8 --parts 2 --bf16 --nproc 1"
     )
     flags = ["tiny", "--general", "general.jsonl", "--out", "out", *steps.split()]
-    done = laptop(folder, *flags)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    lines = done.stdout.splitlines()
+    done = laptop(preloaded, folder, *flags)
+    assert done.exit_code == 0, done.output[-4000:]
+    lines = done.output.splitlines()
     assert sum(line.startswith("? ") for line in lines) == 4  # each question, then an answer of each model
     assert any(line.startswith("update, conflict, after DPO") for line in lines)
     (run,) = json.loads((folder / "out/report/results.json").read_text(encoding="utf-8"))["runs"]
@@ -72,9 +68,9 @@ def test_a_model_goes_through_sft_and_dpo_and_comes_back(folder: Path) -> None:
     assert {name: tensor.shape for name, tensor in before.items()} == {n: t.shape for n, t in after.items()}
     assert any(not before[name].equal(after[name]) for name in before)
 
-    again = laptop(folder, *flags)
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert not any(line.startswith("[") for line in again.stdout.splitlines())  # no step is left to run
+    again = laptop(preloaded, folder, *flags)
+    assert again.exit_code == 0, again.output[-2000:]
+    assert not any(line.startswith("[") for line in again.output.splitlines())  # no step is left to run
 
 
 @pytest.mark.parametrize(
@@ -96,11 +92,14 @@ def test_a_model_goes_through_sft_and_dpo_and_comes_back(folder: Path) -> None:
         ("tiny --general general.jsonl --references 2 --out out", "is of a run with other data"),
     ],
 )
-def test_mistakes_are_told_before_any_step(folder: Path, flags: str, fault: str) -> None:
-    done = laptop(folder, *flags.split())
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert fault in done.stderr
-    assert done.stderr.count("megatron-ogpsa: error:") == 1
+def test_mistakes_are_told_before_any_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: str, fault: str
+) -> None:
+    monkeypatch.chdir(folder)
+    assert main(["laptop", *flags.split()]) == 2
+    told = capsys.readouterr().err
+    assert fault in told
+    assert told.count("megatron-ogpsa: error:") == 1
 
 
 def test_the_pages_commands_are_accepted() -> None:
