@@ -102,6 +102,7 @@ class DemoSizes:
     refresh_interval: int = 10
     reference_samples: int = 128
     base_conversations: int = 24_000
+    safety_conversations: int = 3200
     eval_per_task: int = 64
     variants: tuple[str, ...] = tuple(VARIANTS)
     whole_pipelines: bool = False
@@ -116,6 +117,7 @@ class DemoSizes:
             self,
             base_steps=100,
             base_conversations=4000,
+            safety_conversations=960,  # of SFT's steps: the reference policy of DPO is asked about all of them
             eval_per_task=24,
             sft_steps=30,
             dpo_steps=20,

@@ -106,7 +106,12 @@ def make_recipe(args: argparse.Namespace, out: Path, seed: int) -> Recipe:
     folder = out if args.seeds == 1 else out / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     sizes = DemoSizes().reduced() if args.fast else DemoSizes()
-    spec = BenchmarkSpec(seed=seed, base_train=sizes.base_conversations, eval_per_task=sizes.eval_per_task)
+    spec = BenchmarkSpec(
+        seed=seed,
+        base_train=sizes.base_conversations,
+        safety_train=sizes.safety_conversations,
+        eval_per_task=sizes.eval_per_task,
+    )
     return Recipe(
         benchmark=write_benchmark(folder / "data", spec),
         sizes=sizes,

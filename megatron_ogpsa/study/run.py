@@ -94,6 +94,7 @@ def make_recipe(out: Path, seed: int, *, reduced: bool) -> Recipe:
     spec = BenchmarkSpec(
         seed=seed,
         base_train=sizes.base_conversations,
+        safety_train=sizes.safety_conversations,
         eval_per_task=sizes.eval_per_task,
         eval_unsafe=HELD_OUT_REQUESTS,
         eval_benign=HELD_OUT_REQUESTS,

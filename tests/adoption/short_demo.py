@@ -12,7 +12,7 @@ _reduced = DemoSizes.reduced
 
 
 def _shorter(self: DemoSizes) -> DemoSizes:
-    return replace(_reduced(self), base_steps=30, sft_steps=10, dpo_steps=7)
+    return replace(_reduced(self), base_steps=30, sft_steps=10, dpo_steps=7, safety_conversations=320)
 
 
 if __name__ == "__main__":

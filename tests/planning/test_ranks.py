@@ -20,6 +20,7 @@ from tests.planning.every_rank import all_ranks, faults, processes
 from tests.planning.worlds import THOUSAND, WORLDS
 
 ROOT = Path(__file__).parents[2]
+SENDING = ("tp8-pp8-dp16", "ep16-etp1-tp4-pp8")
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +56,23 @@ def test_a_single_wrong_piece_of_a_single_rank_is_found(clusters: dict[str, list
     assert list(faults(ranks, WORLDS["tp4-pp2-dp4"].shape))
 
 
-@pytest.mark.parametrize("world", ["tp8-pp8-dp16", "ep16-etp1-tp4-pp8"])
-def test_what_a_rank_of_1024_sends(world: str) -> None:
+@pytest.fixture(scope="module")
+def sent() -> dict[str, dict[str, Any]]:
+    """What three ranks of each world send, by space and rank; each world in a process of its own, side by side."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.planning.collectives"]
+    started = {
+        world: subprocess.Popen([*command, world, "0", "517", "1023"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for world in SENDING
+    }
+    told = {world: process.communicate(timeout=240)[0] for world, process in started.items()}
+    assert [process.returncode for process in started.values()] == [0] * len(SENDING)
+    return {world: json.loads(text) for world, text in told.items()}
+
+
+@pytest.mark.parametrize("world", SENDING)
+def test_what_a_rank_of_1024_sends(sent: dict[str, dict[str, Any]], world: str) -> None:
     """Bytes as ``plan`` tells them; of the blocks of that rank, since no other is there to name more."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.planning.collectives", world, "0", "517", "1023"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for space, ranks in json.loads(done.stdout).items():
+    for space, ranks in sent[world].items():
         for result in ranks.values():
             projection = costs.Projection(
                 references=REFERENCES,
