@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,6 +27,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_ogpsa.attributes import attributes_set
 from megatron_ogpsa.data.micro_batches import deal_out
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.plugin import OGPSA
@@ -347,8 +348,7 @@ def _router_metrics() -> Iterator[None]:
         tracker._metrics = saved
 
 
-@contextmanager
-def _pass_settings(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+def _pass_settings(chunks: Sequence[DistributedDataParallel]) -> AbstractContextManager[None]:
     """No timers, which would add to the training step's; the mean over tokens; no watch on NaN gradients.
 
     That watch goes through the rerun state machine; for references the plugin's own check takes its place.
@@ -365,11 +365,4 @@ def _pass_settings(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
             (chunk.ddp_config, "check_for_nan_in_grad", False),
             (chunk.ddp_config, "check_for_large_grads", False),
         ]
-    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
-    for owner, name, value in settings:
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for owner, name, value in saved:
-            setattr(owner, name, value)
+    return attributes_set(settings)

@@ -122,7 +122,7 @@ class Stage:
         return ok("FP8", f"--fp8-recipe {self._args.fp8_recipe}: Transformer Engine and this GPU have it")
 
     def _project(self) -> Finding:
-        from megatron_ogpsa.integration.projection import check_projection_arguments
+        from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
         from megatron_ogpsa.integration.schedule import schedule_from_arguments
         from megatron_ogpsa.integration.stages import check_arguments
 

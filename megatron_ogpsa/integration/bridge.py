@@ -15,8 +15,8 @@ Read on megatron-bridge 0.6.2 (``training/callbacks.py``, ``training/train.py``)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +27,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
+from megatron_ogpsa.attributes import attributes_set
 from megatron_ogpsa.config import OGPSAConfig
 from megatron_ogpsa.data.micro_batches import Row, deal_out
 from megatron_ogpsa.errors import UnsupportedError, UserError
@@ -193,15 +194,9 @@ def _was_saved(context: bridge.CallbackContext, step: int) -> bool:
     return bool(settings.save and step and any(interval and step % interval == 0 for interval in intervals))
 
 
-@contextmanager
-def _no_validation(settings: Any) -> Iterator[None]:
+def _no_validation(settings: Any) -> AbstractContextManager[None]:
     """Bridge's forward steps validate losses by the rerun machine, which takes results within a training step only."""
-    saved = (settings.check_for_nan_in_loss, settings.check_for_spiky_loss)
-    settings.check_for_nan_in_loss = settings.check_for_spiky_loss = False
-    try:
-        yield
-    finally:
-        settings.check_for_nan_in_loss, settings.check_for_spiky_loss = saved
+    return attributes_set([(settings, name, False) for name in ("check_for_nan_in_loss", "check_for_spiky_loss")])
 
 
 def _reference(name: str, given: Rows, forward_step: Callable[..., Any], context: bridge.CallbackContext) -> Reference:

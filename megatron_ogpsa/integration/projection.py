@@ -15,20 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_ogpsa.config import MAX_CONFLICT_REFERENCES, OGPSAConfig
-from megatron_ogpsa.errors import UnsupportedError, UserError
+from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.agreement import agreed
-from megatron_ogpsa.integration.authors import LEAK_NOTICE, check_authors_arguments, leak_weight
+from megatron_ogpsa.integration.authors import LEAK_NOTICE, leak_weight
 from megatron_ogpsa.integration.checkpoints import read_state
+from megatron_ogpsa.integration.projection_arguments import check_projection_arguments, config_from_arguments
 from megatron_ogpsa.integration.protection import tell_interval
-from megatron_ogpsa.integration.reference_data import loss_of_reference
-from megatron_ogpsa.integration.schedule import (
-    RefreshSchedule,
-    check_schedule_arguments,
-    least_captured,
-    schedule_from_arguments,
-)
-from megatron_ogpsa.precision.fp8_support import check_fp8_flags
+from megatron_ogpsa.integration.schedule import RefreshSchedule, least_captured, schedule_from_arguments
 from megatron_ogpsa.watchdog import progress
 
 if TYPE_CHECKING:
@@ -36,102 +29,6 @@ if TYPE_CHECKING:
     from megatron_ogpsa.references import MeanLoss, Reference, Refreshed
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_REFRESH_INTERVAL = {"sft": 30, "dpo": 5}
-"""Optimizer steps between refreshes (arXiv:2602.07892)."""
-
-
-def config_from_arguments(args: argparse.Namespace) -> OGPSAConfig:
-    """The projection's settings from ``--ogpsa-*`` flags.
-
-    Raises:
-        UserError: a value that the projection refuses.
-    """
-    return OGPSAConfig(
-        granularity=args.ogpsa_granularity,
-        mode=args.ogpsa_mode,
-        space=args.ogpsa_space,
-        energy=args.ogpsa_energy,
-        refresh_interval=args.ogpsa_refresh_interval,
-        basis_dtype=args.ogpsa_basis_dtype,
-        basis_device=args.ogpsa_basis_device,
-    )
-
-
-def check_projection_arguments(args: argparse.Namespace) -> None:
-    """Refuse at start, by the flag's name, what projection in Megatron's loop does not support yet.
-
-    Raises:
-        UserError: references with the same name, or the script did not add our flags to Megatron's parser.
-        UnsupportedError: a Megatron feature, with the nearest thing that works.
-    """
-    if not hasattr(args, "ogpsa_reference"):
-        raise UserError(
-            "the --ogpsa-* flags are unknown to this script: give Megatron's parser "
-            "extra_args_provider=megatron_ogpsa.add_ogpsa_arguments"
-        )
-    if not args.ogpsa_reference:
-        return
-    if args.ogpsa_refresh_interval is None:
-        args.ogpsa_refresh_interval = DEFAULT_REFRESH_INTERVAL[args.ogpsa_stage]
-    is_the_authors = args.ogpsa_authors_rule or args.ogpsa_authors_leak
-    if args.ogpsa_space is None:
-        args.ogpsa_space = "gradient" if is_the_authors else "update"
-    if args.ogpsa_mode is None:
-        args.ogpsa_mode = "orthogonal" if is_the_authors else "conflict"
-    names = [name for name, _ in args.ogpsa_reference]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"--ogpsa-reference {repeated[0]}=… is given twice: give each reference a name of its own")
-    if unknown := sorted({name for name, _ in args.ogpsa_reference_loss if name is not None} - set(names)):
-        raise UserError(f"--ogpsa-reference-loss {unknown[0]}=…: no --ogpsa-reference has this name")
-    if args.ogpsa_references_in_bf16 and not args.bf16:
-        raise UserError(
-            "--ogpsa-references-in-bf16: reference passes without FP8 are in the parameters' type, which is bf16 with "
-            "--bf16 only; add it, or leave --ogpsa-references-in-bf16 out"
-        )
-    check_authors_arguments(args)
-    check_schedule_arguments(args)
-    config_from_arguments(args)
-    gradients = len(names) * args.ogpsa_rank_per_reference
-    if args.ogpsa_mode == "conflict" and gradients > MAX_CONFLICT_REFERENCES:
-        raise UnsupportedError(
-            f"--ogpsa-mode conflict with {gradients} reference gradients: it solves for up to {MAX_CONFLICT_REFERENCES}; "
-            "join some references into one, lower --ogpsa-rank-per-reference, or use --ogpsa-mode orthogonal"
-        )
-    scaling = "reference passes would leave their mark on its scaling factors"
-    unknown_recipes = "which layers are quantised, and by what, would not be known"
-    dtensors = "its gradients lie outside Megatron's gradient buffers"
-    within = "--ogpsa-space update does not reach parameters within the inner optimizer"
-    of_update = args.ogpsa_space == "update"
-    splits_pairs = args.context_parallel_size > 1 and any(loss_of_reference(args, name) != "nll" for name in names)
-    for is_given, flag, reason, remedy in (
-        (args.fp4, "--fp4-format", scaling, "train in --bf16 or with --fp8-format"),
-        (args.te_precision_config_file, "--te-precision-config-file", unknown_recipes, "use --fp8-format"),
-        (
-            splits_pairs,
-            "--context-parallel-size",
-            "it would cut a reference's answers",
-            "protect the loss nll, or use 1",
-        ),
-        (args.use_megatron_fsdp, "--use-megatron-fsdp", dtensors, "use --use-distributed-optimizer"),
-        (args.use_torch_fsdp2, "--use-torch-fsdp2", dtensors, "use --use-distributed-optimizer"),
-        (args.optimizer not in ("adam", "sgd"), f"--optimizer {args.optimizer}", "its shards differ", "use adam"),
-        (args.mtp_num_layers, "--mtp-num-layers", "its layers are clipped by a norm of their own", "leave it out"),
-        (args.cuda_graph_impl != "none", "--cuda-graph-impl", "graphs replay training passes only", "leave it out"),
-        (args.optimizer_cuda_graph, "--optimizer-cuda-graph", "the projection decides on the host", "leave it out"),
-        (of_update and args.optimizer_cpu_offload, "--optimizer-cpu-offload", within, "use --ogpsa-space gradient"),
-        (
-            of_update and args.use_precision_aware_optimizer,
-            "--use-precision-aware-optimizer",
-            within,
-            "use --ogpsa-space gradient",
-        ),
-        (args.perform_rl_step, "--perform-rl-step", "references have no rollouts", "leave it out"),
-    ):
-        if is_given:
-            raise UnsupportedError(f"{flag} with --ogpsa-reference is not supported: {reason}; {remedy}")
-    check_fp8_flags(args)
-
 
 NOT_SETTINGS = ("ogpsa_reference", "ogpsa_train_data", "ogpsa_valid_data", "ogpsa_hang_timeout")
 """Flags that a resumed run may change without departing from the one that it goes on with."""

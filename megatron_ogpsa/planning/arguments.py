@@ -22,7 +22,7 @@ def cluster_arguments(flags: list[str], world_size: int) -> argparse.Namespace:
         UserError: a wrong flag, or a layout that does not come out even, with the nearest that does.
         UnsupportedError: a model that is no GPT, or a flag with which projection is refused.
     """
-    from megatron_ogpsa.integration.projection import check_projection_arguments
+    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
     from megatron_ogpsa.integration.stages import check_arguments
 
     early = parse_flags(flags)

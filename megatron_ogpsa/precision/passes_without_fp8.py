@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from megatron.core.utils import get_model_config
 
+from megatron_ogpsa.attributes import attributes_set
 from megatron_ogpsa.precision.fp8_state import quantizing_modules
 
 CONVERTS_WEIGHTS = "You are using quantized weights without quantized compute"
@@ -43,17 +44,12 @@ def without_fp8(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
         if module.primary_weights_in_fp8 and hasattr(module, "fuse_wgrad_accumulation")
     ]
     settings += [(module, name, getattr(module, name)) for module in modules for name in LAST_PASS]
-    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
     checkpointed = [module.fp8_meta["fp8_checkpoint"] for module in modules]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), attributes_set(settings):
         warnings.filterwarnings("ignore", CONVERTS_WEIGHTS)
-        for owner, name, value in settings:
-            setattr(owner, name, value)
         try:
             yield
         finally:
-            for owner, name, value in saved:
-                setattr(owner, name, value)
             for module, value in zip(modules, checkpointed, strict=True):
                 module.fp8_meta["fp8_checkpoint"] = value
 

@@ -79,7 +79,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
 def test_unsupported_flags_are_refused_by_name_with_references_only(
     arguments: Callable[..., argparse.Namespace], change: dict[str, Any], flag: str
 ) -> None:
-    from megatron_ogpsa.integration.projection import check_projection_arguments
+    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
 
     check_projection_arguments(arguments())
     check_projection_arguments(arguments(**change, ogpsa_reference=[]))
@@ -109,7 +109,7 @@ def test_what_context_parallelism_cannot_split_is_refused_by_name(
 
 
 def test_the_papers_refresh_interval_is_the_stages(arguments: Callable[..., argparse.Namespace]) -> None:
-    from megatron_ogpsa.integration.projection import check_projection_arguments
+    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
 
     for stage, given, expected in (("sft", None, 30), ("dpo", None, 5), ("dpo", 7, 7)):
         args = arguments(ogpsa_stage=stage, ogpsa_refresh_interval=given)
@@ -130,7 +130,7 @@ def test_the_papers_refresh_interval_is_the_stages(arguments: Callable[..., argp
 def test_conflicts_are_taken_out_of_updates_unless_the_authors_rule_is_asked_for(
     arguments: Callable[..., argparse.Namespace], change: dict[str, Any], rule: tuple[str, str]
 ) -> None:
-    from megatron_ogpsa.integration.projection import check_projection_arguments
+    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
 
     args = arguments(**change)
     check_projection_arguments(args)
@@ -138,7 +138,7 @@ def test_conflicts_are_taken_out_of_updates_unless_the_authors_rule_is_asked_for
 
 
 def test_references_in_bf16_of_parameters_in_another_type(arguments: Callable[..., argparse.Namespace]) -> None:
-    from megatron_ogpsa.integration.projection import check_projection_arguments
+    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
 
     check_projection_arguments(arguments(ogpsa_references_in_bf16=True, bf16=True))
     with pytest.raises(UserError, match=r"^--ogpsa-references-in-bf16: .+ with --bf16 only; add it, or leave"):
@@ -146,14 +146,14 @@ def test_references_in_bf16_of_parameters_in_another_type(arguments: Callable[..
 
 
 def test_the_loss_of_a_reference_that_is_not_there(arguments: Callable[..., argparse.Namespace]) -> None:
-    from megatron_ogpsa.integration.projection import check_projection_arguments
+    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
 
     with pytest.raises(UserError, match=r"^--ogpsa-reference-loss chat=…: no --ogpsa-reference has this name"):
         check_projection_arguments(arguments(ogpsa_reference_loss=[("chat", "nll")]))
 
 
 def test_more_gradients_than_conflict_mode_solves_for(arguments: Callable[..., argparse.Namespace]) -> None:
-    from megatron_ogpsa.integration.projection import check_projection_arguments
+    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
 
     named = [(name, "x.jsonl") for name in "abc"]
     check_projection_arguments(arguments(ogpsa_reference=named, ogpsa_rank_per_reference=2))
@@ -164,7 +164,7 @@ def test_more_gradients_than_conflict_mode_solves_for(arguments: Callable[..., a
 def test_two_references_of_one_name_and_a_script_without_our_flags(
     arguments: Callable[..., argparse.Namespace],
 ) -> None:
-    from megatron_ogpsa.integration.projection import check_projection_arguments
+    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
 
     with pytest.raises(UserError, match="--ogpsa-reference math=… is given twice"):
         check_projection_arguments(arguments(ogpsa_reference=[("math", "a"), ("math", "b")]))
@@ -230,7 +230,7 @@ def test_misuse_of_a_refresh_is_told(distributed: Callable[[int], WorkerGroup]) 
 def test_what_is_not_the_authors_is_refused_with_their_rule(
     arguments: Callable[..., argparse.Namespace], change: dict[str, Any], words: str
 ) -> None:
-    from megatron_ogpsa.integration.projection import check_projection_arguments
+    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
 
     check_projection_arguments(arguments(ogpsa_authors_rule=True, ogpsa_authors_leak=True))
     with pytest.raises(UserError, match=f"^{words}"):
@@ -276,7 +276,7 @@ TWO = {"ogpsa_reference": [("math", "math.jsonl"), ("code", "code.jsonl")]}
 def test_schedules_that_cannot_be_are_refused_with_a_remedy(
     arguments: Callable[..., argparse.Namespace], change: dict[str, Any], words: str
 ) -> None:
-    from megatron_ogpsa.integration.projection import check_projection_arguments
+    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
 
     check_projection_arguments(arguments(**TWO, ogpsa_stagger_references=True, ogpsa_adaptive_interval=0.9))
     check_projection_arguments(arguments(ogpsa_energy=0.9, ogpsa_adaptive_interval=0.8, ogpsa_mode="orthogonal"))
