@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, override
@@ -32,6 +33,14 @@ LOG_PROBS_FILE = "reference_log_probs.safetensors"
 """Beside the checkpoints."""
 
 _SIGNED = ("rewards/", "log-probs/")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Log-probabilities that an earlier run has left, and the file that they are in."""
+
+    log_probs: LogProbs
+    path: Path
 
 
 class NumberedPairs(Dataset[dict[str, Tensor]]):
@@ -108,13 +117,12 @@ class ReferencePolicy:
         """
         from megatron.training import print_rank_0
 
-        stored = self._stored()
+        found = self._found()
         if iteration > 0:
-            agreed(lambda: self._check_resumable(stored, iteration))
-            self._log_probs = stored
+            self._log_probs = agreed(lambda: self._resumed(found, iteration)).log_probs
         else:
             with progress.during("reference log-probabilities"):
-                self._log_probs = self._computed(stored, model, forward_backward)
+                self._log_probs = self._computed(found, model, forward_backward)
         assert self._log_probs is not None
         self._table_N2 = self._log_probs.values_N2
         print_rank_0(f"DPO: reference log-probabilities of {self._num_pairs} pairs, weights {self._log_probs.weights}")
@@ -139,46 +147,63 @@ class ReferencePolicy:
         """Which weights the reference policy has."""
         return {"reference policy": self._log_probs.weights if self._log_probs is not None else None}
 
-    def _stored(self) -> LogProbs | None:
-        """What rank 0 finds beside the checkpoints, on all ranks."""
+    @property
+    def _own_path(self) -> Path | None:
+        """Where this run keeps them, if it saves anything."""
+        return Path(self._args.save) / LOG_PROBS_FILE if self._args.save else None
+
+    def _found(self) -> Found | None:
+        """What rank 0 finds beside the checkpoints, on all ranks; those of a run that only gives its weights do not count."""
         from megatron_ogpsa.reference_policy.store import read_log_probs
 
-        folders = [Path(folder) for folder in (self._args.save, self._args.load) if folder]
+        folders = [self._args.save, None if self._args.finetune else self._args.load]
+        paths = [Path(folder) / LOG_PROBS_FILE for folder in folders if folder]
 
-        def read() -> LogProbs | None:
+        def read() -> Found | None:
             if dist.get_rank() != 0:
                 return None
-            found = (read_log_probs(folder / LOG_PROBS_FILE) for folder in folders)
-            return next((log_probs for log_probs in found if log_probs is not None), None)
+            found = ((read_log_probs(path), path) for path in paths)
+            return next((Found(log_probs, path) for log_probs, path in found if log_probs is not None), None)
 
         box = [agreed(read)]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def _check_resumable(self, stored: LogProbs | None, iteration: int) -> None:
-        place = Path(self._args.save or self._args.load or ".") / LOG_PROBS_FILE
-        if stored is None:
+    def _resumed(self, found: Found | None, iteration: int) -> Found:
+        """What training goes on with."""
+        if found is None:
+            place = self._own_path or Path(self._args.load or ".") / LOG_PROBS_FILE
             raise UserError(
                 f"{place} is missing, and the model has been trained on since: restore it, or start DPO from this "
                 "checkpoint with --pretrained-checkpoint (or --finetune) and a new --save"
             )
-        self._check_data(stored, place)
+        self._check_data(found)
         expected = read_state(self._args, iteration).get("reference policy")
-        if expected is not None and expected != stored.weights:
+        if expected is not None and expected != found.log_probs.weights:
             raise UserError(
-                f"{place} is of weights {stored.weights}, the checkpoint's run began with {expected}: restore it"
+                f"{found.path} is of weights {found.log_probs.weights}, the checkpoint's run began with {expected}: "
+                "restore it"
             )
-        if not stored.is_complete:
-            raise UserError(f"{place} is not complete: restore it, or start anew with another --save")
+        if not found.log_probs.is_complete:
+            raise UserError(f"{found.path} is not complete: restore it, or start anew with another --save")
+        self._keep(found)
+        return found
 
-    def _check_data(self, stored: LogProbs, place: Path) -> None:
-        if stored.data != tuple(self._datasets):
+    def _keep(self, found: Found) -> None:
+        """Beside the checkpoints to come, from which a run may go on that knows no other folder."""
+        from megatron_ogpsa.reference_policy.store import write_log_probs
+
+        if dist.get_rank() == 0 and self._own_path is not None and found.path != self._own_path:
+            write_log_probs(self._own_path, found.log_probs)
+
+    def _check_data(self, found: Found) -> None:
+        if found.log_probs.data != tuple(self._datasets):
             raise UserError(
-                f"{place} is of other data, tokenizer, chat template or --seq-length: use those again, or start anew with "
-                "another --save"
+                f"{found.path} is of other data, tokenizer, chat template or --seq-length: use those again, or start anew "
+                "with another --save"
             )
 
-    def _computed(self, stored: LogProbs | None, model: list[Any], forward_backward: Callable[..., Any]) -> LogProbs:
+    def _computed(self, found: Found | None, model: list[Any], forward_backward: Callable[..., Any]) -> LogProbs:
         from megatron.training import print_rank_0
 
         from megatron_ogpsa.reference_policy.passes import complete
@@ -186,18 +211,24 @@ class ReferencePolicy:
         from megatron_ogpsa.reference_policy.weights import weights_fingerprint
 
         weights = weights_fingerprint(model)
-        path = Path(self._args.save) / LOG_PROBS_FILE if self._args.save else None
-        if stored is not None and path is not None:
-            known = stored
-            agreed(lambda: self._check_data(known, path))
-            if stored.weights != weights:
+        path = self._own_path
+        if found is not None:
+            known = found
+            agreed(lambda: self._check_data(known))
+            if found.log_probs.weights != weights:
                 raise UserError(
-                    f"{path} is of weights {stored.weights}, the model has {weights}: delete it, or use another --save"
+                    f"{found.path} is of weights {found.log_probs.weights}, the model has {weights}: delete it, or use "
+                    "another --save"
                 )
+            agreed(lambda: self._keep(known))
             print_rank_0(
-                f"DPO: {int(stored.is_known_N.sum())} of {self._num_pairs} reference log-probabilities are there"
+                f"DPO: {int(found.log_probs.is_known_N.sum())} of {self._num_pairs} reference log-probabilities are there"
             )
-        log_probs = stored or LogProbs.unknown(self._num_pairs, weights=weights, data=tuple(self._datasets))
+        log_probs = (
+            found.log_probs
+            if found is not None
+            else LogProbs.unknown(self._num_pairs, weights=weights, data=tuple(self._datasets))
+        )
         is_first = dist.get_rank() == 0
         rows: Any = ConcatDataset(list(self._datasets.values()))
         with tqdm(

@@ -165,6 +165,33 @@ def test_the_reference_policy_goes_on_where_it_stopped_and_knows_its_data(train:
         assert message in refused.error_lines[0]
 
 
+def test_each_round_of_dpo_has_a_reference_policy_of_its_own(train: Train, tmp_path: Path) -> None:
+    """From the weights of a round before, whose log-probabilities lie beside them: ln 2 at the first step, saved or not.
+
+    And one that goes on into another folder takes the log-probabilities along.
+    """
+    before = train(*dpo_flags(tmp_path, "dp1", "before", "--train-iters", "3"))
+    assert before.exit_code == 0, before.output[-3000:]
+    flags = dpo_flags(tmp_path, "dp1", "after", "--train-iters", "1", "--load", "before", "--finetune")
+    unsaved = [part for part in flags if part not in ("--save", "after")]
+    for name, given in (("after", flags), ("unsaved", [*unsaved, "--tensorboard-dir", "unsaved-log"])):
+        outcome = train(*given, "--hidden-dropout", "0", "--attention-dropout", "0")
+        assert outcome.exit_code == 0, outcome.output[-3000:]
+        assert scalars(tmp_path / f"{name}-log", "dpo loss")["dpo loss"][1] == pytest.approx(math.log(2), abs=1e-5), (
+            name
+        )
+
+    more = ("--train-iters", "4", "--override-opt-param-scheduler", "--load", "before")
+    moved = train(*dpo_flags(tmp_path, "dp1", "moved", *more))
+    assert moved.exit_code == 0, moved.output[-3000:]
+    first, taken, own = (read_log_probs(tmp_path / name / LOG_PROBS_FILE) for name in ("before", "moved", "after"))
+    assert first is not None
+    assert taken is not None
+    assert own is not None
+    assert taken.weights == first.weights != own.weights
+    assert taken.values_N2.equal(first.values_N2)
+
+
 def test_the_authors_rule_and_their_leak(train: Train, tmp_path: Path) -> None:
     """Refreshes before steps 3 and 5 leak into them; those at the start and after the checkpoint of step 3 do not."""
     flags = dpo_flags(tmp_path, "dp1", "run", "--train-iters", "5", "--ogpsa-refresh-interval", "2")
