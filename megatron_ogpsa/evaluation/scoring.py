@@ -19,7 +19,7 @@ from megatron_ogpsa.evaluation.request import Checkpoint, Request
 from megatron_ogpsa.integration.agreement import agreed
 from megatron_ogpsa.integration.datasets import chat_tokenizer, load_conversations, load_pairs
 from megatron_ogpsa.integration.loaded_model import LoadedModel
-from megatron_ogpsa.integration.stages import check_packing
+from megatron_ogpsa.integration.packing import check_packing
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def score_checkpoints(model: LoadedModel, request: Request) -> Iterator[Scores]:
         raise UserError("--load is missing: name the folder of checkpoints to score")
     if request.data:
         agreed(lambda: _check_rows(model))
-    datasets = {name: _read_data(name, source) for name, source in request.data.items()}
+    datasets = {name: _read_data(model, name, source) for name, source in request.data.items()}
     prompts = {name: _read_prompts(model, name, source, request) for name, source in request.prompts.items()}
     wanted = [*(("--compare", checkpoint) for checkpoint in request.compare), ("--load", Checkpoint(load, iteration))]
     titles = ["before", "after"] if len(wanted) == 2 else [str(checkpoint) for _, checkpoint in wanted]
@@ -89,9 +89,14 @@ def _check_rows(model: LoadedModel) -> None:
         check_packing(model.args, "--ogpsa-packing")
 
 
-def _read_data(name: str, source: str) -> Dataset:
+def _read_data(model: LoadedModel, name: str, source: str) -> Dataset:
+    def kind_of_rows() -> str:
+        if (kind := source_kind(source)) == "preference":
+            check_packing(model.args, "rows of two answers")
+        return kind
+
     try:
-        kind = agreed(lambda: source_kind(source))
+        kind = agreed(kind_of_rows)
         dataset: Dataset = (load_conversations if kind == "chat" else load_pairs)(source)
     except UserError as error:
         raise UserError(f"--data {name}: {error}") from None

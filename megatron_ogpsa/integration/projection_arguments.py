@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from megatron_ogpsa.config import MAX_CONFLICT_REFERENCES, OGPSAConfig
 from megatron_ogpsa.errors import UnsupportedError, UserError
 from megatron_ogpsa.integration.authors import check_authors_arguments
+from megatron_ogpsa.integration.packing import check_packing
 from megatron_ogpsa.integration.reference_data import loss_of_reference
 from megatron_ogpsa.integration.schedule import check_schedule_arguments
 from megatron_ogpsa.precision.fp8_support import check_fp8_flags
@@ -67,6 +68,7 @@ def check_projection_arguments(args: argparse.Namespace) -> None:
         raise UnsupportedError(
             f"{refusal.flag} with --ogpsa-reference is not supported: {refusal.reason}; {refusal.remedy}"
         )
+    _check_rows_of_references(args)
     check_fp8_flags(args)
 
 
@@ -92,6 +94,13 @@ def _check_references(args: argparse.Namespace) -> None:
             "--ogpsa-references-in-bf16: reference passes without FP8 are in the parameters' type, which is bf16 with "
             "--bf16 only; add it, or leave --ogpsa-references-in-bf16 out"
         )
+
+
+def _check_rows_of_references(args: argparse.Namespace) -> None:
+    """Pairs stand in one row, whatever training's rows hold; conversations do with ``--ogpsa-packing``."""
+    of_pairs = [loss for name in _names(args) if (loss := loss_of_reference(args, name)) != "nll"]
+    if args.ogpsa_packing or of_pairs:
+        check_packing(args, "--ogpsa-packing" if args.ogpsa_packing else f"--ogpsa-reference-loss {of_pairs[0]}")
 
 
 def _check_number_of_gradients(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from megatron_ogpsa.integration.context_parallel import check_context_parallel
 from megatron_ogpsa.integration.datasets import load_conversations, load_pairs, make_datasets_provider
 from megatron_ogpsa.integration.forward import ForwardStep, make_forward_step
 from megatron_ogpsa.integration.loop import LoopHook
+from megatron_ogpsa.integration.packing import check_packing
 from megatron_ogpsa.integration.projection import ProjectionRun
 from megatron_ogpsa.integration.reference_data import reference_loader
 from megatron_ogpsa.integration.reference_policy import ReferencePolicy
@@ -123,26 +124,3 @@ def _check_dpo(args: argparse.Namespace) -> None:
         raise UnsupportedError(
             "--skip-train with --ogpsa-stage dpo: the reference policy is known after a first step only"
         )
-
-
-def check_packing(args: argparse.Namespace, flag: str) -> None:
-    """Refuse flags with which documents in one row would attend to each other.
-
-    Args:
-        flag: what puts several documents into a row, for the message.
-
-    Raises:
-        UserError, UnsupportedError: naming the flag and the remedy.
-    """
-    if args.transformer_impl == "transformer_engine":
-        if args.micro_batch_size != 1:
-            raise UserError(
-                f"--micro-batch-size {args.micro_batch_size} with {flag}: Transformer Engine takes rows of several documents "
-                "one at a time, use --micro-batch-size 1 and a larger --seq-length"
-            )
-        return
-    # Megatron's own attention honours an explicit mask only on its plain path (fused_softmax.py).
-    if args.masked_softmax_fusion:
-        raise UserError(f"{flag} with --transformer-impl local needs --no-masked-softmax-fusion")
-    if args.window_size is not None:
-        raise UnsupportedError(f"{flag} with --window-size and --transformer-impl local would mix documents")

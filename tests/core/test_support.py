@@ -50,11 +50,14 @@ def arguments() -> Callable[..., argparse.Namespace]:
         "cuda_graph_impl": "none",
         "context_parallel_size": 1,
         "calculate_per_token_loss": True,
+        "transformer_impl": "local",
+        "micro_batch_size": 4,
+        "eval_micro_batch_size": 4,
     }
     switches = "ogpsa_authors_rule ogpsa_authors_leak fp8 fp4 use_megatron_fsdp use_torch_fsdp2 mtp_num_layers".split()
     switches += ["ogpsa_packing", "hybrid_context_parallel", "ogpsa_stagger_references", "ogpsa_adaptive_interval"]
     switches += ["save", "save_interval", "non_persistent_save_interval"]
-    switches += ["te_precision_config_file", "ogpsa_references_in_bf16", "bf16"]
+    switches += ["te_precision_config_file", "ogpsa_references_in_bf16", "bf16", "masked_softmax_fusion", "window_size"]
     switches += "optimizer_cuda_graph perform_rl_step optimizer_cpu_offload use_precision_aware_optimizer".split()
     return lambda **changes: argparse.Namespace(**(plain | dict.fromkeys(switches) | changes))
 
@@ -85,6 +88,34 @@ def test_unsupported_flags_are_refused_by_name_with_references_only(
     check_projection_arguments(arguments(**change, ogpsa_reference=[]))
     with pytest.raises(UnsupportedError, match=f"^{flag} with --ogpsa-reference is not supported: .+; .+"):
         check_projection_arguments(arguments(**change))
+
+
+PAIRS = {"ogpsa_reference_loss": [(None, "nll_pair")]}
+ONE_AT_A_TIME = {"transformer_impl": "transformer_engine", "micro_batch_size": 1, "eval_micro_batch_size": 1}
+
+
+@pytest.mark.parametrize("rows", [PAIRS, {"ogpsa_packing": True}])
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        (ONE_AT_A_TIME | {"micro_batch_size": 4}, "--micro-batch-size 4 with {}"),
+        (ONE_AT_A_TIME | {"eval_micro_batch_size": 2}, "--eval-micro-batch-size 2 with {}"),
+        ({"masked_softmax_fusion": True}, "{} with --transformer-impl local needs --no-masked-softmax-fusion"),
+        ({"window_size": (8, 0)}, "{} with --window-size"),
+    ],
+)
+def test_rows_of_references_are_looked_at_as_those_of_training(
+    arguments: Callable[..., argparse.Namespace], change: dict[str, Any], flag: str, rows: dict[str, Any]
+) -> None:
+    """Pairs as references of SFT, and ``--ogpsa-packing`` in a script of one's own, which builds no stage of ours."""
+    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
+
+    check_projection_arguments(arguments(**change))
+    check_projection_arguments(arguments(**rows, **ONE_AT_A_TIME))
+    check_projection_arguments(arguments(**rows))
+    named = "--ogpsa-packing" if "ogpsa_packing" in rows else "--ogpsa-reference-loss nll_pair"
+    with pytest.raises((UserError, UnsupportedError), match="^" + flag.format(named)):
+        check_projection_arguments(arguments(**rows, **change))
 
 
 @pytest.mark.parametrize(
