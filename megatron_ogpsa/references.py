@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 MicroBatch = dict[str, Tensor]
 
+LARGEST_LOGITS = "current_max_attn_logits"
+"""Where attention keeps them until the step is over (``core/extensions/transformer_engine.py``)."""
+
 PROGRESS_DELAY_SECONDS = 3.0
 """Refreshes that are over sooner show no progress."""
 
@@ -202,6 +205,9 @@ def refresh(
             forward_only=False,
         )
 
+    # Without it Megatron has scaled gradients for a mean over ranks when it built the chunks, which a mean over all tokens
+    # is already.
+    is_per_token = get_model_config(chunks[0]).calculate_per_token_loss
     finds_scales = is_first_step and not in_bf16 and starts_without_scales(chunks)
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     number = len(keep) + sum(len(reference.parts) for reference in references)
@@ -217,6 +223,8 @@ def refresh(
                         with no_trace(chunks, but_for_fp8=True):
                             find_scales(chunks, partial(run, reference.forward_step, micro_batches[:stages], None))
                     run(sums[-1].of(reference.forward_step), micro_batches, bar)
+                if not is_per_token:
+                    _scale_gradients(chunks, parallel_state.get_data_parallel_world_size(with_context_parallel=True))
                 ogpsa.capture(name)
     _zero_gradients(chunks, optimizer)
     return Refreshed(losses=_mean_losses(references, sums), is_new=ogpsa.finish_refresh())
@@ -277,6 +285,11 @@ def _zero_gradients(chunks: Sequence[DistributedDataParallel], optimizer: Megatr
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
+
+
+def _scale_gradients(chunks: Sequence[DistributedDataParallel], factor: float) -> None:
+    for chunk in chunks:
+        chunk.scale_gradients(factor)
 
 
 @contextmanager
@@ -351,7 +364,8 @@ def _router_metrics() -> Iterator[None]:
 def _pass_settings(chunks: Sequence[DistributedDataParallel]) -> AbstractContextManager[None]:
     """No timers, which would add to the training step's; the mean over tokens; no watch on NaN gradients.
 
-    That watch goes through the rerun state machine; for references the plugin's own check takes its place.
+    That watch goes through the rerun state machine; for references the plugin's own check takes its place. And the largest
+    attention logits are those of training (``--qk-clip``, ``--log-max-attention-logit``).
     """
     settings: list[tuple[Any, str, Any]] = []
     for chunk in chunks:
@@ -365,4 +379,5 @@ def _pass_settings(chunks: Sequence[DistributedDataParallel]) -> AbstractContext
             (chunk.ddp_config, "check_for_nan_in_grad", False),
             (chunk.ddp_config, "check_for_large_grads", False),
         ]
+        settings += [(module, LARGEST_LOGITS, None) for module in chunk.modules() if hasattr(module, LARGEST_LOGITS)]
     return attributes_set(settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import megatron.core
@@ -15,6 +16,7 @@ from megatron.core.optimizer.optimizer import (
     FP32Optimizer,
     MegatronOptimizer,
 )
+from megatron.core.utils import get_model_config
 
 from megatron_ogpsa.config import OGPSAConfig
 from megatron_ogpsa.errors import UnsupportedError, UserError
@@ -81,6 +83,11 @@ def check_supported(
             )
         if config is not None and config.space == "update":
             _check_update_space(leaf)
+    if config is not None and config.space == "update" and any(get_model_config(chunk).qk_clip for chunk in chunks):
+        raise UnsupportedError(
+            "--qk-clip with --ogpsa-space update: it changes weights after the step, where nothing is projected; leave the "
+            "flag out, or use --ogpsa-space gradient"
+        )
     if isinstance(optimizer, ChainedOptimizer) and not optimizer.chained_optimizers:
         raise UserError("attach() got an optimizer without parameters: unfreeze some, or leave the plugin out")
 
@@ -96,6 +103,12 @@ def _check_update_space(leaf: MegatronOptimizer) -> None:
                 f"{flag} with --ogpsa-space update: the fp32 parameters lie within the inner optimizer; leave the flag "
                 "out, or use --ogpsa-space gradient"
             )
+    # Megatron then skips the step on those ranks alone that hold parameters; the others would wait in the projection.
+    if math.isfinite(getattr(leaf.config, "grad_norm_skip_threshold", math.inf)):
+        raise UnsupportedError(
+            "grad_norm_skip_threshold with --ogpsa-space update: a stage without trainable parameters would wait for the "
+            "others; leave it at infinity, or use --ogpsa-space gradient"
+        )
 
 
 def _check_parameters(chunk: DistributedDataParallel) -> None:

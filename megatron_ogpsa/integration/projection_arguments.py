@@ -140,6 +140,9 @@ def _refusals(args: argparse.Namespace) -> Iterator[Refusal]:
             if is_given:
                 reason = "--ogpsa-space update does not reach parameters within the inner optimizer"
                 yield Refusal(flag, reason, "use --ogpsa-space gradient")
+        if args.qk_clip:
+            reason = "it changes weights after the step, where --ogpsa-space update projects nothing"
+            yield Refusal("--qk-clip", reason, "use --ogpsa-space gradient")
     for flag, is_given, reason in (
         ("--mtp-num-layers", args.mtp_num_layers, "its layers are clipped by a norm of their own"),
         ("--cuda-graph-impl", args.cuda_graph_impl != "none", "graphs replay training passes only"),

@@ -17,7 +17,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_ogpsa import attach
-from megatron_ogpsa.references import MicroBatch, Reference, refresh
+from megatron_ogpsa.references import LARGEST_LOGITS, MicroBatch, Reference, refresh
 from tests.core import oracle
 from tests.core.cases import REFERENCES, batch_of, expectation
 from tests.core.gradients import plant, reduced_gradient
@@ -48,6 +48,8 @@ def reference_passes(layout: str) -> dict[str, Any]:
         for name, buffer in chunk.module.named_buffers():
             if name.endswith("local_tokens_per_expert"):
                 buffer.fill_(3.0)  # of the training step that is under way
+        for attention in _attentions(chunk):
+            setattr(attention, LARGEST_LOGITS, torch.ones(2))
     get_moe_metrics_tracker().record("balance", torch.ones(()), layer_number=1, num_layers=shape.num_layers)
     plant(training, safety)  # what the step before has left in the buffers
     before = _state(training)
@@ -140,8 +142,15 @@ def _drawing_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tup
     with get_cuda_rng_tracker().fork():  # as dropout does
         torch.rand(())
     get_moe_metrics_tracker().record("balance", torch.ones(()), layer_number=1, num_layers=4)
+    for attention in _attentions(model):  # as Transformer Engine's does with --qk-clip
+        so_far = getattr(attention, LARGEST_LOGITS, None)
+        setattr(attention, LARGEST_LOGITS, torch.full((2,), 9.0) if so_far is None else so_far + 1)
     row = next(iterator)
     return forward_step(iter([(row["tokens"], row["labels"], row["loss_mask"])]), model)
+
+
+def _attentions(chunk: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for name, module in chunk.named_modules() if name.endswith("core_attention")]
 
 
 def _state(training: Training) -> dict[str, Any]:
@@ -160,6 +169,12 @@ def _state(training: Training) -> dict[str, Any]:
         },
         "router metrics": {name: entry.values.clone() for name, entry in get_moe_metrics_tracker().metrics.items()},
         "settings": [(config.timers, config.calculate_per_token_loss) for config in configs],
+        "largest logits": {
+            number: getattr(attention, LARGEST_LOGITS)
+            for number, attention in enumerate(
+                attention for chunk in training.chunks for attention in _attentions(chunk)
+            )
+        },
         "watch": [
             (chunk.ddp_config.check_for_nan_in_grad, chunk.ddp_config.check_for_large_grads)
             for chunk in training.chunks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -71,18 +70,13 @@ def order_of_references(layout: str) -> dict[str, float]:
     return {name: oracle.relative_error(backward[name], forward[name]) for name in forward}
 
 
-def _direction(gradient: oracle.Tensors) -> oracle.Tensors:
-    length = oracle.norm(gradient)
-    return {name: tensor / length for name, tensor in gradient.items()}
-
-
 def mean_of_training(layout: str) -> float:
-    """How far a reference's direction depends on whether training takes the mean over tokens or over micro-batches."""
+    """How far a reference's gradient depends on whether training takes the mean over tokens or over micro-batches."""
     shape = oracle.ModelShape(**RANDOM[layout].model)
     weights = oracle.random_weights(shape, seed=1)
-    directions: list[Any] = []
+    gradients: list[oracle.Tensors] = []
     for per_token in (True, False):
         parallel_state.destroy_model_parallel()
         training = build(RANDOM[layout], weights, per_token=per_token)
-        directions.append(_direction(gradients_of_a_refresh(training, "0")["0"]))
-    return oracle.relative_error(directions[1], directions[0])
+        gradients.append(gradients_of_a_refresh(training, "0")["0"])
+    return oracle.relative_error(gradients[1], gradients[0])

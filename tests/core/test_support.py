@@ -59,6 +59,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
     switches += ["save", "save_interval", "non_persistent_save_interval"]
     switches += ["te_precision_config_file", "ogpsa_references_in_bf16", "bf16", "masked_softmax_fusion", "window_size"]
     switches += "optimizer_cuda_graph perform_rl_step optimizer_cpu_offload use_precision_aware_optimizer".split()
+    switches += ["qk_clip"]
     return lambda **changes: argparse.Namespace(**(plain | dict.fromkeys(switches) | changes))
 
 
@@ -77,6 +78,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
         ({"perform_rl_step": True}, "--perform-rl-step"),
         ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload"),
         ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
+        ({"qk_clip": True}, "--qk-clip"),
     ],
 )
 def test_unsupported_flags_are_refused_by_name_with_references_only(
@@ -88,6 +90,22 @@ def test_unsupported_flags_are_refused_by_name_with_references_only(
     check_projection_arguments(arguments(**change, ogpsa_reference=[]))
     with pytest.raises(UnsupportedError, match=f"^{flag} with --ogpsa-reference is not supported: .+; .+"):
         check_projection_arguments(arguments(**change))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("optimizer_cpu_offload", True, "--optimizer-cpu-offload"),
+        ("grad_norm_skip_threshold", 10.0, "grad_norm_skip_threshold"),
+    ],
+)
+def test_what_updates_cannot_do_with_is_refused_by_a_loop_of_ones_own(name: str, value: Any, told: str) -> None:
+    from megatron_ogpsa.support import _check_update_space
+
+    plain = {"optimizer_cpu_offload": False, "grad_norm_skip_threshold": float("inf")}
+    _check_update_space(SimpleNamespace(config=SimpleNamespace(**plain)))  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match=f"^{told} with --ogpsa-space update: .+, or use --ogpsa-space gradient"):
+        _check_update_space(SimpleNamespace(config=SimpleNamespace(**plain | {name: value})))  # type: ignore[arg-type]
 
 
 PAIRS = {"ogpsa_reference_loss": [(None, "nll_pair")]}
