@@ -28,6 +28,7 @@ from torch import Tensor
 from megatron_ogpsa.collectives import sum_over_ranks
 from megatron_ogpsa.config import MAX_CONFLICT_REFERENCES, OGPSAConfig
 from megatron_ogpsa.errors import UnsupportedError
+from megatron_ogpsa.precision.loss_scale import FIRST_SCALE
 from megatron_ogpsa.projection.basis import orthonormalise
 from megatron_ogpsa.projection.conflict import Cone
 from megatron_ogpsa.projection.passes import combine, dots, gram, products
@@ -67,6 +68,7 @@ class OGPSA:
         reference_names: of the basis in use.
         interval: what the last refresh tells of each reference that it captured; empty after the first.
         kept_energy: the smallest share of a reference gradient's square that the basis holds; 1 unless ``energy`` is less.
+        reference_loss_scale: with which reference passes in fp16 begin; what the last ones did not overflow at.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class OGPSA:
         self.reference_names: list[str] = []
         self.interval: dict[str, ReferenceInterval] = {}
         self.kept_energy = 1.0
+        self.reference_loss_scale = FIRST_SCALE
         self._optimizer = optimizer
         self._shard = GradientShard(optimizer, chunks, by_tensor=config.granularity == "tensor")
         self._space = SPACES[config.space](optimizer, self._shard, check_leak=config.check_leak)
@@ -167,11 +170,12 @@ class OGPSA:
         of_names = [self.reference_names.index(name) for name in names]
         combine(self._shard.layout, basis.rows_KN, basis.reference_BKK[:, :, of_names], out_JN)
 
-    def capture(self, name: str) -> None:
+    def capture(self, name: str, *, loss_scale: float | None = None) -> None:
         """Keep the gradient that lies in Megatron's buffers now as the reference ``name``. Local, no communication.
 
         Call it after ``finalize_model_grads``, when the gradient is reduced as a training gradient is, and before
-        anything else touches the buffers. The loss scale is divided out.
+        anything else touches the buffers. The loss scale is divided out: the optimizer's, or ``loss_scale`` if the passes
+        had one of their own.
 
         Raises:
             RuntimeError: outside begin_refresh/finish_refresh, or a name given twice.
@@ -188,10 +192,20 @@ class OGPSA:
             self._captured_KN[:index] = known_KN
         row_N = self._captured_KN[index]
         self._shard.read_main_grads(row_N)
-        scale = self._optimizer.get_loss_scale().item()
+        scale = self._optimizer.get_loss_scale().item() if loss_scale is None else loss_scale
         if scale != 1.0:
             row_N.div_(scale)
         self._captured_names.append(name)
+
+    def captured_are_finite(self) -> bool:
+        """Whether all that was captured since :meth:`begin_refresh` is, on all ranks alike. One all-reduce of a number.
+
+        :meth:`finish_refresh` looks as well; this is for who would take the gradients once more, with a smaller loss scale.
+        """
+        captured_KN = () if self._captured_KN is None else self._captured_KN[: len(self._captured_names or ())]
+        bad = sum(not row_N.isfinite().all() for row_N in captured_KN)
+        table = torch.tensor([bad], dtype=torch.float64, device=self._shard.layout.device)
+        return not sum_over_ranks(table, self._shard.reduction.group).item()
 
     def _rows(self, num_rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
         layout = self._shard.layout

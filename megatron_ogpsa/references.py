@@ -33,6 +33,7 @@ from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.plugin import OGPSA
 from megatron_ogpsa.precision.first_scales import find_scales
 from megatron_ogpsa.precision.fp8_state import fp8_state_kept, starts_without_scales
+from megatron_ogpsa.precision.loss_scale import attempts, loss_scaled
 from megatron_ogpsa.precision.passes_without_fp8 import without_fp8
 
 if TYPE_CHECKING:
@@ -211,21 +212,33 @@ def refresh(
     finds_scales = is_first_step and not in_bf16 and starts_without_scales(chunks)
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     number = len(keep) + sum(len(reference.parts) for reference in references)
-    ogpsa.begin_refresh(keep, num_references=number)
+
+    def capture_all(loss_scale: float | None) -> list[LossSum]:
+        ogpsa.begin_refresh(keep, num_references=number)
+        sums: list[LossSum] = []
+        with _progress_bar(references) as bar, loss_scaled(chunks, loss_scale):
+            for reference in references:
+                for name, micro_batches in reference.parts.items():
+                    sums.append(LossSum())
+                    # Of each on its own: otherwise one would route the next one's tokens.
+                    with no_trace(chunks), without_fp8(chunks) if in_bf16 else nullcontext():
+                        if finds_scales:
+                            with no_trace(chunks, but_for_fp8=True):
+                                find_scales(chunks, partial(run, reference.forward_step, micro_batches[:stages], None))
+                        run(sums[-1].of(reference.forward_step), micro_batches, bar)
+                    if not is_per_token:
+                        _scale_gradients(
+                            chunks, parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+                        )
+                    ogpsa.capture(name, loss_scale=loss_scale)
+        return sums
+
     sums: list[LossSum] = []
-    with _progress_bar(references) as bar:
-        for reference in references:
-            for name, micro_batches in reference.parts.items():
-                sums.append(LossSum())
-                # Of each on its own: otherwise one would route the next one's tokens.
-                with no_trace(chunks), without_fp8(chunks) if in_bf16 else nullcontext():
-                    if finds_scales:
-                        with no_trace(chunks, but_for_fp8=True):
-                            find_scales(chunks, partial(run, reference.forward_step, micro_batches[:stages], None))
-                    run(sums[-1].of(reference.forward_step), micro_batches, bar)
-                if not is_per_token:
-                    _scale_gradients(chunks, parallel_state.get_data_parallel_world_size(with_context_parallel=True))
-                ogpsa.capture(name)
+    for loss_scale in attempts(chunks, ogpsa.reference_loss_scale):
+        sums = capture_all(loss_scale)
+        if loss_scale is not None and ogpsa.captured_are_finite():
+            ogpsa.reference_loss_scale = loss_scale
+            break
     _zero_gradients(chunks, optimizer)
     return Refreshed(losses=_mean_losses(references, sums), is_new=ogpsa.finish_refresh())
 

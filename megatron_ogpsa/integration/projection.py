@@ -63,6 +63,8 @@ class ProjectionRun:
             before = self._saved_state(iteration)
             self._compare_with(before)
             self._schedule.restore(before.get("schedule", {}))
+            if isinstance(scale := before.get("reference loss scale"), float):
+                self._ogpsa.reference_loss_scale = scale
         described = ", ".join(
             f"{r.name} ({r.num_samples} samples, {r.num_supervised_tokens} tokens, {r.loss})" for r in self._references
         )
@@ -190,6 +192,7 @@ class ProjectionRun:
                 if name.startswith("ogpsa_") and name not in NOT_SETTINGS
             },
             "schedule": self._schedule.state(),
+            "reference loss scale": self._ogpsa.reference_loss_scale if self._ogpsa is not None else None,
         }
 
     def _stop_if_steps_are_lost(self, step: int) -> None:

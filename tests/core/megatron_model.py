@@ -92,6 +92,7 @@ def build(
     clip_grad: float = 1.0,
     lr: float = 1e-3,
     per_token: bool = True,
+    initial_loss_scale: float = 2.0**10,
 ) -> Training:
     """Initialise model parallelism, build the chunks, load this rank's slices of ``weights``.
 
@@ -140,7 +141,7 @@ def build(
         lr=lr,
         bf16=layout.precision.startswith("bf16"),
         fp16=layout.precision == "fp16",
-        initial_loss_scale=2.0**10,
+        initial_loss_scale=initial_loss_scale,
         params_dtype=DTYPES[layout.precision],
         use_distributed_optimizer=layout.distributed_optimizer,
         overlap_param_gather=layout.overlap_param_gather,

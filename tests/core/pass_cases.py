@@ -38,7 +38,7 @@ def reference_passes(layout: str) -> dict[str, Any]:
     captured: list[oracle.Tensors] = []
     capture = ogpsa.capture
 
-    def recording(name: str) -> None:
+    def recording(name: str, *, loss_scale: float | None = None) -> None:
         captured.append(reduced_gradient(training))
         capture(name)
 
@@ -94,7 +94,7 @@ def parts_of_a_reference(layout: str) -> dict[str, Any]:
     captured: dict[str, oracle.Tensors] = {}
     capture = ogpsa.capture
 
-    def recording(name: str) -> None:
+    def recording(name: str, *, loss_scale: float | None = None) -> None:
         captured[name] = reduced_gradient(training)
         capture(name)
 

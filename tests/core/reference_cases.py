@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -14,7 +15,7 @@ from megatron_ogpsa.references import MicroBatch, Reference, refresh
 from tests.core import oracle
 from tests.core.cases import batch_of
 from tests.core.gradients import reduced_gradient
-from tests.core.layouts import RANDOM
+from tests.core.layouts import ALL_LAYOUTS, RANDOM
 from tests.core.megatron_model import Training, build, forward_step, local_micro_batches
 
 FIELDS = ("tokens", "labels", "mask")
@@ -44,7 +45,7 @@ def gradients_of_a_refresh(training: Training, names: str) -> dict[str, oracle.T
     ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig())
     capture = ogpsa.capture
 
-    def recorded(name: str) -> None:
+    def recorded(name: str, *, loss_scale: float | None = None) -> None:
         captured[name] = reduced_gradient(training)
         capture(name)
 
@@ -60,6 +61,47 @@ def gradients_of_a_refresh(training: Training, names: str) -> dict[str, oracle.T
     )
     ogpsa.detach()
     return captured
+
+
+def refresh_in_fp16(layout: str, first_scale: float) -> dict[str, Any]:
+    """A refresh whose passes begin at a loss scale, of a run whose own is too large; and the oracle's gradient."""
+    sharding = ALL_LAYOUTS[layout]
+    shape = oracle.ModelShape(**sharding.model)
+    weights = oracle.random_weights(shape, seed=1)
+    training = build(sharding, weights, initial_loss_scale=2.0**32)
+    gradients: list[oracle.Tensors] = []
+    scales: list[float] = []
+    ogpsa = attach(training.optimizer, training.chunks, OGPSAConfig())
+    ogpsa.reference_loss_scale = first_scale
+    capture = ogpsa.capture
+
+    def recorded(name: str, *, loss_scale: float | None = None) -> None:
+        assert loss_scale is not None
+        scales.append(loss_scale)
+        capture(name, loss_scale=loss_scale)
+        if ogpsa.captured_are_finite():
+            gradients.append(reduced_gradient(training))
+
+    ogpsa.capture = recorded  # type: ignore[method-assign]
+    refreshed = refresh(
+        ogpsa,
+        [_reference(training, "0", 0)],
+        optimizer=training.optimizer,
+        chunks=training.chunks,
+        forward_backward=get_forward_backward_func(),
+        seq_length=shape.positions,
+        micro_batch_size=sharding.micro_batch,
+    )
+    (gradient,) = gradients
+    expected = oracle.gradient(shape, weights, batch_of(shape, 0))
+    return {
+        "is_new": refreshed.is_new,
+        "rejected": ogpsa.rejected_refreshes,
+        "scales": scales,
+        "next": ogpsa.reference_loss_scale,
+        "training's": training.optimizer.get_loss_scale().item(),
+        "error": oracle.relative_error({name: tensor / scales[-1] for name, tensor in gradient.items()}, expected),
+    }
 
 
 def order_of_references(layout: str) -> dict[str, float]:

@@ -10,6 +10,7 @@ import torch
 
 from megatron_ogpsa import references
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.precision.loss_scale import FIRST_SCALE
 from megatron_ogpsa.references import Reference, cut_reference
 from tests.core.layouts import LAYOUTS
 from tests.core.test_parity import FP32_TOLERANCE
@@ -28,6 +29,22 @@ def test_references_take_the_mean_over_tokens_whatever_training_takes(distribute
     """Their losses that balance experts too: these routers weigh on their own. fp32 rounding of other scales, 1e-7."""
     for error in distributed(2).run("tests.core.reference_cases:mean_of_training", layout="ep2-dropout"):
         assert error < 1e-6
+
+
+@pytest.mark.parametrize("layout", ["tp2-fp16", "dp2-fp16-plain"])
+def test_references_in_fp16_have_a_loss_scale_of_their_own(distributed: Distributed, layout: str) -> None:
+    """Megatron's begins where every gradient overflows. 1e-2: fp16 has 11 bits, and weights are rounded to them."""
+    refresh = "tests.core.reference_cases:refresh_in_fp16"
+    for result in distributed(2).run(refresh, layout=layout, first_scale=FIRST_SCALE):
+        assert result["is_new"]
+        assert result["scales"][0] == FIRST_SCALE
+        assert result["error"] < 1e-2
+    for result in distributed(2).run(refresh, layout=layout, first_scale=2.0**27):
+        assert (result["is_new"], result["rejected"]) == (True, 0)
+        assert result["scales"][:3] == [2.0**27, 2.0**23, 2.0**19]  # too large, on all ranks
+        assert result["next"] == result["scales"][-1] < 2.0**19
+        assert result["training's"] == 2.0**32
+        assert result["error"] < 1e-2
 
 
 def test_generators_of_a_tracker_for_cuda_graphs_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ if "RANK" in os.environ:
         kept: dict[str, dict[str, torch.Tensor]] = {}
         capture, finish = ogpsa.capture, ogpsa.finish_refresh
 
-        def keeping(name: str) -> None:
+        def keeping(name: str, *, loss_scale: float | None = None) -> None:
             if name not in kept:
                 parameters = [item for chunk in chunks for item in chunk.named_parameters()]
                 kept[name] = {

@@ -33,7 +33,7 @@ if "RANK" in os.environ:
             if what == "gradient":
                 next(model[0].parameters()).register_hook(lambda gradient: gradient * float("nan"))
 
-    def planted_capture(self: Any, name: str) -> None:
+    def planted_capture(self: Any, name: str, *, loss_scale: float | None = None) -> None:
         capture(self, name)
         if what == "reference" and is_mine and now["step"] >= int(first):
             self._captured_KN[-1, 0] = float("nan")

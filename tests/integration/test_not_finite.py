@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from megatron_ogpsa.precision.loss_scale import FIRST_SCALE
 from tests.integration.conftest import Train, scalars
 
 LAYOUTS = {
@@ -66,3 +68,17 @@ def test_a_basis_that_is_not_finite_costs_one_step_and_a_refresh(
     assert re.search(r"iteration +3/ .* number of skipped iterations: +1 ", outcome.output)
     assert re.search(r"OGPSA refresh at step 3:", outcome.output)
     assert scalars(tmp_path / "log", "ogpsa skipped steps")["ogpsa skipped steps"][6] == 1.0
+
+
+def test_in_fp16_references_do_not_wait_for_the_loss_scale_of_training(train: Train, tmp_path: Path) -> None:
+    """Megatron skips steps until its scale fits; the first refresh comes before them, and has a basis for the first step."""
+    steps = ("--train-iters", "9", "--save-interval", "9", "--initial-loss-scale", str(2**14), "--hysteresis", "1")
+    outcome = train(*LAYOUTS["dp2"].split(), "--fp16", *steps, "--save", "run", "--tensorboard-dir", "log")
+    assert outcome.exit_code == 0, outcome.output[-3000:]
+    assert "not finite" not in outcome.output
+    assert "OGPSA refresh at step 0: general loss" in outcome.output
+    figures = scalars(tmp_path / "log", "loss-scale", "ogpsa bad refreshes")
+    assert figures["loss-scale"][1] < 2**14  # the first step was skipped
+    assert set(figures["ogpsa bad refreshes"].values()) == {0.0}
+    state = json.loads((tmp_path / "run/iter_0000009/ogpsa.json").read_text(encoding="utf-8"))
+    assert state["reference loss scale"] <= FIRST_SCALE

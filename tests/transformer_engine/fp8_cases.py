@@ -171,7 +171,7 @@ def _captured(
     ogpsa = attach(training.optimizer, training.chunks)
     capture = ogpsa.capture
 
-    def recording(name: str) -> None:
+    def recording(name: str, *, loss_scale: float | None = None) -> None:
         captured.append(reduced_gradient(training))
         capture(name)
 
