@@ -17,7 +17,7 @@ from megatron_ogpsa.cluster.settings import FLAGS, LaunchSettings, launch_settin
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.pipeline import progress
 from megatron_ogpsa.pipeline.plan import Stage, plan_stages
-from megatron_ogpsa.processes import end_with_starter
+from megatron_ogpsa.processes import end_with_starter, require_common_count
 
 STAGE_VARIABLE = "MEGATRON_OGPSA_STAGE"
 """Name of the stage that this process is to run; set for the processes that the command starts."""
@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--stage {only}: {args.config} has no 'stages': leave the flag out")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         end_with_starter()
+        require_common_count()
         return _run_as_rank(config, flags, only)
     given = {key: _of(own, key) or _of(args, key) for key in FLAGS}
     settings = launch_settings({key: text for key, text in given.items() if text}, config.launch, os.environ)
@@ -134,13 +135,13 @@ def _run_as_rank_of_job(stages: Sequence[Stage], command: list[str]) -> int:
     from megatron_ogpsa.cli.launching import RANK_MODULE
     from megatron_ogpsa.pipeline.ranks import JobRank
 
-    job = JobRank()
-    return run_in_order(
-        stages,
-        look=lambda stage: job.told_by_first(lambda: _state(stage)),
-        run_stage=lambda stage: job.run_process(["-u", "-m", RANK_MODULE, *command], {STAGE_VARIABLE: stage.name}),
-        say=lambda text: print(text, flush=True) if job.rank == 0 else None,
-    )
+    with JobRank() as job:
+        return run_in_order(
+            stages,
+            look=lambda stage: job.told_by_first(lambda: _state(stage)),
+            run_stage=lambda stage: job.run_process(["-u", "-m", RANK_MODULE, *command], {STAGE_VARIABLE: stage.name}),
+            say=lambda text: print(text, flush=True) if job.rank == 0 else None,
+        )
 
 
 def _run_stage(stages: tuple[Stage, ...], name: str) -> int:

@@ -14,8 +14,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
-from types import FrameType
+from types import FrameType, TracebackType
 
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.processes import ATTEMPT_VARIABLE, PARENT_VARIABLE, attempt_in_store
@@ -28,16 +29,36 @@ _PATIENCE = timedelta(days=1)
 """Ranks may leave a stage at different times; a rank that fails ends the job at once through torchrun."""
 
 
+_FAREWELL = timedelta(minutes=10)
+"""That rank 0 waits for the others when all is done: its process may hold the store that they still ask."""
+
+
 class JobRank:
-    """One rank of a torchrun job that outlives the stages' processes. Every rank makes each call."""
+    """One rank of a torchrun job that outlives the stages' processes. Every rank makes each call, within a with statement.
+
+    Rank 0 leaves that after the others, if all is done or a user's mistake was told. After a failure no rank waits: the
+    launcher is to see it and end the others, which may hang.
+    """
 
     def __init__(self) -> None:
         """Meets the other ranks at MASTER_ADDR and MASTER_PORT."""
         from torch.distributed.rendezvous import rendezvous
 
-        self._store, self.rank, _ = next(rendezvous("env://", timeout=_PATIENCE))
+        self._store, self.rank, self._world = next(rendezvous("env://", timeout=_PATIENCE))
         self._attempt = attempt_in_store()
         self._told = 0
+        self._has_failed = False
+
+    def __enter__(self) -> JobRank:
+        """Nothing has failed yet."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Leave together, unless there was a failure."""
+        if isinstance(error, UserError) or (error is None and not self._has_failed):
+            self._leave()
 
     def told_by_first[T](self, look: Callable[[], T]) -> T:
         """What ``look`` returns on rank 0, as JSON, on all ranks.
@@ -84,7 +105,15 @@ class JobRank:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        self._has_failed = code != 0
         return code if code >= 0 else 128 - code
+
+    def _leave(self) -> None:
+        left = f"megatron-ogpsa/{self._attempt}/left"
+        with suppress(RuntimeError):  # the store has gone, or a rank has: nobody needs this one any more
+            self._store.set(f"{left}/{self.rank}", "")
+            if self.rank == 0:
+                self._store.wait([f"{left}/{rank}" for rank in range(self._world)], _FAREWELL)
 
 
 def _free_port() -> int:
