@@ -4,6 +4,7 @@
   any other. torchrun's ends them 30 s later, and itself with an error.
 * A failure that no restart would mend ends the run on all nodes, which are told of it through the store. Under torchrun
   ranks of other nodes wait in their collectives until these time out.
+* What a rank has started ends with it, however it ends: Megatron's writer of ``--async-save`` holds memory of the GPU.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from subprocess import Popen
 from types import FrameType
@@ -63,6 +65,7 @@ class NodeAgent(LocalElasticAgent):
 
     Attributes:
         verdict: why the run has ended for good, if it did not end well.
+        has_had_ranks: whether this node has ever been part of the run.
         name: of this agent in verdicts.
     """
 
@@ -70,6 +73,7 @@ class NodeAgent(LocalElasticAgent):
         """``shutdown_timeout``: seconds that ranks get to end after a signal was handed on."""
         super().__init__(spec, DefaultLogsSpecs())
         self.verdict: Verdict | None = None
+        self.has_had_ranks = False
         self.name = f"{os.uname().nodename} (process {os.getpid()})"
         self._told: signal.Signals | None = None
         self._kill_at = float("inf")
@@ -100,6 +104,7 @@ class NodeAgent(LocalElasticAgent):
             raise RendezvousConnectionError(str(error)) from error
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self.has_had_ranks = True
         ids: dict[int, Any] = super()._start_workers(worker_group)
         self.take_signals()
         return ids
@@ -115,6 +120,13 @@ class NodeAgent(LocalElasticAgent):
         elif result.state == WorkerState.FAILED:
             self._judge(worker_group, result)
         return result
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        """All ranks have ended after this; torch signals the groups of those alone that have not ended before."""
+        super()._shutdown(death_sig, timeout)
+        for process in self._processes():
+            if process.poll():  # not one that ended well: that may be long ago, and its id another's by now
+                _kill_group(process)
 
     def _judge(self, worker_group: WorkerGroup, result: RunResult) -> None:
         """Whether the ranks are started again."""
@@ -177,10 +189,19 @@ class NodeAgent(LocalElasticAgent):
 
     def _kill(self) -> None:
         for process in self._ranks():
-            process.kill()
+            _kill_group(process)
         self._kill_at = float("inf")
 
     def _ranks(self) -> Iterator[Popen[Any]]:
         """The ranks' processes that have not ended."""
+        return (process for process in self._processes() if process.poll() is None)
+
+    def _processes(self) -> Iterator[Popen[Any]]:
         handlers = getattr(self._pcontext, "subprocess_handlers", {})
-        return (handler.proc for handler in handlers.values() if handler.proc.poll() is None)
+        return (handler.proc for handler in handlers.values())
+
+
+def _kill_group(rank: Popen[Any]) -> None:
+    """Kill a rank, which leads a group of its own, and what it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(rank.pid, signal.SIGKILL)

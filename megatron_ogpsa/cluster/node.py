@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import WorkerSpec
@@ -16,6 +16,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import (
     RendezvousClosedError,
     RendezvousConnectionError,
+    RendezvousError,
     RendezvousHandler,
     RendezvousTimeoutError,
 )
@@ -43,7 +44,11 @@ def run_node(command: Sequence[str], settings: LaunchSettings) -> int:
     Raises:
         UserError: there is no GPU to start a rank for.
     """
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
+    for name in (
+        "torch.distributed.elastic",
+        "torch.distributed.elastic.agent.server.api",
+        "torch.distributed.launcher",
+    ):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     num_ranks = _num_ranks(settings.ranks_per_node)
     # As torchrun does for more than one rank, but sharing out the cores rather than leaving most of them idle.
@@ -54,24 +59,44 @@ def run_node(command: Sequence[str], settings: LaunchSettings) -> int:
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
         rendezvous = _join(settings)
+        agent = _agent(command, num_ranks, rendezvous, settings)
         try:
-            spec = WorkerSpec(
-                role="default",
-                local_world_size=num_ranks,
-                entrypoint=command[0],
-                args=tuple(command[1:]),
-                rdzv_handler=rendezvous,
-                max_restarts=settings.max_restarts,
-                monitor_interval=settings.monitor_interval,
-                local_addr=settings.local_addr,
-            )
             with _signals_restored(), stopped_processes_end():
-                return _run(NodeAgent(spec, shutdown_timeout=settings.shutdown_timeout), settings)
+                return _run(agent, settings)
         finally:
-            rendezvous.shutdown()
+            if agent.has_had_ranks or not _others_have_met(rendezvous):
+                rendezvous.shutdown()  # closes it for good, so that nodes which still meet end too
     except _NotMetError as error:
         say(str(error))
         return 1
+
+
+def _agent(
+    command: Sequence[str], num_ranks: int, rendezvous: RendezvousHandler, settings: LaunchSettings
+) -> NodeAgent:
+    spec = WorkerSpec(
+        role="default",
+        local_world_size=num_ranks,
+        entrypoint=command[0],
+        args=tuple(command[1:]),
+        rdzv_handler=rendezvous,
+        max_restarts=settings.max_restarts,
+        monitor_interval=settings.monitor_interval,
+        local_addr=settings.local_addr,
+    )
+    return NodeAgent(spec, shutdown_timeout=settings.shutdown_timeout)
+
+
+def _others_have_met(rendezvous: Any) -> bool:
+    """Whether a run goes on without this node, which needs the rendezvous for its restarts.
+
+    Args:
+        rendezvous: torch's handler, which keeps to itself what it knows.
+    """
+    known = rendezvous._state_holder
+    with suppress(RendezvousError):  # the node that holds it is gone: as it was last seen
+        known.sync()
+    return bool(known.state.complete) and rendezvous._this_node not in known.state.participants
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Agents of one or two nodes on this machine, each as the command runs it, in processes forked from this one.
 
 ``python -m tests.cluster.agents JSON``: behaviour of the ranks, flags of all nodes, and which agent gets which signal once
-all ranks are ready. Prints how each agent ended.
+all ranks are ready; or whether there is an agent too many, which gets SIGTERM before the last rank is told to go on. Prints
+how each agent ended.
 """
 
 from __future__ import annotations
@@ -46,15 +47,38 @@ def main(request: str) -> None:
     held = socket.create_server(("127.0.0.1", port)) if case.get("port is taken") else None
     agents = [start(node, num_nodes, port, case["ranks"], case.get("flags", {})) for node in range(started)]
     if "signal" in case:
-        ready = [Path(f"ready-{rank}") for rank in range(started * RANKS_PER_NODE)]
-        while not all(path.exists() and path.read_text(encoding="utf-8") for path in ready):
-            time.sleep(0.02)
+        _wait_for_ranks(started * RANKS_PER_NODE)
         os.kill(agents[case.get("of node", 0)], signal.Signals[case["signal"]])
+    if case.get("one too many"):
+        _wait_for_ranks(started * RANKS_PER_NODE - 1)
+        _end_at_once(start(num_nodes - 1, num_nodes, port, case["ranks"], case.get("flags", {})))
+        Path("told").touch()
     for node, process_id in enumerate(agents):
         _, status = os.waitpid(process_id, 0)
         print(f"node {node}: {os.waitstatus_to_exitcode(status)}", flush=True)
     if held:
         held.close()
+
+
+def _wait_for_ranks(number: int) -> None:
+    ready = [Path(f"ready-{rank}") for rank in range(number)]
+    while not all(path.exists() and path.read_text(encoding="utf-8") for path in ready):
+        time.sleep(0.02)
+
+
+def _end_at_once(agent: int) -> None:
+    """As soon as it decides what signals mean."""
+    while not _catches(agent, signal.SIGTERM):
+        time.sleep(0.02)
+    os.kill(agent, signal.SIGTERM)
+    _, status = os.waitpid(agent, 0)
+    print(f"one too many: {os.waitstatus_to_exitcode(status)}", flush=True)
+
+
+def _catches(process_id: int, number: signal.Signals) -> bool:
+    status = Path(f"/proc/{process_id}/status").read_text(encoding="utf-8")
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
 def free_port() -> int:

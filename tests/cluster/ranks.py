@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ def wait() -> NoReturn:
 
 
 def _wait_for_others() -> None:
-    while not all(Path(f"ready-{rank}").exists() for rank in range(LAST)):
+    while not all(Path(f"ready-{rank}").exists() for rank in range(LAST + 1) if rank != RANK):
         time.sleep(0.02)
 
 
@@ -47,8 +48,15 @@ def last_rank_raises_once() -> None:
     wait()
 
 
+def last_rank_raises_once_told() -> None:
+    while RANK == LAST and not Path("told").exists():
+        time.sleep(0.02)
+    last_rank_raises_once()
+
+
 def first_rank_is_misused() -> None:
     if RANK == 0:
+        _wait_for_others()
         sys.exit(2)
     wait()
 
@@ -68,15 +76,37 @@ def ignores_signals() -> None:
     wait()
 
 
+def _start_child() -> None:
+    child = subprocess.Popen(["sleep", "600"])
+    Path("ready-child").write_text(str(child.pid), encoding="utf-8")
+
+
+def last_rank_has_a_child_and_is_killed() -> None:
+    if RANK == LAST:
+        _wait_for_others()
+        _start_child()
+        os.kill(os.getpid(), signal.SIGKILL)
+    saves_when_told()
+
+
+def first_rank_has_a_child_and_ignores_signals() -> None:
+    if RANK == 0:
+        _start_child()
+    ignores_signals()
+
+
 BEHAVIOURS: dict[str, Callable[[], None]] = {
     function.__name__: function
     for function in (
         wait,
         last_rank_raises,
         last_rank_raises_once,
+        last_rank_raises_once_told,
         first_rank_is_misused,
         saves_when_told,
         ignores_signals,
+        last_rank_has_a_child_and_is_killed,
+        first_rank_has_a_child_and_ignores_signals,
     )
 }
 

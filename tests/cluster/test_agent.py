@@ -83,6 +83,20 @@ CASES: dict[str, dict[str, Any]] = {
         "codes": [143],
         "said": ["SIGTERM ended the ranks"],
     },
+    "ranks that are killed take their children with them": {
+        "nodes": 1,
+        "ranks": "first_rank_has_a_child_and_ignores_signals",
+        "flags": {"shutdown-timeout": "0.5"},
+        "signal": "SIGTERM",
+        "codes": [143],
+        "said": ["SIGTERM ended the ranks"],
+    },
+    "a rank that has died leaves no child, and the others save": {
+        "nodes": 1,
+        "ranks": "last_rank_has_a_child_and_is_killed",
+        "codes": [1],
+        "said": ["rank 0 has saved", "rank 1 ended with signal 9"],
+    },
     "a killed agent takes its ranks with it": {
         "nodes": 1,
         "ranks": "ignores_signals",
@@ -102,6 +116,15 @@ CASES: dict[str, dict[str, Any]] = {
         "flags": {"max-restarts": "1"},
         "codes": [0, 0],
         "said": [f"{ENDED_AT}; its output is above. All ranks are started again"],
+        "starts": 8,
+    },
+    "an agent too many is ended, and restarts are left": {
+        "nodes": 2,
+        "one too many": True,
+        "ranks": "last_rank_raises_once_told",
+        "flags": {"max-restarts": "1"},
+        "codes": [0, 0],
+        "said": ["SIGTERM ended it before its ranks were started", "one too many: 143", "All ranks are started again"],
         "starts": 8,
     },
     "a user's mistake on one node ends the other": {
