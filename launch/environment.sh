@@ -72,8 +72,11 @@ find_python() {
 }
 
 # Prints all that an installation depends on. The stamp in the environment holds the same text once it is complete.
+# Of Python that is the minor version: nodes that share the environment may have different builds of it.
 wanted_stamp() {
-    printf '%s\n' "project: $OGPSA_ROOT" "python: $("$OGPSA_VENV/bin/python" -c 'import sys; print(sys.version)')"
+    local python
+    python="$("$OGPSA_VENV/bin/python" -c 'import sys; print(sys.implementation.cache_tag)')"
+    printf '%s\n' "project: $OGPSA_ROOT" "python: $python"
     cat "$OGPSA_ROOT/setup.cfg" "$OGPSA_ROOT/pyproject.toml"
 }
 

@@ -6,6 +6,8 @@ import ctypes
 import os
 import signal
 
+from megatron_ogpsa.errors import UserError
+
 PARENT_VARIABLE = "MEGATRON_OGPSA_PARENT"
 """Process id of who has started a rank, in the rank's environment."""
 
@@ -46,3 +48,22 @@ def attempt_in_store() -> str:
         return given
     keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if keeps_store else "0"
+
+
+def require_common_count() -> None:
+    """In a rank, before it asks the job's store for anything: check that :func:`attempt_in_store` will be the same on all.
+
+    Agents of several nodes that keep one store count what they have restarted themselves: that the nodes of others have gone
+    or come again does not count, so that after one failure their counts differ.
+
+    Raises:
+        UserError: it may not be, after a restart.
+    """
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and nodes > 1 and restarts > 0:
+        raise UserError(
+            f"--max-restarts {restarts}: torchrun's agents on {nodes} nodes keep one store but count restarts each for "
+            "itself, so that ranks which are started again would not find each other: export "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes, or use launch/train_nodes.sh"
+        )

@@ -26,12 +26,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.agreement import agreed
 from megatron_ogpsa.integration.patching import Patch, apply_patches
+from megatron_ogpsa.processes import attempt_in_store
 
 logger = logging.getLogger(__name__)
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO, errno.ESTALE)
 _PROBE_BYTES = 4096
-_TOLD_KEY = "megatron-ogpsa/disk"
 _PATIENCE = timedelta(seconds=10)
 """For the message of a rank that has gone; it is set before that rank goes."""
 
@@ -164,14 +164,19 @@ def _of_all_ranks(what: str, free: int) -> UserError | None:
 
 def _of_this_rank(message: str) -> UserError:
     """The other ranks are in a collective, which fails once this one has gone; they find the message in the store."""
-    _store.set(_TOLD_KEY, message)
+    _store.set(_told_key(), message)
     return UserError(message)
+
+
+def _told_key() -> str:
+    """Of this start of the ranks: the store may still hold what was told in one before."""
+    return f"megatron-ogpsa/{attempt_in_store()}/disk"
 
 
 def _told_by_another() -> UserError | None:
     try:
-        _store.wait([_TOLD_KEY], _PATIENCE)
-        return UserError(_store.get(_TOLD_KEY).decode())
+        _store.wait([_told_key()], _PATIENCE)
+        return UserError(_store.get(_told_key()).decode())
     except RuntimeError:  # there is no message, or the store has gone too
         return None
 

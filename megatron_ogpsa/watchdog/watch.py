@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.telling import tell_once, write_error
-from megatron_ogpsa.watchdog.board import Address, Ending
+from megatron_ogpsa.watchdog.board import Address, Ending, run_prefix
 from megatron_ogpsa.watchdog.link import Link, StoreSilent
 from megatron_ogpsa.watchdog.place import Place, fingerprint, place_of, thread_stack, traceback_stack
 from megatron_ogpsa.watchdog.progress import progress
@@ -159,7 +159,8 @@ class Watch:
         except StoreSilent as silence:
             self._look()
             if self._hangs():
-                tell_once(story_of_silence(self._record(), str(silence)), key="hang", write=write_error)
+                message, start = story_of_silence(self._record(), str(silence)), run_prefix()
+                tell_once(message, key=f"hang/{start}", write=write_error)  # ranks that are started again may hang anew
                 self._exit(HANG_EXIT_CODE)
 
     def _was_left_alone(self) -> bool:

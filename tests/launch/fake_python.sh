@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Stands in for a Python interpreter in the tests of the launch scripts. It answers questions about the version with
-# FAKE_VERSION (default 3.12), makes "environments" that hold copies of itself, and pretends to be pip and pytest.
+# FAKE_VERSION (default 3.12) and FAKE_BUILD (default 0 (fake)), makes "environments" that hold copies of itself, and pretends to be pip and pytest.
 # What pip is asked to install goes to FAKE_PIP_LOG, one line each; FAKE_PIP_SECONDS and FAKE_PIP_STATUS tell it how to end.
 set -euo pipefail
 version="${FAKE_VERSION:-3.12}"
@@ -10,7 +10,8 @@ case "$1 ${2:-}" in
         [[ "$version" == 3.1[234] ]] || exit 3
         [[ -z "${FAKE_WITHOUT_VENV:-}" ]] || exit 4
         ;;
-    "-c "*"sys.version)"*) echo "$version.0 (fake)" ;;
+    "-c "*"sys.version)"*) echo "$version.${FAKE_BUILD:-0 (fake)}" ;;
+    "-c "*"sys.implementation.cache_tag)"*) echo "cpython-${version/./}" ;;
     "-c "*) exit 1 ;;
     "-m venv")
         mkdir -p "$3/bin"

@@ -65,6 +65,15 @@ def test_changed_python_installs_again(sandbox: Sandbox) -> None:
     assert len(sandbox.installations()) == 2
 
 
+def test_another_build_of_the_same_python_does_not(sandbox: Sandbox) -> None:
+    """Nodes that share the environment may each have their own, and would install under each other."""
+    sandbox.run(sandbox.script("demo.sh"))
+    sandbox.add_python(sandbox.venv / "bin" / "python", build="'7 (another compiler)'")
+    result = sandbox.run(sandbox.script("demo.sh"))
+    assert result.stderr == ""
+    assert len(sandbox.installations()) == 1
+
+
 def test_moved_project_installs_again(sandbox: Sandbox) -> None:
     sandbox.run(sandbox.script("demo.sh"))
     moved = sandbox.project.with_name("moved here")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from megatron_ogpsa.telling import ERRORS_VARIABLE
 from megatron_ogpsa.watchdog import HANG_EXIT_CODE, Watch, watch
 from megatron_ogpsa.watchdog.board import Address, Ending
 from megatron_ogpsa.watchdog.link import StoreSilent
@@ -45,7 +47,7 @@ def lost_connection() -> Future[NoReturn]:
     return lost
 
 
-def run_watched(monkeypatch: pytest.MonkeyPatch, ending: Ending | None, fail: Callable[[], None]) -> None:
+def run_watched(monkeypatch: pytest.MonkeyPatch, ending: Ending | None, fail: Callable[[Watch], object]) -> None:
     def leave(self: Watch, code: int) -> NoReturn:
         raise Exited(code)
 
@@ -54,23 +56,39 @@ def run_watched(monkeypatch: pytest.MonkeyPatch, ending: Ending | None, fail: Ca
     monkeypatch.setattr(watch, "QUIET_SECONDS", 0.0)
     with Watch(rank=2, num_ranks=4, timeout=60.0, is_ready=lambda: False) as watching:
         watching._link = LinkToAStoreThatHasEnded(ending)  # type: ignore[assignment]
-        fail()
+        fail(watching)
 
 
 def test_a_rank_that_knows_of_the_end_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its collective fails as rank 0 ends, which does so as soon as all ranks have been told, with the store."""
     with pytest.raises(Exited, match=str(HANG_EXIT_CODE)):
-        run_watched(monkeypatch, ANNOUNCED, dist.barrier)
+        run_watched(monkeypatch, ANNOUNCED, lambda _: dist.barrier())
 
 
 def test_a_rank_that_knows_of_none_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="Connection closed"):
-        run_watched(monkeypatch, None, dist.barrier)
+        run_watched(monkeypatch, None, lambda _: dist.barrier())
 
 
 def test_so_does_one_that_fails_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
+    def fail(watching: Watch) -> None:
         raise MemoryError("not enough room")
 
     with pytest.raises(MemoryError):
         run_watched(monkeypatch, ANNOUNCED, fail)
+
+
+def test_a_lost_store_is_told_once_in_each_start_of_the_ranks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ranks of all starts note in one folder what they have told."""
+    monkeypatch.setenv(ERRORS_VARIABLE, str(tmp_path))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setattr(Watch, "_hangs", lambda self: True)
+    told = []
+    for port in ("20001", "20001", "20002"):  # two ranks, and one that was started again
+        monkeypatch.setenv("MASTER_PORT", port)
+        with pytest.raises(Exited, match=str(HANG_EXIT_CODE)):
+            run_watched(monkeypatch, None, lambda watching: watching._investigate(watching._link))  # type: ignore[arg-type]
+        told.append(capfd.readouterr().err.count("has ended"))
+    assert told == [1, 0, 1]
