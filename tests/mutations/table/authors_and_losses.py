@@ -54,4 +54,20 @@ AUTHORS_AND_LOSSES = (
         (f"{SHARDED_PREFERENCE}::test_the_projected_gradient_of_dpo_is_the_unsharded_one[dp2]",),
         "rows that only make ranks come out even are trained on",
     ),
+    Mutation(
+        "reference-policy-of-the-round-before",
+        "megatron_ogpsa/integration/reference_policy.py",
+        "None if self._args.finetune else self._args.load]",
+        "self._args.load]",
+        ("tests/integration/test_dpo.py::test_each_round_of_dpo_has_a_reference_policy_of_its_own",),
+        "a second round of DPO trains against the reference policy of the first",
+    ),
+    Mutation(
+        "log-probabilities-left-in-the-other-folder",
+        "megatron_ogpsa/integration/reference_policy.py",
+        "        self._keep(found)\n        return found\n",
+        "        return found\n",
+        ("tests/integration/test_dpo.py::test_each_round_of_dpo_has_a_reference_policy_of_its_own",),
+        "a run that goes on into another folder cannot be resumed from there",
+    ),
 )

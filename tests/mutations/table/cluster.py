@@ -48,4 +48,20 @@ CLUSTER = (
         (ANEW,),
         "a run that loads another folder than it saves to begins anew at each restart",
     ),
+    Mutation(
+        "rank-0-leaves-first",
+        "megatron_ogpsa/pipeline/ranks.py",
+        "            if self.rank == 0:\n                self._store.wait(",
+        "            if self.rank < 0:\n                self._store.wait(",
+        ("tests/pipeline/test_ranks.py::test_ranks_leave_together",),
+        "a job of several stages that has finished ends with exit code 1 on the ranks that read the last answer late",
+    ),
+    Mutation(
+        "children-of-lost-ranks-stay",
+        "megatron_ogpsa/cluster/agent.py",
+        "            if process.poll():",
+        "            if process.poll() is None:",
+        ("tests/cluster/test_agent.py::test_agents",),
+        "the writer of --async-save keeps memory of the GPU after its rank was killed",
+    ),
 )
