@@ -156,7 +156,7 @@ class OGPSA:
                 "begin_refresh(keep=...) needs a finite basis in fp32 that holds all energy: references come out of any "
                 "other damaged, and the more so the nearer they are to each other; capture them all"
             )
-        self._captured_names = list(keep)
+        self._captured_names, self._captured_KN = list(keep), None  # freed, if a refresh is begun once more
         self._captured_KN = self._rows(len(self.reference_names) if num_references is None else num_references)
         self._num_kept = len(keep)
         if keep:
