@@ -68,7 +68,7 @@ class OGPSA:
         reference_names: of the basis in use.
         interval: what the last refresh tells of each reference that it captured; empty after the first.
         kept_energy: the smallest share of a reference gradient's square that the basis holds; 1 unless ``energy`` is less.
-        reference_loss_scale: with which reference passes in fp16 begin; what the last ones did not overflow at.
+        reference_loss_scale: with which the next reference passes in fp16 begin; from what the last ones did not overflow at.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class OGPSA:
         :meth:`finish_refresh` looks as well; this is for who would take the gradients once more, with a smaller loss scale.
         """
         captured_KN = () if self._captured_KN is None else self._captured_KN[: len(self._captured_names or ())]
-        bad = sum(not row_N.isfinite().all() for row_N in captured_KN)
+        bad = sum(not _is_finite(row_N) for row_N in captured_KN)
         table = torch.tensor([bad], dtype=torch.float64, device=self._shard.layout.device)
         return not sum_over_ranks(table, self._shard.reduction.group).item()
 
@@ -390,6 +390,11 @@ class OGPSA:
         """Give the optimizer its own methods back and free the basis."""
         self._space.remove()
         self._captured_KN = self._captured_names = self._along_BK = None
+
+
+def _is_finite(row_N: Tensor) -> bool:
+    """By its ends, which takes no memory of the row's size: NaN becomes both of them."""
+    return not row_N.numel() or all(bool(end.isfinite()) for end in row_N.aminmax())
 
 
 def attach(

@@ -64,6 +64,7 @@ def require_common_count() -> None:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and nodes > 1 and restarts > 0:
         raise UserError(
             f"--max-restarts {restarts}: torchrun's agents on {nodes} nodes keep one store but count restarts each for "
-            "itself, so that ranks which are started again would not find each other: export "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes, or use launch/train_nodes.sh"
+            "itself, so that ranks which are started again would not find each other: use --rdzv-backend c10d "
+            "--rdzv-endpoint HOST:PORT with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 exported on all nodes, or "
+            "launch/train_nodes.sh"
         )

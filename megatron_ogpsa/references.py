@@ -33,7 +33,7 @@ from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.plugin import OGPSA
 from megatron_ogpsa.precision.first_scales import find_scales
 from megatron_ogpsa.precision.fp8_state import fp8_state_kept, starts_without_scales
-from megatron_ogpsa.precision.loss_scale import attempts, loss_scaled
+from megatron_ogpsa.precision.loss_scale import attempts, loss_scaled, next_scale
 from megatron_ogpsa.precision.passes_without_fp8 import without_fp8
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def refresh(
     for loss_scale in attempts(chunks, ogpsa.reference_loss_scale):
         sums = capture_all(loss_scale)
         if loss_scale is not None and ogpsa.captured_are_finite():
-            ogpsa.reference_loss_scale = loss_scale
+            ogpsa.reference_loss_scale = next_scale(loss_scale)
             break
     _zero_gradients(chunks, optimizer)
     return Refreshed(losses=_mean_losses(references, sums), is_new=ogpsa.finish_refresh())

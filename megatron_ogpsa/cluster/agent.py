@@ -121,9 +121,12 @@ class NodeAgent(LocalElasticAgent):
             self._judge(worker_group, result)
         return result
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        """All ranks have ended after this; torch signals the groups of those alone that have not ended before."""
-        super()._shutdown(death_sig, timeout)
+    def _shutdown(self, *given: Any, **named: Any) -> None:
+        """All ranks have ended after this; torch signals the groups of those alone that have not ended before.
+
+        (What it is given differs with torch's version.)
+        """
+        super()._shutdown(*given, **named)
         for process in self._processes():
             if process.poll():  # not one that ended well: that may be long ago, and its id another's by now
                 _kill_group(process)

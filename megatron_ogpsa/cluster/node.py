@@ -96,7 +96,8 @@ def _others_have_met(rendezvous: Any) -> bool:
     known = rendezvous._state_holder
     with suppress(RendezvousError):  # the node that holds it is gone: as it was last seen
         known.sync()
-    return bool(known.state.complete) and rendezvous._this_node not in known.state.participants
+    has_met = known.state.complete or known.state.round > 0  # or is meeting again
+    return bool(has_met) and rendezvous._this_node not in known.state.participants
 
 
 @contextmanager

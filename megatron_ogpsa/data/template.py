@@ -66,11 +66,15 @@ class ChatTemplate:
     def render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
         """The text of a conversation; with ``add_generation_prompt`` up to where the assistant is to go on.
 
+        A template of a model that may think first (Qwen3) is then told not to, by ``enable_thinking``: what it supervises
+        in a last turn has no thoughts either, and others do not know the variable.
+
         Raises:
             UserError: the template refuses the conversation or is itself broken.
         """
         with _limited():
-            return self._render(messages, add_generation_prompt)[0]
+            thinking = {"enable_thinking": False} if add_generation_prompt else {}
+            return self._render(messages, add_generation_prompt, **thinking)[0]
 
     def render_with_spans(self, messages: list[Message], *, answer_from: int = 0) -> tuple[str, list[Span]]:
         """The text of a conversation and the spans the assistant wrote, the end of its turns included.
@@ -120,9 +124,9 @@ class ChatTemplate:
             )
         return text, [span for span in spans if span[0] >= len(prompt)]
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool) -> tuple[str, list[Span]]:
+    def _render(self, messages: list[Message], add_generation_prompt: bool, **more: object) -> tuple[str, list[Span]]:
         tracking = _GENERATION_TAG.search(self.source) is not None
-        variables: dict[str, Any] = {"date_string": _FIXED_DATE, **self.variables}
+        variables: dict[str, Any] = {"date_string": _FIXED_DATE, **more, **self.variables}
         try:
             texts, spans = render_jinja_template(
                 conversations=[messages],

@@ -77,7 +77,9 @@ def generate(
 
 def _replica(model: LoadedModel) -> tuple[int, int]:
     """This rank's replica and their number; one if experts are spread over the replicas, which then go in step."""
-    if model.args.expert_model_parallel_size > 1:
+    args = model.args
+    spans_replicas = args.num_experts and (args.expert_tensor_parallel_size or 1) > args.tensor_model_parallel_size
+    if args.expert_model_parallel_size > 1 or spans_replicas:
         return 0, 1
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 

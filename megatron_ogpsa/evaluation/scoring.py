@@ -86,13 +86,13 @@ def score_checkpoints(model: LoadedModel, request: Request) -> Iterator[Scores]:
 
 def _check_rows(model: LoadedModel) -> None:
     if model.args.ogpsa_packing:
-        check_packing(model.args, "--ogpsa-packing")
+        check_packing(model.args, "--ogpsa-packing", of_validation=False)
 
 
 def _read_data(model: LoadedModel, name: str, source: str) -> Dataset:
     def kind_of_rows() -> str:
         if (kind := source_kind(source)) == "preference":
-            check_packing(model.args, "rows of two answers")
+            check_packing(model.args, "rows of two answers", of_validation=False)
         return kind
 
     try:

@@ -44,8 +44,9 @@ def make_datasets_provider(load: Callable[[str], Rows]) -> Callable[..., tuple[A
             train_stream: Any = train
         else:
             # A batch more than is trained on: Megatron refuses a loader of which everything was consumed, and so a run
-            # that is started again after its last step.
-            length = num_train + args.global_batch_size
+            # that is started again after its last step. One that goes on with smaller batches has consumed more than these.
+            left = (args.train_iters - args.iteration) * args.global_batch_size if args.train_iters else 0
+            length = max(num_train, args.consumed_train_samples + left) + args.global_batch_size
             train_stream = EpochStream(train, length=length, seed=args.seed, split=Split.train)
         if args.ogpsa_valid_data is None:
             return train_stream, None, None

@@ -43,10 +43,11 @@ class LoadedModel:
         Raises:
             UserError: a mistake in the flags.
         """
+        prepare_megatron()
+        # After it has patched some of what is imported here.
         from megatron.core.process_groups_config import ProcessGroupCollection
         from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
-        prepare_megatron()
         # From where the training loop has it: there the CPU runtime has told it that no GPU is needed.
         from megatron.training.training import initialize_megatron
 

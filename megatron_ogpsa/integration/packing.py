@@ -7,21 +7,22 @@ import argparse
 from megatron_ogpsa.errors import UnsupportedError, UserError
 
 
-def check_packing(args: argparse.Namespace, flag: str) -> None:
+def check_packing(args: argparse.Namespace, flag: str, *, of_validation: bool) -> None:
     """Refuse flags with which documents in one row would attend to each other.
 
     Args:
         flag: what puts several documents into a row, for the message.
+        of_validation: whether rows of ``--ogpsa-valid-data`` hold several documents too.
 
     Raises:
         UserError, UnsupportedError: naming the flag and the remedy.
     """
     if args.transformer_impl == "transformer_engine":
-        for name, size in (
-            ("--micro-batch-size", args.micro_batch_size),
-            ("--eval-micro-batch-size", getattr(args, "eval_micro_batch_size", None)),
+        for name, size, is_packed in (
+            ("--micro-batch-size", args.micro_batch_size, True),
+            ("--eval-micro-batch-size", getattr(args, "eval_micro_batch_size", None), of_validation),
         ):
-            if size not in (None, 1):
+            if is_packed and size not in (None, 1):
                 raise UserError(
                     f"{name} {size} with {flag}: Transformer Engine takes rows of several documents one at a time, use "
                     f"{name} 1 and a larger --seq-length"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 
 import torch.distributed as dist
@@ -58,6 +59,7 @@ def validated_arguments(flags: list[str]) -> argparse.Namespace:
         raise UserError("--tokenizer-type is missing: HuggingFaceTokenizer or SentencePieceTokenizer")
     # Megatron builds its tokenizer from the same flags, but reports what is wrong with them in a traceback.
     load_chat_tokenizer(early.tokenizer_type, early.tokenizer_model, early.chat_template)
+    flags = [*flags, *_padded_vocabulary(early)]
     sys.argv = [sys.argv[0], *flags]  # Megatron's parser reads the command line
     try:
         args = parse_and_validate_args(extra_args_provider=add_training_arguments)
@@ -72,3 +74,15 @@ def validated_arguments(flags: list[str]) -> argparse.Namespace:
     if args.ogpsa_valid_data is None:
         args.eval_iters = 0  # there is nothing to evaluate on, and Megatron would evaluate by default
     return args
+
+
+def _padded_vocabulary(args: argparse.Namespace) -> list[str]:
+    """``--vocab-size`` as Megatron pads it, which it does with the tokenizer's length alone.
+
+    Published models have more rows of embeddings than their tokenizers have tokens (Qwen2.5 7B: 152,064 and 151,665); of a
+    checkpoint that has more rows than the model Megatron loads the first without a word.
+    """
+    if not args.vocab_size or args.padded_vocab_size:
+        return []
+    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    return ["--padded-vocab-size", str(math.ceil(args.vocab_size / multiple) * multiple)]

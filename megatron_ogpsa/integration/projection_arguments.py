@@ -100,7 +100,8 @@ def _check_rows_of_references(args: argparse.Namespace) -> None:
     """Pairs stand in one row, whatever training's rows hold; conversations do with ``--ogpsa-packing``."""
     of_pairs = [loss for name in _names(args) if (loss := loss_of_reference(args, name)) != "nll"]
     if args.ogpsa_packing or of_pairs:
-        check_packing(args, "--ogpsa-packing" if args.ogpsa_packing else f"--ogpsa-reference-loss {of_pairs[0]}")
+        flag = "--ogpsa-packing" if args.ogpsa_packing else f"--ogpsa-reference-loss {of_pairs[0]}"
+        check_packing(args, flag, of_validation=args.ogpsa_packing)
 
 
 def _check_number_of_gradients(args: argparse.Namespace) -> None:

@@ -86,7 +86,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.ogpsa_stage == "dpo":
         _check_dpo(args)
     if args.ogpsa_packing or args.ogpsa_stage == "dpo":
-        check_packing(args, "--ogpsa-packing" if args.ogpsa_packing else "--ogpsa-stage dpo")
+        flag = "--ogpsa-packing" if args.ogpsa_packing else "--ogpsa-stage dpo"
+        check_packing(args, flag, of_validation=True)
 
 
 def require_data(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.files import write_atomically
 from megatron_ogpsa.laptop.safety_data import held_out_prompts, training_examples
 from megatron_ogpsa.study.settings import Setting
+
+NUM_SAMPLES, SAMPLE_BYTES = 64, 2**16
+"""Pieces of a file by which a model is known again without reading all of it."""
 
 HELD_OUT = 96
 """General conversations that are scored, at most. With 24 of them a run that cost the protected ones 0.08 seemed to gain
@@ -195,9 +199,31 @@ class Recipe:
         return self.folder / "models" / name
 
 
-def _keep(path: Path, rows: Iterable[object]) -> None:
-    """Write the rows; what an earlier run has scored is only worth something if its data were the same."""
+def keep_model(out: Path, model: Path) -> None:
+    """Note which model the runs in ``out`` begin with: its configuration, and samples of its weights.
+
+    Raises:
+        UserError: those that are there began with another.
+        OSError: a file cannot be read or written.
+    """
+    files = sorted(path for path in model.iterdir() if path.suffix in (".json", ".safetensors") and path.is_file())
+    _keep(out / "model.json", ([path.name, _digest_of_samples(path)] for path in files), "from another model")
+
+
+def _digest_of_samples(path: Path) -> str:
+    """SHA-256 (hexadecimal) of a file's length and of pieces all over it."""
+    length = path.stat().st_size
+    digest = hashlib.sha256(str(length).encode())
+    with path.open("rb") as file:
+        for number in range(NUM_SAMPLES):
+            file.seek(max(0, length - SAMPLE_BYTES) * number // (NUM_SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _keep(path: Path, rows: Iterable[object], other: str = "with other data") -> None:
+    """Write the rows; what an earlier run has scored is only worth something if they were the same."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     if path.exists() and path.read_bytes() != text:
-        raise UserError(f"--out: {path} is of a run with other data: name another folder, or remove it")
+        raise UserError(f"--out: {path} is of a run {other}: name another folder, or remove it")
     write_atomically(path, text)

@@ -12,7 +12,7 @@ from megatron_ogpsa.data.sources import require_source
 from megatron_ogpsa.demo.run import run_steps
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.laptop.jobs import Job, chatting_steps, start_result, starting_steps
-from megatron_ogpsa.laptop.recipe import Recipe, Sizes
+from megatron_ogpsa.laptop.recipe import Recipe, Sizes, keep_model
 from megatron_ogpsa.laptop.report import read_curve, terminal_table, write_report
 from megatron_ogpsa.study.run import chosen_settings
 from megatron_ogpsa.study.settings import SETTINGS
@@ -67,13 +67,15 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         DemoFailed: a step failed, after the end of its log was printed.
-        UserError: no such model or data, a number that cannot be, or the output folder holds a run with other data.
+        UserError: no such model or data, a number that cannot be, or the output folder holds a run with other data or from
+            another model.
     """
     started = time.monotonic()
     names, recipes, model = _names(args.settings), _recipes(args), args.model.resolve()
     try:
         for recipe in recipes:
             recipe.write_data()
+        keep_model(recipes[0].out, model)
         jobs = [Job.of(recipe, name, SETTINGS[name]) for name in names for recipe in recipes]
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error.strerror}): choose another folder") from None

@@ -22,6 +22,9 @@ FIRST_SCALE = 2.0**15
 FACTOR = 16.0
 """Between one attempt and the next: few attempts, each of which costs a refresh."""
 
+GROWTH = 2.0
+"""From one refresh to the next: where a smaller scale than the first is needed, one attempt in five is in vain."""
+
 _OTHER_SCALES = ("moe_grad_scale_func", "mtp_grad_scale_func")
 """Of auxiliary losses, which take the same scale where these are None (``core/pipeline_parallel/schedules.py``)."""
 
@@ -36,6 +39,11 @@ def attempts(chunks: Sequence[torch.nn.Module], first: float) -> Iterator[float 
         yield scale
         scale = max(1.0, scale / FACTOR)
     yield 1.0
+
+
+def next_scale(scale: float) -> float:
+    """With which the passes of the next refresh begin, after those at ``scale`` did not overflow."""
+    return min(FIRST_SCALE, scale * GROWTH)
 
 
 def loss_scaled(chunks: Sequence[torch.nn.Module], scale: float | None) -> AbstractContextManager[None]:

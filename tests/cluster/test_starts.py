@@ -16,7 +16,7 @@ REFUSED = {
     "GROUP_WORLD_SIZE": "2",
     "TORCHELASTIC_MAX_RESTARTS": "3",
 }
-MESSAGE = r"--max-restarts 3.* 2 nodes.*export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.*launch/train_nodes\.sh"
+MESSAGE = r"--max-restarts 3.* 2 nodes.*TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 exported.*launch/train_nodes\.sh"
 
 
 @pytest.fixture

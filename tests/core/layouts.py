@@ -103,6 +103,7 @@ LAYOUTS: dict[str, Layout] = {
     "ep2-plain": Layout(dp=2, ep=2, distributed_optimizer=False, model=MOE),
     "ep2-dp2": Layout(dp=4, ep=2, model=MOE),
     "ep2-dp2-plain": Layout(dp=4, ep=2, distributed_optimizer=False, model=MOE),
+    "dp2-etp2": Layout(dp=2, etp=2, model=MOE),
     "ep2-tp2": Layout(tp=2, ep=2, etp=1, sequence_parallel=True, model=MOE),
     "ep2-tp2-etp2": Layout(tp=2, dp=2, ep=2, etp=2, sequence_parallel=True, model=MOE),
     "ep2-tp2-etp2-plain": Layout(

@@ -117,7 +117,6 @@ ONE_AT_A_TIME = {"transformer_impl": "transformer_engine", "micro_batch_size": 1
     ("change", "flag"),
     [
         (ONE_AT_A_TIME | {"micro_batch_size": 4}, "--micro-batch-size 4 with {}"),
-        (ONE_AT_A_TIME | {"eval_micro_batch_size": 2}, "--eval-micro-batch-size 2 with {}"),
         ({"masked_softmax_fusion": True}, "{} with --transformer-impl local needs --no-masked-softmax-fusion"),
         ({"window_size": (8, 0)}, "{} with --window-size"),
     ],
@@ -134,6 +133,16 @@ def test_rows_of_references_are_looked_at_as_those_of_training(
     named = "--ogpsa-packing" if "ogpsa_packing" in rows else "--ogpsa-reference-loss nll_pair"
     with pytest.raises((UserError, UnsupportedError), match="^" + flag.format(named)):
         check_projection_arguments(arguments(**rows, **change))
+
+
+def test_rows_of_validation_are_looked_at_where_they_are_packed(arguments: Callable[..., argparse.Namespace]) -> None:
+    """Pairs are references alone, in a stage that validates on conversations."""
+    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
+
+    change = ONE_AT_A_TIME | {"eval_micro_batch_size": 2}
+    check_projection_arguments(arguments(**change, **PAIRS))
+    with pytest.raises(UserError, match=r"^--eval-micro-batch-size 2 with --ogpsa-packing"):
+        check_projection_arguments(arguments(**change, ogpsa_packing=True))
 
 
 @pytest.mark.parametrize(

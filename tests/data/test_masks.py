@@ -175,3 +175,12 @@ class TestSentencePiece:
         assert sentencepiece_tokenizer.eos_ids == (2,)
         ids, _ = sentencepiece_tokenizer.encode_chat(chat("naïve café", "日本語 😀")["messages"])
         assert max(ids) < sentencepiece_tokenizer.vocab_size
+
+
+def test_a_model_that_may_think_is_asked_not_to(with_template: LoadTemplate) -> None:
+    """Qwen3's templates write an empty thought then, as before the last answer of a conversation that is learnt."""
+    thoughtless = "{% if enable_thinking is defined and not enable_thinking %}<none>{% endif %}"
+    tokenizer = with_template(PLAIN.replace("assistant: {% endif %}", f"assistant: {thoughtless}{{% endif %}}"))
+    messages = [{"role": "user", "content": "ab"}]
+    assert tokenizer.template.render(messages, add_generation_prompt=True).endswith("assistant: <none>")
+    assert "<none>" not in tokenizer.template.render(messages)

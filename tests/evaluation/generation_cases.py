@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from megatron_ogpsa.evaluation.generation import generate
 from megatron_ogpsa.integration.loaded_model import LoadedModel
-from tests.core.layouts import LAYOUTS
+from tests.core.layouts import LAYOUTS, Layout
 from tests.core.megatron_model import build
 from tests.core.oracle import ModelShape, random_weights
 
@@ -18,11 +18,21 @@ def answers(
     shape = ModelShape(**LAYOUTS[layout].model)
     module = build(LAYOUTS[layout], random_weights(shape, seed=1)).chunks[0].module.eval()
     return generate(
-        LoadedModel(Namespace(expert_model_parallel_size=LAYOUTS[layout].ep), module),
+        LoadedModel(_arguments(LAYOUTS[layout], shape), module),
         prompts,
         max_new_tokens=max_new_tokens,
         end_ids=[end_id],
         pad_id=0,
         vocab_size=vocab_size,
         batch_size=2,
+    )
+
+
+def _arguments(layout: Layout, shape: ModelShape) -> Namespace:
+    """Megatron's, as far as answers depend on them."""
+    return Namespace(
+        num_experts=shape.experts or None,
+        tensor_model_parallel_size=layout.tp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
     )

@@ -117,6 +117,18 @@ def test_the_table_has_both_checkpoints(folder: Path, alone: dict[str, Any]) -> 
     ]
 
 
+def test_positions_are_scaled_as_the_flags_say(evaluate: Evaluate, folder: Path) -> None:
+    """Llama 3.2's factor is 32, which Megatron's own configuration forgets: its default is 8."""
+    losses = []
+    for factor in ("8", "32"):
+        rope = f"--use-rope-scaling --rope-scaling-factor {factor} --rotary-base 500000"
+        outcome = evaluate(*LAYOUTS["dp2"].split(), *rope.split(), *"--data a=general.jsonl --json rope.json".split())
+        assert outcome.exit_code == 0, outcome.output[-3000:]
+        (scores,) = json.loads((folder / "rope.json").read_text(encoding="utf-8"))["checkpoints"]
+        losses.append(scores["data"]["a"]["loss"])
+    assert losses[0] != losses[1]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_scores_are_the_same_in_every_layout(
     evaluate: Evaluate, folder: Path, alone: dict[str, Any], layout: str

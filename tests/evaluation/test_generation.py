@@ -32,7 +32,7 @@ def greedy(layout: str, end_id: int) -> list[list[int]]:
     return answers
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "pp2-tied", "tp2-qkv-bias", "ep2"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "pp2-tied", "tp2-qkv-bias", "ep2", "dp2-etp2"])
 def test_answers_are_the_oracles(distributed, layout: str) -> None:  # type: ignore[no-untyped-def]
     """Exactly: the two most probable tokens of random weights differ by more than fp32 rounds off."""
     free = greedy(layout, end_id=-1)

@@ -9,6 +9,7 @@ import datasets
 import pytest
 
 from tests.data.conftest import INSTRUCT, build_sentencepiece_model
+from tests.integration.checkpoints import checkpoint_tensors
 from tests.integration.conftest import Train, scalars
 
 ONE_STAGE = (
@@ -65,3 +66,22 @@ def test_sentencepiece_and_parquet(train: Train, tmp_path: Path) -> None:
     assert re.search(r"OGPSA: references general \(8 samples, \d+ tokens, nll\)", outcome.output)
     losses = scalars(tmp_path / "log", "lm loss")["lm loss"]
     assert losses[3] < losses[1]
+
+
+def test_the_vocabulary_is_as_large_as_the_flag_says(train: Train, tmp_path: Path) -> None:
+    """As those of published models, which have rows for no token: Megatron would build as many as the tokenizer has."""
+    outcome = train(*ONE_STAGE, "--nproc-per-node", "1", "--train-iters", "1", "--vocab-size", "700", "--save", "run")
+    assert outcome.exit_code == 0, outcome.output[-3000:]
+    embeddings = checkpoint_tensors(tmp_path / "run")["embedding.word_embeddings.weight"]
+    assert len(embeddings) == 768  # a multiple of --make-vocab-size-divisible-by
+
+
+def test_a_run_goes_on_with_smaller_batches(train: Train, tmp_path: Path) -> None:
+    """3 batches of 8, then 9 of 4: 60 samples, more than 12 batches of 4 have."""
+    one = [*ONE_STAGE, "--nproc-per-node", "1", "--save", "run", "--load", "run", "--tensorboard-dir", "log"]
+    first = train(*one, "--train-iters", "3")
+    assert first.exit_code == 0, first.output[-3000:]
+    smaller = ("--global-batch-size", "4", "--train-iters", "12", "--override-opt-param-scheduler")
+    second = train(*one, *smaller)
+    assert second.exit_code == 0, second.output[-3000:]
+    assert sorted(scalars(tmp_path / "log", "lm loss")["lm loss"]) == [*range(1, 13)]

@@ -64,8 +64,12 @@ def sent() -> dict[str, dict[str, Any]]:
         world: subprocess.Popen([*command, world, "0", "517", "1023"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for world in SENDING
     }
-    told = {world: process.communicate(timeout=240)[0] for world, process in started.items()}
-    assert [process.returncode for process in started.values()] == [0] * len(SENDING)
+    try:
+        told = {world: process.communicate(timeout=400)[0] for world, process in started.items()}
+    finally:
+        for process in started.values():
+            process.kill()
+    assert [process.returncode for process in started.values()] == [0] * len(SENDING)  # what failed is on stderr
     return {world: json.loads(text) for world, text in told.items()}
 
 
