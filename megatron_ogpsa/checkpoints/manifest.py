@@ -1,13 +1,15 @@
 """The manifest of a checkpoint: the SHA-256 of each file, in the form that Megatron's ``--verify-integrity`` gives it.
 
 ``integrity.json`` holds ``{"algorithm": "sha256", "files": {name: hexadecimal digest}}`` of the checkpoint's own folder
-(megatron/core/dist_checkpointing/validation.py of 0.19). Megatron hashes on one thread of rank 0; here all cores of that
-rank do, and on reading each rank takes a share.
+(megatron/core/dist_checkpointing/validation.py of 0.19). A rank's own files are ``__<rank>_<number>.distcp`` (torch's
+``FileSystemWriter``, and Megatron's asynchronous one), so that each rank can take the digests of what it wrote, and keep
+them beside its files until all are collected.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Collection, Mapping
@@ -18,6 +20,8 @@ from megatron_ogpsa.files import write_json
 
 MANIFEST_FILE = "integrity.json"
 ALGORITHM = "sha256"
+
+_KEPT_PREFIX = ".digests_"
 
 _PIECE = 2**22
 """Bytes read at once; hashing them releases the interpreter's lock, so that files are hashed side by side."""
@@ -48,16 +52,91 @@ def read_manifest(checkpoint: Path) -> dict[str, str] | None:
     return files
 
 
-def write_manifest(checkpoint: Path) -> None:
-    """Hash every file of a finished checkpoint and write its manifest, at once or not at all.
+def write_manifest(checkpoint: Path, digests: Mapping[str, str] | None = None) -> None:
+    """Write the manifest of a finished checkpoint, at once or not at all.
+
+    Args:
+        digests: of every file, where they are known; otherwise all are hashed here.
 
     Raises:
         OSError: a file cannot be read, or the manifest cannot be written.
     """
-    names = sorted(path.name for path in checkpoint.iterdir() if path.is_file() and path.name != MANIFEST_FILE)
+    files = digests_of(checkpoint, files_beside(checkpoint, ())) if digests is None else digests
+    write_json(checkpoint / MANIFEST_FILE, {"algorithm": ALGORITHM, "files": dict(files)})
+
+
+def files_beside(checkpoint: Path, known: Collection[str]) -> list[str]:
+    """The files of a checkpoint that belong into its manifest and are not ``known``, sorted."""
+    return sorted(
+        path.name
+        for path in checkpoint.iterdir()
+        if path.name not in known
+        and path.name != MANIFEST_FILE
+        and not path.name.startswith(_KEPT_PREFIX)
+        and path.is_file()
+    )
+
+
+def files_of_rank(checkpoint: Path, rank: int) -> list[str]:
+    """The files that ``rank`` wrote; asked for one by one, for thousands of ranks would all list the same folder."""
+    numbered = (f"__{rank}_{number}.distcp" for number in itertools.count())
+    return list(itertools.takewhile(lambda name: (checkpoint / name).is_file(), numbered))
+
+
+def keep_digests(checkpoint: Path, rank: int) -> None:
+    """Hash the files that ``rank`` wrote and keep the digests beside them; see :func:`take_digests`.
+
+    Raises:
+        OSError: a file cannot be read, or the digests cannot be written.
+    """
+    write_json(_kept(checkpoint, rank), digests_of(checkpoint, files_of_rank(checkpoint, rank)))
+
+
+def take_digests(checkpoint: Path, rank: int) -> dict[str, str] | None:
+    """What :func:`keep_digests` has kept, which is then no longer there; None if it did not come to that.
+
+    Raises:
+        OSError: they are there and cannot be read or removed.
+    """
+    path = _kept(checkpoint, rank)
+    try:
+        kept: dict[str, str] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    path.unlink()
+    return kept
+
+
+def drop_digests(checkpoint: Path, rank: int | None = None) -> None:
+    """Remove the digests that ``rank``, or any rank, has kept and nobody has taken: its save was cut short."""
+    kept = checkpoint.glob(f"{_KEPT_PREFIX}*") if rank is None else [_kept(checkpoint, rank)]
+    for path in kept:
+        path.unlink(missing_ok=True)
+
+
+def _kept(checkpoint: Path, rank: int) -> Path:
+    return checkpoint / f"{_KEPT_PREFIX}{rank}.json"
+
+
+def digests_of(
+    checkpoint: Path, names: Collection[str], *, after_file: Callable[[], None] = lambda: None
+) -> dict[str, str]:
+    """File name → SHA-256 in hexadecimal digits, hashed side by side on the cores that this rank has to itself.
+
+    Args:
+        after_file: called as each file has been read.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+
+    def digest_of(name: str) -> str:
+        digest = _digest(checkpoint / name)
+        after_file()
+        return digest
+
     with ThreadPoolExecutor(_num_threads()) as pool:
-        digests = list(pool.map(lambda name: _digest(checkpoint / name), names))
-    write_json(checkpoint / MANIFEST_FILE, {"algorithm": ALGORITHM, "files": dict(zip(names, digests, strict=True))})
+        return dict(zip(names, pool.map(digest_of, names), strict=True))
 
 
 def damaged_files(
@@ -65,23 +144,23 @@ def damaged_files(
     manifest: Mapping[str, str],
     names: Collection[str],
     *,
-    after_file: Callable[[int], None] = lambda size: None,
+    after_file: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Which of ``names`` are not what the manifest says, one line each that names the file.
 
     Args:
-        after_file: gets the bytes of each file as it has been read.
+        after_file: called as each file has been read.
     """
 
     def problem_of(name: str) -> str | None:
         path = checkpoint / name
         try:
-            digest, size = _digest(path), path.stat().st_size
+            digest = _digest(path)
         except FileNotFoundError:
             return f"{path} is missing"
         except OSError as error:
             return f"{path} cannot be read ({error.strerror})"
-        after_file(size)
+        after_file()
         return None if digest == manifest[name] else f"{path} is not what {MANIFEST_FILE} says (SHA-256)"
 
     with ThreadPoolExecutor(_num_threads()) as pool:

@@ -18,47 +18,25 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_ogpsa.checkpoints.choice import Examined, choose
-from megatron_ogpsa.checkpoints.manifest import damaged_files, write_manifest
+from megatron_ogpsa.checkpoints.manifest import damaged_files
 from megatron_ogpsa.checkpoints.survey import (
-    HAS_MANIFEST,
     RELEASE,
     STATE_FILE,
     TRACKER_FILE,
     Saved,
-    checkpoint_folder,
     survey,
     write_tracker,
 )
 from megatron_ogpsa.errors import UserError, one_line, where
-from megatron_ogpsa.files import read_json, write_json
+from megatron_ogpsa.files import read_json
 from megatron_ogpsa.integration.agreement import agreed
+from megatron_ogpsa.integration.checkpoint_saving import PROGRESS_DELAY_SECONDS, SAVING_PATCHES, folder_of
 from megatron_ogpsa.integration.patching import Patch, apply_patches
-
-PROGRESS_DELAY_SECONDS = 3.0
-"""Verifications that are over sooner show no progress."""
-
-_states: dict[Path, dict[str, Any]] = {}
-"""State files that are still to be written, by their checkpoint's folder: asynchronous saves are finished later."""
 
 
 def guard_checkpoints() -> None:
     """Verify checkpoints before this process's training loop loads them, and put our state into those it saves."""
-    apply_patches(_PATCHES)
-
-
-# ------------------------------------------------------------------------------------------------------------- saving
-
-
-def announce_state(args: argparse.Namespace, iteration: int, state: dict[str, Any], *, is_persistent: bool) -> None:
-    """Have ``state`` written into the checkpoint that is about to be saved, before its manifest; on every rank."""
-    _states[_folder(args, iteration, is_persistent)] = state | {HAS_MANIFEST: bool(args.verify_integrity)}
-
-
-def write_state_without_manifest(args: argparse.Namespace, iteration: int, *, is_persistent: bool) -> None:
-    """Write the state of a checkpoint that gets no manifest; on rank 0."""
-    folder = _folder(args, iteration, is_persistent)
-    if not args.verify_integrity and folder in _states:
-        write_json(folder / STATE_FILE, _states.pop(folder))
+    apply_patches((*_PATCHES, *SAVING_PATCHES))
 
 
 def read_state(args: argparse.Namespace, iteration: int) -> dict[str, Any]:
@@ -68,32 +46,10 @@ def read_state(args: argparse.Namespace, iteration: int) -> dict[str, Any]:
         UserError: it is there and is not what we write.
     """
     for is_persistent in (True, False):
-        path = _folder(args, iteration, is_persistent, saved_in=args.load) / STATE_FILE
+        path = folder_of(args, iteration, is_persistent, saved_in=args.load) / STATE_FILE
         if path.exists():
             return read_json(path, remedy="restore it, or delete it to resume unchecked")
     return {}
-
-
-def _folder(args: argparse.Namespace, iteration: int, is_persistent: bool, saved_in: str | None = None) -> Path:
-    """Where Megatron saves (``save_checkpoint``)."""
-    top = Path(saved_in or args.save)
-    if not is_persistent:
-        top = Path(args.non_persistent_global_ckpt_dir or top / "non_persistent")
-    return checkpoint_folder(top, iteration)
-
-
-def _with_state(original: Callable[[str], None]) -> Callable[[str], None]:
-    @functools.wraps(original)
-    def save_integrity_manifest(checkpoint_dir: str) -> None:
-        folder = Path(checkpoint_dir)
-        if folder in _states:
-            write_json(folder / STATE_FILE, _states.pop(folder))
-        write_manifest(folder)
-
-    return save_integrity_manifest
-
-
-# ------------------------------------------------------------------------------------------------------------ loading
 
 
 def examine_together(folder: Path, iteration: int | None = None) -> Examined:
@@ -119,9 +75,7 @@ def examine_together(folder: Path, iteration: int | None = None) -> Examined:
             disable=not is_first,
         ) as bar:
             own = agreed(
-                lambda: damaged_files(
-                    folder / saved.name, manifest, share, after_file=lambda size: bar.update() or None
-                )
+                lambda: damaged_files(folder / saved.name, manifest, share, after_file=lambda: bar.update() or None)
             )
         everyones: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyones, own)
@@ -254,10 +208,5 @@ _PATCHES = (
             "tracker, and its --verify-integrity hashes on one rank and knows no older checkpoint to go on from"
         ),
         replace=_verified_first,
-    ),
-    Patch(
-        target="megatron.core.dist_checkpointing.serialization:save_integrity_manifest",
-        reason="it hashes on one thread and writes in place; our state file is to be covered by the manifest too",
-        replace=_with_state,
     ),
 )

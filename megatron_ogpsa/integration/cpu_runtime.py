@@ -233,6 +233,22 @@ def _loader_with_own_generator(original: Callable[..., Any]) -> Callable[..., An
     return build_pretraining_data_loader
 
 
+def _forked(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The writer of asynchronous saves as a fork of this process, which has the CPU runtime in place."""
+    return lambda rank, mp_mode="fork": original(rank, "fork")
+
+
+def _copying(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)  # it is sent to the writer by its name
+    def preload_tensors(write_buckets: list[Any], non_blocking: bool = True) -> list[Any]:
+        return [
+            (path, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+            for path, key, (data, tensors) in original(write_buckets, non_blocking)
+        ]
+
+    return staticmethod(preload_tensors)
+
+
 def _drawing_nothing(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def drawing_nothing(*args: Any, **kwargs: Any) -> Any:
@@ -321,5 +337,15 @@ TRAINING_PATCHES: tuple[Patch, ...] = (
             "run, which iterates anew, would drop out other units than the uninterrupted one"
         ),
         replace=_loader_with_own_generator,
+    ),
+    Patch(
+        target="megatron.training.initialize:init_persistent_async_worker",
+        reason="a writer of --async-save that does not inherit this runtime divides by the number of GPUs and dies unheard",
+        replace=_forked,
+    ),
+    Patch(
+        target="megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.preload_tensors",
+        reason="the writer copies what it saves from the GPU before training goes on; from the CPU it would copy nothing",
+        replace=_copying,
     ),
 )

@@ -11,9 +11,11 @@ import errno
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import wraps
@@ -122,10 +124,19 @@ def install_disk_errors() -> None:
         apply_patches(_TENSORBOARD_PATCHES)
 
 
+def install_writer_errors() -> None:
+    """Let the process that writes checkpoints beside the training note what the disk said. Idempotent."""
+    apply_patches((_WRITER_PATCH,))
+
+
+def noted_error() -> OSError | None:
+    """What has stopped this process's writers."""
+    return _written.error
+
+
 def _telling_disk_errors(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
-        global _store
         from megatron.training import get_args
 
         folder = str(get_args().save)
@@ -133,33 +144,64 @@ def _telling_disk_errors(original: Callable[..., Any]) -> Callable[..., Any]:
         agreed(lambda: _check_folder(what, folder))
         free = shutil.disk_usage(_nearest(Path(folder))).free
         _written.num_bytes, _written.error = 0, None
-        _store = dist.distributed_c10d._get_default_store()
-        try:
+        with _disk_errors_told(what, free):
             return original(iteration, *args, **kwargs)
-        except CheckpointException as error:
-            raise _of_all_ranks(what, free) or error from None
-        except (OSError, RuntimeError) as error:
-            if (found := disk_error(error)) is not None:
-                raise _of_this_rank(f"{what} ({found.strerror} on rank {dist.get_rank()}): {_remedy}") from None
-            raise _told_by_another() or error from None  # a collective fails if another rank has gone
 
     return save_checkpoint
 
 
-def _of_all_ranks(what: str, free: int) -> UserError | None:
-    """Every rank is here: they tell each other what stopped them. None if that was not the disk."""
-    own = (_written.error.strerror if _written.error else None, _written.num_bytes, free)
-    found = [own] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    failed = [(rank, reason, free) for rank, (reason, _, free) in enumerate(found) if reason]
-    if not failed:
+def _telling_late_disk_errors(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def maybe_finalize_async_save(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        if not get_args().async_save:
+            return original(*args, **kwargs)
+        with _disk_errors_told(f"--save {get_args().save}: a checkpoint could not be written beside the training"):
+            return original(*args, **kwargs)
+
+    return maybe_finalize_async_save
+
+
+@contextmanager
+def _disk_errors_told(what: str, free: int | None = None) -> Iterator[None]:
+    global _store
+    _store = dist.distributed_c10d._get_default_store()
+    try:
+        yield
+    except CheckpointException as error:
+        raise _of_all_ranks(what, error, free) or error from None
+    except (OSError, RuntimeError) as error:
+        if (found := disk_error(error)) is not None:
+            raise _of_this_rank(f"{what} ({found.strerror} on rank {dist.get_rank()}): {_remedy}") from None
+        raise _told_by_another() or error from None  # a collective fails if another rank has gone
+
+
+def _of_all_ranks(what: str, error: CheckpointException, free: int | None) -> UserError | None:
+    """Every rank is here: they tell each other what stopped them. None if that was not the disk.
+
+    What stopped another process, which writes beside the training, rank 0 reads in the words that were handed on.
+    """
+    own = {dist.get_rank(): _written.error.strerror} if _written.error else {}
+    handed_on = {rank: _strerror_in(str(failure)) for rank, (failure, _) in error.failures.items()}
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, ({**handed_on, **own}, _written.num_bytes))
+    reasons = {rank: reason for some, _ in everyones for rank, reason in some.items() if reason}
+    if not reasons:
         return None
-    rank, reason, free = failed[0]
-    needed = sum(num_bytes for _, num_bytes, _ in found)
-    return UserError(
-        f"{what} ({reason} on rank {rank}; it takes at least {_megabytes(needed)}, {_megabytes(free)} were free): {_remedy}; "
-        "what was saved before is as it was"
+    rank = min(reasons)
+    size = (
+        ""
+        if free is None
+        else f"; it takes at least {_megabytes(sum(n for _, n in everyones))}, {_megabytes(free)} were free"
     )
+    return UserError(f"{what} ({reasons[rank]} on rank {rank}{size}): {_remedy}; what was saved before is as it was")
+
+
+def _strerror_in(words: str) -> str | None:
+    """What the file system said, out of a sentence with ``[Errno 28]``."""
+    found = re.search(r"\[Errno (\d+)\]", words)
+    return os.strerror(int(found[1])) if found and int(found[1]) in _DISK_ERRORS else None
 
 
 def _of_this_rank(message: str) -> UserError:
@@ -183,15 +225,37 @@ def _told_by_another() -> UserError | None:
 
 def _noting_errors(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
-    def write_preloaded_data(transforms: Any, local_proc_idx: int, write_bucket: Any, *args: Any, **kwargs: Any) -> Any:
+    def write_preloaded_data(
+        transforms: Any, local_proc_idx: int, write_bucket: Any, results_queue: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         _, _, (_, tensors) = write_bucket
         _written.num_bytes += sum(tensor.nbytes for _, tensor in tensors)
-        index, results = original(transforms, local_proc_idx, write_bucket, *args, **kwargs)
-        if isinstance(results, Exception):
-            _written.error = disk_error(results)
+        if results_queue is not None:
+            results_queue = _NotingQueue(results_queue)
+        index, results = original(transforms, local_proc_idx, write_bucket, results_queue, *args, **kwargs)
+        if results_queue is None and (found := _note(results)) is not None:
+            raise found  # its words are handed on; of what is returned the class alone would be
         return index, results
 
     return write_preloaded_data
+
+
+def _note(results: Any) -> OSError | None:
+    if isinstance(results, Exception) and (found := disk_error(results)) is not None:
+        _written.error = found
+        return found
+    return None
+
+
+@dataclass
+class _NotingQueue:
+    """The results of writers in threads: an error is noted before it is known that there is one."""
+
+    queue: Any
+
+    def put(self, output: tuple[int, Any]) -> None:
+        _note(output[1])
+        self.queue.put(output)
 
 
 def _losing_figures(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -212,6 +276,12 @@ def _megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.1f} MB"
 
 
+_WRITER_PATCH = Patch(
+    target="megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.write_preloaded_data",
+    reason="the error that stopped a writer is lost on the way: only its class is handed on",
+    replace=lambda original: staticmethod(_noting_errors(original)),
+)
+
 _CHECKPOINT_PATCHES = (
     Patch(
         target="megatron.training.training:save_checkpoint",
@@ -219,10 +289,11 @@ _CHECKPOINT_PATCHES = (
         replace=_telling_disk_errors,
     ),
     Patch(
-        target="megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.write_preloaded_data",
-        reason="the error that stopped a writer is lost on the way: only its class is handed on",
-        replace=lambda original: staticmethod(_noting_errors(original)),
+        target="megatron.training.training:maybe_finalize_async_save",
+        reason="what stopped a writer beside the training is raised here, steps later or at the end",
+        replace=_telling_late_disk_errors,
     ),
+    _WRITER_PATCH,
 )
 
 _TENSORBOARD_PATCHES = tuple(

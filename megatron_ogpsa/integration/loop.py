@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_ogpsa.integration.checkpoints import announce_state, write_state_without_manifest
+from megatron_ogpsa.integration.checkpoint_saving import announce_state, write_state_without_manifest
 from megatron_ogpsa.integration.patching import Patch, apply_patches
 
 _hooks: Sequence[LoopHook] = ()

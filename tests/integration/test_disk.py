@@ -12,6 +12,7 @@ from megatron_ogpsa.checkpoints import examine
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.disk import check_folders
 from tests.integration.conftest import Outcome, Train
+from tests.integration.test_manifests import ASYNC
 
 DP2 = "--nproc-per-node 2 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1".split()
 TWO_STEPS = [*DP2, "--train-iters", "2", "--save-interval", "1"]
@@ -67,6 +68,18 @@ def test_a_full_disk_leaves_the_last_checkpoint_to_go_on_from(train: Train, moun
     assert "successfully loaded checkpoint from" in again.output
     assert (run / "iter_0000002/metadata.json").exists()
     assert kept[-1].read_text(encoding="utf-8") == "2"
+
+
+def test_a_disk_that_is_full_for_a_writer_beside_the_training(train: Train, mounted: Mount) -> None:
+    """Told by all ranks when they meet; a writer that had ended with its error would be waited for without end."""
+    disk = mounted(f"size={CHECKPOINT_KILOBYTES * 3 // 4}k")
+    run = disk / "run"
+    beside = f"{ASYNC} --dist-ckpt-workers 2 --ckpt-assume-constant-structure"
+    line = told(train(*TWO_STEPS, "--train-iters", "1", *beside.split(), "--save", str(run), timeout=100))
+    assert (
+        f"--save {run}: a checkpoint could not be written beside the training (No space left on device on rank" in line
+    )
+    assert not (run / "latest_checkpointed_iteration.txt").exists()
 
 
 def test_a_target_that_cannot_be_written_is_refused_before_training(train: Train, mounted: Mount) -> None:

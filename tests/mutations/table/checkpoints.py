@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutations.mutation import Mutation
 
 CHOICE = "tests/checkpoints/test_choice.py"
+MANIFESTS = "tests/integration/test_manifests.py"
 DAMAGED = f"{CHOICE}::test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken"
 
 CHECKPOINTS = (
@@ -55,5 +56,29 @@ CHECKPOINTS = (
         'return folder / f"iter_{iteration:06d}"',
         (f"{CHOICE}::test_a_whole_checkpoint_is_taken_without_a_word",),
         "the folder that is looked for is not the one that Megatron writes",
+    ),
+    Mutation(
+        "digests-of-a-save-cut-short",
+        "megatron_ogpsa/integration/checkpoint_saving.py",
+        "        agreed(lambda: drop_digests(folder, rank))  #",
+        "        agreed(lambda: None)  #",
+        (f"{MANIFESTS}::test_each_rank_hashes_what_it_wrote",),
+        "the manifest has the digests of files that were written before, in a save that was cut short",
+    ),
+    Mutation(
+        "rank-0-hashes-all",
+        "megatron_ogpsa/checkpoints/manifest.py",
+        'numbered = (f"__{rank}_{number}.distcp"',
+        'numbered = (f"__{rank}_{number + rank}.distcp"',
+        (f"{MANIFESTS}::test_each_rank_hashes_what_it_wrote",),
+        "rank 0 reads the files of the others while they wait",
+    ),
+    Mutation(
+        "writer-hashes-nothing",
+        "megatron_ogpsa/integration/checkpoint_saving.py",
+        "        keep_digests(folder, rank)\n",
+        "        pass\n",
+        (f"{MANIFESTS}::test_each_rank_hashes_what_it_wrote",),
+        "training waits until what was written beside it has been read again",
     ),
 )
