@@ -63,7 +63,7 @@ class OGPSAConfig:
     tile."""
 
     check_leak: bool = False
-    """Measure what is left of the gradient in the protected subspace after each projection, as ``metrics["leak"]``. It
+    """Measure what the rule has left of what it is to remove after each projection, as ``metrics["leak"]``. It
     costs a second pass and one more all-reduce in every step; meant for tests and for finding faults."""
 
     def __post_init__(self) -> None:

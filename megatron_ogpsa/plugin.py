@@ -108,7 +108,7 @@ class OGPSA:
         ``grad_norm_before`` and ``grad_norm_after`` the projection. With ``space="gradient"`` also ``removed``:
         1 − ‖g'‖²/‖g‖², and after :meth:`add_references_once` ``added``: ‖w·Σ_j a_j‖²/‖g‖². With ``space="update"``
         ``removed_length``: ‖QᵀΔ‖ in the parameters' units. With ``check_leak``: ``leak``, the largest |⟨g', q⟩|/‖g'‖,
-        and ``removed`` also of updates.
+        or with ``mode="conflict"`` the largest harm −⟨g', a⟩/(‖g'‖‖a‖); and ``removed`` also of updates.
 
         Waits for the device; :meth:`metrics_on` does not.
         """

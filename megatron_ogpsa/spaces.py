@@ -64,6 +64,17 @@ class Basis:
             return removal.orthogonal(coefficients_BK)
         return self.cone.removed(torch.nan_to_num(coefficients_BK))
 
+    def left(self, coefficients_BK: Tensor) -> float:
+        """What a projected gradient g' with c = Qᵀg' still does that the rule forbids, the most of any block.
+
+        |⟨g', q⟩|; with a cone, which leaves what helps, the harm −⟨g', a⟩/‖a‖ of a reference. In units of the gradient.
+        """
+        if self.cone is None:
+            return float(coefficients_BK.abs().max())
+        length_BK = self.reference_BKK.norm(dim=1)
+        harm_BK = -torch.einsum("bij,bi->bj", self.reference_BKK, coefficients_BK)
+        return float(torch.where(length_BK > 0, harm_BK / length_BK, 0.0).max().clamp(min=0.0))
+
 
 class Space(ABC):
     """What is hooked into one optimizer.
@@ -76,6 +87,9 @@ class Space(ABC):
         skipped_steps: steps skipped because the gradient, or the basis, was not finite.
         skipped_in_a_row: of these the last ones, without those that a loss scale was too large for.
     """
+
+    watched = "the basis is"
+    """What a projection takes beside the gradient."""
 
     hooked: tuple[str, ...]
     """The optimizer's methods that stand replaced; of a leaf or a chain, which has not all of them."""
@@ -94,11 +108,18 @@ class Space(ABC):
         self._megatrons = {name: getattr(optimizer, name) for name in self.hooked if hasattr(optimizer, name)}
         for name in self._megatrons:
             setattr(optimizer, name, getattr(self, name))
+        # Megatron looks for overflow among the ranks of one copy, and a copy that skips alone would be waited for.
+        self._scaled = [leaf for leaf in leaf_optimizers(optimizer) if getattr(leaf, "grad_scaler", None) is not None]
+        if shard.reduction.holds_copies:
+            for leaf in self._scaled:
+                leaf._unscale_main_grads_and_check_for_nan = _looking_in(shard.reduction.group, leaf)
 
     def remove(self) -> None:
         """Give the optimizer its own methods back and free the basis."""
         for name in self.hooked:
             self._optimizer.__dict__.pop(name, None)
+        for leaf in self._scaled:
+            leaf.__dict__.pop("_unscale_main_grads_and_check_for_nan", None)
         self.basis = None
         self.enabled = False
 
@@ -132,7 +153,7 @@ class Space(ABC):
             return True
         if math.isfinite(squared_norm):
             self.needs_refresh = True
-            told = "the basis is not finite; steps are skipped until the next refresh"
+            told = f"{self.watched} not finite; steps are skipped until the next refresh"
         else:
             bad = [
                 self._shard.block_names[block] for block in (~squared_norm_B.isfinite()).nonzero().flatten().tolist()
@@ -227,8 +248,8 @@ class GradientSpace(Space):
 
     def _leak(self, basis: Basis) -> float:
         sums = sum_over_ranks(dots(self._shard.layout, basis.rows_KN, self._shard.spans), self._shard.reduction.group)
-        left, squared_norm = sums[:, :-1].abs().max().item(), sums[:, -1].sum().item()
-        return left / math.sqrt(squared_norm) if squared_norm > 0 else 0.0
+        squared_norm = sums[:, -1].sum().item()
+        return basis.left(sums[:, :-1]) / math.sqrt(squared_norm) if squared_norm > 0 else 0.0
 
 
 class UpdateSpace(Space):
@@ -242,6 +263,7 @@ class UpdateSpace(Space):
     need one for each, and a block of the whole model lies in several of them.
     """
 
+    watched = "the basis or a parameter is"
     hooked = ("prepare_grads", "get_grad_norm", "clip_grad_norm", "step_with_ready_grads")
 
     def __init__(self, optimizer: MegatronOptimizer, shard: GradientShard, *, check_leak: bool) -> None:
@@ -309,7 +331,7 @@ class UpdateSpace(Space):
         update = [after - old for after, old in zip(self._shard.parameters, before, strict=True)]
         sums = sum_over_ranks(dots(self._layout, basis.rows_KN, update), self._shard.reduction.group)
         squared = float(sums[:, -1].sum())
-        leak = float(sums[:, :-1].abs().max()) / math.sqrt(squared) if squared > 0 else 0.0
+        leak = basis.left(-sums[:, :-1]) / math.sqrt(squared) if squared > 0 else 0.0
         return {"leak": leak, "removed": squared_removed / (squared + squared_removed) if squared_removed else 0.0}
 
 
@@ -317,6 +339,20 @@ def some_of(names: Sequence[str], most: int = 3) -> str:
     """The first few of ``names``, and how many more there are."""
     shown, more = ", ".join(names[:most]), len(names) - most
     return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _looking_in(group: dist.ProcessGroup | None, leaf: Any) -> Callable[[], bool]:
+    """Megatron's look for overflow, agreed on by ``group`` in place of the ranks that its gradient norm goes over."""
+    look: Callable[[], bool] = leaf._unscale_main_grads_and_check_for_nan
+
+    def look_in_group() -> bool:
+        leaf.get_grad_stats_parallel_group = lambda: group
+        try:
+            return look()
+        finally:
+            del leaf.get_grad_stats_parallel_group
+
+    return look_in_group
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ogpsa.sharding.names import NamedParameter, unwrapped
+from megatron_ogpsa.sharding.names import NamedParameter
 
 _QKV = re.compile(r"\.self_attention\.linear_qkv\.(weight|bias)$")
 _GATE_UP = re.compile(r"\.linear_fc1\.(weight|bias)\d*$")
@@ -54,9 +54,9 @@ def row_pattern(parameter: NamedParameter) -> RowPattern:
     * Gated MLP: each tensor-parallel rank stores its rows of gate, then its rows of up (``core/transformer/mlp.py``);
       with ``moe_mlp_glu_interleave_size`` they alternate in chunks of that size.
     """
-    config = unwrapped(parameter.chunk).config
+    config = parameter.config
     if _QKV.search(parameter.name):
-        return _qkv_pattern(config, parameter)
+        return _qkv_pattern(parameter)
     if config.gated_linear_unit and _GATE_UP.search(parameter.name):
         rows = _interleave_size(config, parameter.name) or parameter.param.shape[0] // 2
         return RowPattern(parts=(("gate", rows), ("up", rows)))
@@ -92,7 +92,8 @@ def _interleave_size(config: Any, name: str) -> int | None:
     return None
 
 
-def _qkv_pattern(config: Any, parameter: NamedParameter) -> RowPattern:
+def _qkv_pattern(parameter: NamedParameter) -> RowPattern:
+    config = parameter.config
     query_rows = config.num_attention_heads // config.num_query_groups * config.kv_channels
     gate = (("gate", query_rows),) if getattr(config, "attention_output_gate", False) else ()
     parts = (("q", query_rows), *gate, ("k", config.kv_channels), ("v", config.kv_channels))

@@ -32,11 +32,13 @@ class NamedParameter:
         name: its name in the unsharded model, layers and experts counted globally.
         param: the model parameter, whose ``main_grad`` is the reduced gradient.
         chunk: the model chunk that it belongs to, wrapped for data parallelism.
+        config: of the innermost module that holds it and has one: layers of a heterogeneous model have their own.
     """
 
     name: str
     param: nn.Parameter
     chunk: DistributedDataParallel
+    config: Any
 
 
 def unwrapped(chunk: nn.Module) -> Any:
@@ -58,7 +60,16 @@ def named_parameters(
             if param.requires_grad or not trainable_only:
                 name = _with_global_layer(local_name, layer_prefixes)
                 name = _with_global_expert(name, num_experts, chunk)
-                yield NamedParameter(_with_tied_embedding(name, param), param, chunk)
+                yield NamedParameter(_with_tied_embedding(name, param), param, chunk, _config_of(module, local_name))
+
+
+def _config_of(module: Any, local_name: str) -> Any:
+    config = module.config
+    *path, _ = local_name.split(".")
+    for part in path:
+        module = getattr(module, part)
+        config = getattr(module, "config", config)
+    return config
 
 
 def _global_layer_prefixes(module: nn.Module) -> dict[str, str]:

@@ -56,7 +56,9 @@ def rules(layout: str, settings: list[dict[str, Any]]) -> list[dict[str, float]]
     for setting in settings:
         config = {key: value for key, value in setting.items() if key not in ("count", "separation")}
         ogpsa = attach(
-            training.optimizer, training.chunks, OGPSAConfig(**{"space": "gradient", "mode": "orthogonal"} | config)
+            training.optimizer,
+            training.chunks,
+            OGPSAConfig(**{"space": "gradient", "mode": "orthogonal"} | config),
         )
         *references, gradient = opposed(shape, names, setting["count"], setting.get("separation"))
         refresh_planted(training, ogpsa, references)
@@ -64,6 +66,7 @@ def rules(layout: str, settings: list[dict[str, Any]]) -> list[dict[str, float]]
         actual, (_, grad_norm, _) = projected_gradient(training)
         compared = functools.partial(_compared, config, actual, float(grad_norm), references, gradient)
         told = {name: ogpsa.metrics[name] for name in ("rank", "rank_total")} | {"kept": ogpsa.kept_energy}
+        told["left"] = ogpsa.metrics.get("leak", 0.0)
         results.append(on_first_rank(compared) | told)
         ogpsa.detach()
     return results

@@ -53,7 +53,9 @@ def test_an_optimizer_outside_a_chain_is_projected_and_clipped(
 
 
 @pytest.mark.parametrize("bad_rank", [0, 1])
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "dp2-plain", "dp2-bf16-grads", "tp2-fp16", "dp4-instances"])
+@pytest.mark.parametrize(
+    "layout", ["tp2", "pp2", "dp2", "dp2-plain", "dp2-bf16-grads", "tp2-fp16", "dp2-fp16-plain", "dp4-instances"]
+)
 def test_what_is_not_finite_on_one_rank_is_decided_on_all(distributed: Distributed, layout: str, bad_rank: int) -> None:
     group = distributed((LAYOUTS | PRECISIONS)[layout].world_size)
     results = group.run("tests.core.contract_cases:not_finite", layout=layout, bad_rank=bad_rank)

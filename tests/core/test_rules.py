@@ -39,12 +39,14 @@ def run(distributed: Distributed, layout: str, settings: list[dict[str, Any]]) -
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_conflict_mode_gives_the_unsharded_solution(distributed: Distributed, layout: str) -> None:
-    settings = [{"granularity": granularity, "mode": "conflict", "count": 3} for granularity in GRANULARITIES]
+    plain = {"mode": "conflict", "count": 3, "check_leak": True}
+    settings = [plain | {"granularity": granularity} for granularity in GRANULARITIES]
     for setting, result in run(distributed, layout, settings):
         assert result["error"] < TOLERANCE, setting
         assert result["norm_error"] < TOLERANCE, setting
         assert result["worst_slack"] > -TOLERANCE, setting  # no reference is hurt
         assert result["leak"] > 1e-3, setting  # and what helps one stays
+        assert result["left"] < TOLERANCE, setting  # which is no leak
         assert result["removed"] > 0.1, setting
 
 
