@@ -10,6 +10,8 @@
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-[[ -n "${NNODES:-}${SLURM_STEP_NUM_NODES:-}" ]] || fail "NNODES is not set: give the number of nodes, or use train.sh"
+if [[ -z "${NNODES:-}${SLURM_STEP_NUM_NODES:-}" && " $*" != *" --nnodes"* ]] && ! grep -qsE '^ *(nnodes|base):' "${1:-}"; then
+    fail "NNODES is not set: give the number of nodes, or use train.sh"
+fi
 prepare_environment ""
 exec "$OGPSA_VENV/bin/megatron-ogpsa" train "$@"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from collections.abc import Mapping
 
 from megatron_ogpsa.errors import UserError
 
@@ -48,6 +49,22 @@ def attempt_in_store() -> str:
         return given
     keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if keeps_store else "0"
+
+
+def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun, or an agent like it, has started this process as a rank.
+
+    Raises:
+        UserError: the variables are a pod's, which some operators of Kubernetes set for every container.
+    """
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        return False
+    if "LOCAL_RANK" not in environment:
+        raise UserError(
+            f"RANK {environment['RANK']} and WORLD_SIZE {environment['WORLD_SIZE']} are set without LOCAL_RANK, so that they "
+            "count nodes and not ranks: give them as NODE_RANK and NNODES, with MASTER_ADDR, and unset RANK and WORLD_SIZE"
+        )
+    return True
 
 
 def require_common_count() -> None:

@@ -8,6 +8,7 @@ With ``base: OTHER.yaml`` (found from the file's own folder) what is still left 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -89,6 +90,13 @@ class ConfigFile:
         )
         return written._above(_base_of(path, own[BASE][0][1])) if own[BASE] else written
 
+    @property
+    def run_id(self) -> str:
+        """For the nodes of a run to find each other by, and not those of another run at the same place."""
+        written = [(entry.key, str(entry.value)) for entry in self.entries]
+        stages = {name: [(entry.key, str(entry.value)) for entry in entries] for name, entries in self.stages.items()}
+        return "megatron-ogpsa-" + hashlib.sha256(repr((written, stages)).encode()).hexdigest()[:12]
+
     def _above(self, base: ConfigFile) -> ConfigFile:
         """With the flags of ``base`` that this file does not give itself."""
         own = {entry.key for entry in self.entries}
@@ -116,13 +124,14 @@ class ConfigFile:
             for option in action.option_strings
         }
         flags: list[str] = []
+        overridden = {part.partition("=")[0] for part in overrides}
         for entry in self.entries:
             action = options.get(entry.key)
             if action is None:
                 from megatron_ogpsa.integration.arguments import nearest
 
                 raise UserError(f"{entry.place}: unknown key '{entry.key}'{nearest(entry.key, options)}")
-            if isinstance(action, argparse._AppendAction) and set(action.option_strings) & set(overrides):
+            if isinstance(action, argparse._AppendAction) and set(action.option_strings) & overridden:
                 continue
             try:
                 flags += _as_flags(entry, action, parser)

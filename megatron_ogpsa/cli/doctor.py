@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from megatron_ogpsa.doctor.examination import Examination, Request
 from megatron_ogpsa.doctor.findings import Report
 from megatron_ogpsa.doctor.ranks import Connections, JobRanks, LocalRanks
+from megatron_ogpsa.processes import is_rank
 
 DEFAULT_TIMEOUT = 30.0
 
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
     connections: LocalRanks | JobRanks
     timeout = chosen("timeout") or DEFAULT_TIMEOUT
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if is_rank():
         connections = JobRanks(timeout=timeout)
         if connections.rank != 0:
             return connections.follow()

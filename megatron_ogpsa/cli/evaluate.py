@@ -10,10 +10,11 @@ import os
 from pathlib import Path
 
 from megatron_ogpsa.cli.config_file import ConfigFile
+from megatron_ogpsa.cli.connections import set_connections
 from megatron_ogpsa.cluster.settings import FLAGS, launch_settings
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.evaluation.request import Request, add_request_arguments
-from megatron_ogpsa.processes import end_with_starter
+from megatron_ogpsa.processes import end_with_starter, is_rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,14 +44,15 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--{before[0].replace('_', '-')} stands before {args.config}: give the configuration first")
     starting, flags = _starting_parser().parse_known_args(args.flags)
     config = ConfigFile.read(args.config)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if is_rank():
         end_with_starter()
+        set_connections(config, flags)
         return _run_as_rank(config, flags)
     Request.of(_own(flags)[0])  # a mistake is told before any rank is started
     from megatron_ogpsa.cli.launching import launch
 
     given = {key: value for key in FLAGS if (value := getattr(starting, key.replace("-", "_")))}
-    settings = launch_settings(given, config.launch, os.environ)
+    settings = launch_settings(given, config.launch, os.environ, run_id=config.run_id)
     return launch(["evaluate", str(args.config), *flags], settings=settings)
 
 

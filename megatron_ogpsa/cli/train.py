@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_ogpsa.cli.config_file import ConfigFile
-from megatron_ogpsa.cluster.restarts import require_resumable
+from megatron_ogpsa.cli.connections import set_connections
+from megatron_ogpsa.cluster.restarts import require_resumable, require_resumable_ranks
 from megatron_ogpsa.cluster.settings import FLAGS, LaunchSettings, launch_settings
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.pipeline import progress
 from megatron_ogpsa.pipeline.plan import Stage, plan_stages
-from megatron_ogpsa.processes import end_with_starter, require_common_count
+from megatron_ogpsa.processes import end_with_starter, is_rank, require_common_count
 
 STAGE_VARIABLE = "MEGATRON_OGPSA_STAGE"
 """Name of the stage that this process is to run; set for the processes that the command starts."""
@@ -46,13 +47,16 @@ def run(args: argparse.Namespace) -> int:
     only = own.stage or args.stage
     if only and not config.stages:
         raise UserError(f"--stage {only}: {args.config} has no 'stages': leave the flag out")
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if is_rank():
         end_with_starter()
         require_common_count()
+        require_resumable_ranks(config, flags)
+        set_connections(config, flags)
         return _run_as_rank(config, flags, only)
     given = {key: _of(own, key) or _of(args, key) for key in FLAGS}
-    settings = launch_settings({key: text for key, text in given.items() if text}, config.launch, os.environ)
-    require_resumable(config, flags, settings.max_restarts)
+    written = {key: text for key, text in given.items() if text}
+    settings = launch_settings(written, config.launch, os.environ, run_id=config.run_id)
+    require_resumable(config, flags, settings)
     return _start_ranks(config, flags, only, settings)
 
 

@@ -73,13 +73,14 @@ class LaunchSettings:
 
 
 def launch_settings(
-    flags: Mapping[str, str], file: Mapping[str, str], environment: Mapping[str, str]
+    flags: Mapping[str, str], file: Mapping[str, str], environment: Mapping[str, str], *, run_id: str = "megatron-ogpsa"
 ) -> LaunchSettings:
     """Settings of this node.
 
     Args:
         flags: key → value, of those that were given.
         file: the same, from the configuration's ``launch``.
+        run_id: of a run on several nodes, if nothing gives it one; the same on all of them.
 
     Raises:
         UserError: values that are not possible, do not go together, or are missing; names the flag or the variable.
@@ -95,7 +96,7 @@ def launch_settings(
         max_nodes=most,
         node_rank=_node_rank(given.get("node-rank"), given.get("nnodes"), most),
         endpoint=_endpoint(given, most),
-        run_id=given["rdzv-id"].text if "rdzv-id" in given else "megatron-ogpsa" if most > 1 else uuid.uuid4().hex,
+        run_id=given["rdzv-id"].text if "rdzv-id" in given else run_id if most > 1 else uuid.uuid4().hex,
         rdzv_timeout=_whole(given, "rdzv-timeout", 600, at_least=1),
         local_addr=given["local-addr"].text if "local-addr" in given else "127.0.0.1" if most == 1 else None,
         max_restarts=_whole(given, "max-restarts", 0, at_least=0),
@@ -127,7 +128,9 @@ def _node_rank(value: Value | None, nnodes: Value | None, most: int) -> int | No
     if value is None:
         return None
     rank = value.whole(at_least=0)
-    if rank >= most and not (most == 1 and value.place.startswith("SLURM")):  # one of several steps' nodes, run alone
+    if most == 1 and (value.place.startswith("SLURM") or (nnodes and not value.place.startswith("--"))):
+        return None  # one of several nodes, on which a run of its own was asked for
+    if rank >= most:
         of = f"{nnodes.place} is {nnodes.text}" if nnodes else "there is one node: set NNODES or --nnodes"
         raise value.error(f"nodes are counted from 0, and {of}")
     return rank

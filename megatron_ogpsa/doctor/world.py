@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron_ogpsa.processes import is_rank
+
 MOST_RANKS_ON_CPU = 16
 """Ranks that are started for a trial where there is no GPU to limit them."""
 
@@ -40,7 +42,7 @@ def find_world(
         file: ``launch`` of the configuration: nproc-per-node (a number, ``gpu`` or ``auto``) and nnodes (N or MIN:MAX).
         gpus: of this machine.
     """
-    if "RANK" in environment and "WORLD_SIZE" in environment:
+    if is_rank(environment):
         size = int(environment["WORLD_SIZE"])
         return World(size=size, local=int(environment.get("LOCAL_WORLD_SIZE", size)), is_job=True)
     written = str(file.get("nproc-per-node", ""))

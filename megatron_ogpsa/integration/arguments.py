@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.cpu_arguments import set_cpu_defaults
@@ -88,6 +88,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
 class _QuietParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """argparse knows what ``int`` raises; Megatron's types also look names up (KeyError) and evaluate (SyntaxError)."""
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError:
+            raise
+        except Exception as error:
+            choices = ", ".join(str(getattr(choice, "name", choice)) for choice in action.choices or ())
+            of = f" (one of {choices})" if choices else ""
+            raise argparse.ArgumentError(action, f"invalid value: {arg_string!r}{of}") from error
 
 
 def _add_data_arguments(group: argparse._ArgumentGroup) -> None:

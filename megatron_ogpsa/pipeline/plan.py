@@ -77,6 +77,9 @@ def plan_stages(config: ConfigFile, overrides: list[str]) -> tuple[Stage, ...]:
         UserError: ``save`` is missing, or a key that the pipeline itself sets.
     """
     found, others = _split(overrides)
+    if others and not others[0].startswith("-"):
+        stage = f", or --stage {others[0]}" if others[0] in config.stages else ""
+        raise UserError(f"{others[0]} stands before any flag: write --FLAG {others[0]}{stage}")
     shared = {entry.key: str(entry.value) for entry in config.entries}
     for name, entries in config.stages.items():
         for entry in entries:

@@ -41,7 +41,7 @@ def test_commands_of_the_page_are_accepted(line: str) -> None:
     own, flags = train._split(args.flags)
     found = {key: value for key in FLAGS if (value := train._of(own, key) or train._of(args, key))}
     settings = launch_settings(found, config.launch, environment)
-    require_resumable(config, flags, settings.max_restarts)
+    require_resumable(config, flags, settings)
 
     from megatron_ogpsa.integration.arguments import build_parser
 

@@ -53,6 +53,7 @@ RESOLVED: dict[str, tuple[dict[str, str], dict[str, str], dict[str, str], dict[s
     "a range that the step is in": ({}, {"nnodes": "2:8"}, STEP, {"min_nodes": 2, "max_nodes": 8}),
     "one node of a step": ({"nnodes": "1"}, {}, STEP, {"max_nodes": 1}),
     "one node of an allocation": ({"nnodes": "1"}, {}, {"SLURM_JOB_ID": "1", "SLURM_NNODES": "4"}, {"max_nodes": 1}),
+    "one node of several pods": ({}, {}, {"NNODES": "1", "NODE_RANK": "3"}, {"max_nodes": 1, "node_rank": None}),
     "times": (
         {"rdzv-timeout": "60", "monitor-interval": "5", "shutdown-timeout": "1.5", "max-restarts": "3"},
         {},
@@ -119,6 +120,18 @@ def test_refused_by_name(case: str) -> None:
         launch_settings(flags, {}, environment)
     assert str(raised.value).startswith(expected)
     assert "\n" not in str(raised.value)
+
+
+def test_runs_that_differ_have_names_that_do(tmp_path: Path) -> None:
+    """Otherwise nodes of one would join the other's at the same host and port."""
+    names = []
+    for text in ("lr: 1.0\n", "lr: 2.0\n", "lr: 1.0\nstages:\n  sft:\n    lr: 2.0\n"):
+        path = tmp_path / f"{len(names)}.yaml"
+        path.write_text(text, encoding="utf-8")
+        names.append(ConfigFile.read(path).run_id)
+    assert len(set(names)) == 3
+    assert launch_settings({}, {}, TWO, run_id=names[0]).run_id == names[0]
+    assert launch_settings({}, {}, STEP, run_id=names[0]).run_id == "slurm-1234567.0"
 
 
 HOSTS = {

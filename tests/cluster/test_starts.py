@@ -1,15 +1,18 @@
-"""Plain torchrun on several nodes with restarts is refused where its agents share one store."""
+"""What a rank learns from its environment, and what it is given: by torchrun, by a pod, for CUDA."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import pytest
 
 from megatron_ogpsa.cli import train
+from megatron_ogpsa.cli.config_file import ConfigFile
+from megatron_ogpsa.cli.connections import VARIABLE, set_connections
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.processes import require_common_count
+from megatron_ogpsa.processes import is_rank, require_common_count
 
 REFUSED = {
     "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -54,6 +57,7 @@ def test_others_are_not(monkeypatch: pytest.MonkeyPatch, name: str, value: str |
 def test_the_command_looks_before_anything_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str) -> None:
     """A single run, and the ranks of a pipeline's job."""
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     config = tmp_path / "run.yaml"
     config.write_text(text, encoding="utf-8")
@@ -62,3 +66,41 @@ def test_the_command_looks_before_anything_else(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(train, "_run_as_rank", lambda *_: pytest.fail("it went on"))
     with pytest.raises(UserError, match=MESSAGE):
         train.run(parser.parse_args([str(config)]))
+
+
+def test_a_pods_variables_are_not_a_ranks() -> None:
+    """Kubeflow's PyTorchJob sets RANK and WORLD_SIZE in each pod, which then is to start its ranks."""
+    pod = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "job-master-0"}
+    assert not is_rank({})
+    assert is_rank(pod | {"LOCAL_RANK": "0"})
+    with pytest.raises(
+        UserError, match=r"^RANK 1 and WORLD_SIZE 4 .* NODE_RANK and NNODES.* unset RANK and WORLD_SIZE"
+    ):
+        is_rank(pod)
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "expected"),
+    [
+        ("tensor-model-parallel-size: 2\n", [], "1"),
+        ("tensor-model-parallel-size: 2\n", ["--tensor-model-parallel-size=1"], None),
+        ("lr: 1.0\n", ["--context-parallel-size", "2"], "1"),
+        ("save: out\nstages:\n  sft:\n    tensor-model-parallel-size: 2\n", [], "1"),
+        ("tensor-model-parallel-size: 2\nuse-megatron-fsdp: true\n", [], None),
+        ("tensor-model-parallel-size: 2\nuse-megatron-fsdp: false\n", [], "1"),
+        ("lr: 1.0\n", [], None),
+    ],
+)
+def test_ranks_of_split_tensors_and_sequences_have_one_queue(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, flags: list[str], expected: str | None
+) -> None:
+    """Up to Hopper Megatron refuses to start without it, and the configurations are to run as they are."""
+    monkeypatch.setenv(VARIABLE, "")  # put back afterwards
+    monkeypatch.delenv(VARIABLE)
+    config = tmp_path / "run.yaml"
+    config.write_text(text, encoding="utf-8")
+    set_connections(ConfigFile.read(config), flags)
+    assert os.environ.get(VARIABLE) == expected
+    os.environ[VARIABLE] = "8"
+    set_connections(ConfigFile.read(config), flags)
+    assert os.environ[VARIABLE] == "8"

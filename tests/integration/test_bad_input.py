@@ -83,3 +83,23 @@ def test_the_example_is_valid_and_overrides_win() -> None:
     assert args.ogpsa_reference == [("other", "x.jsonl")]
     assert args.swiglu
     assert not args.ogpsa_packing
+    args = parse_flags(config.as_flags(build_parser(), ["--ogpsa-reference=other=x.jsonl"]))
+    assert args.ogpsa_reference == [("other", "x.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--attention-backend", "flsh"], "argument --attention-backend: invalid value: 'flsh' (one of flash, fused"),
+        (["--exit-signal", "SIGFOO"], "argument --exit-signal: invalid value: 'SIGFOO'"),
+        (["--moe-layer-freq", "[1]*"], "argument --moe-layer-freq: invalid value: '[1]*'"),
+        (["--num-layers", "two"], "argument --num-layers: invalid int value: 'two'"),
+    ],
+)
+def test_values_that_megatrons_flags_look_up_or_evaluate(flags: list[str], expected: str) -> None:
+    from megatron_ogpsa.errors import UserError
+    from megatron_ogpsa.integration.arguments import parse_flags
+
+    with pytest.raises(UserError) as raised:
+        parse_flags(flags)
+    assert str(raised.value).startswith(expected)

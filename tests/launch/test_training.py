@@ -44,6 +44,14 @@ def test_many_nodes_without_their_number_are_refused_before_anything_is_installe
     assert not sandbox.installations()
 
 
+@pytest.mark.parametrize("flag", [["--nnodes", "2"], ["--nnodes=2"], []])
+def test_many_nodes_by_a_flag_or_the_file(sandbox: Sandbox, tmp_path: Path, flag: list[str]) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text("lr: 1.0\n" if flag else "launch:\n  nnodes: 2\n", encoding="utf-8")
+    result = sandbox.run(sandbox.script("train_nodes.sh"), str(config), *flag)
+    assert result.stdout.startswith("ran megatron-ogpsa <train>"), result.stderr
+
+
 def test_slurm_installs_once_and_starts_the_script_of_the_nodes(sandbox: Sandbox, tmp_path: Path) -> None:
     """SLURM runs a copy of the batch script, from elsewhere."""
     sandbox.add_command("srun", SRUN)

@@ -94,3 +94,8 @@ def test_the_example_is_valid() -> None:
     assert (sft.ogpsa_stage, dpo.ogpsa_stage) == ("sft", "dpo")
     assert dpo.pretrained_checkpoint == sft.save
     assert config.launch == {"nproc-per-node": "4"}
+
+
+def test_a_word_before_any_flag_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^dpo stands before any flag: write --FLAG dpo, or --stage dpo$"):
+        stages_of(tmp_path, TEXT, "dpo")
