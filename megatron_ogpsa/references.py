@@ -8,6 +8,7 @@ router statistics, FP8 scales, timers, the watch on NaN) is put back by :func:`n
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_ogpsa.attributes import attributes_set
-from megatron_ogpsa.data.micro_batches import deal_out
+from megatron_ogpsa.data.micro_batches import deal_out, micro_batches_at_once
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.plugin import OGPSA
 from megatron_ogpsa.precision.first_scales import find_scales
@@ -100,7 +101,7 @@ def cut_reference(
 
     Args:
         rows: of ``dataset``, which is already cut to the number of samples that the reference is to have.
-        multiple: micro-batches per rank and part must be a multiple of this (interleaved schedules: the pipeline size).
+        multiple: micro-batches per rank and part must be a multiple of this (``micro_batches_at_once``).
         reference_rank: parts whose gradients are taken on their own.
 
     Raises:
@@ -210,7 +211,8 @@ def refresh(
     # is already.
     is_per_token = get_model_config(chunks[0]).calculate_per_token_loss
     finds_scales = is_first_step and not in_bf16 and starts_without_scales(chunks)
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    at_once = micro_batches_at_once(get_model_config(chunks[0]))
+    few = max(at_once, parallel_state.get_pipeline_model_parallel_world_size())
     number = len(keep) + sum(len(reference.parts) for reference in references)
 
     def capture_all(loss_scale: float | None) -> list[LossSum]:
@@ -224,7 +226,7 @@ def refresh(
                     with no_trace(chunks), without_fp8(chunks) if in_bf16 else nullcontext():
                         if finds_scales:
                             with no_trace(chunks, but_for_fp8=True):
-                                find_scales(chunks, partial(run, reference.forward_step, micro_batches[:stages], None))
+                                find_scales(chunks, partial(run, reference.forward_step, micro_batches[:few], None))
                         run(sums[-1].of(reference.forward_step), micro_batches, bar)
                     if not is_per_token:
                         _scale_gradients(
@@ -317,6 +319,7 @@ def no_trace(chunks: Sequence[DistributedDataParallel], *, but_for_fp8: bool = F
         stack.enter_context(_random_states())
         stack.enter_context(_module_buffers(chunks))
         stack.enter_context(_router_metrics())
+        stack.enter_context(attributes_set(_watchers()))
         stack.enter_context(_pass_settings(chunks))
         yield
 
@@ -372,6 +375,17 @@ def _router_metrics() -> Iterator[None]:
         yield
     finally:
         tracker._metrics = saved
+
+
+def _watchers() -> list[tuple[Any, str, Any]]:
+    """What of Megatron notes what passes do, where it is in use: with nothing noted, or noting nothing."""
+    settings: list[tuple[Any, str, Any]] = []
+    if attention := sys.modules.get("megatron.core.transformer.experimental_attention_variant.dsa"):
+        settings.append((attention.DSAIndexerLossLoggingHelper, "tracker", {}))
+    traces = sys.modules.get("megatron.core.transformer.moe.router_trace")
+    if traces and traces._MOE_ROUTER_TRACER is not None:
+        settings.append((traces._MOE_ROUTER_TRACER, "_stopped", True))
+    return settings
 
 
 def _pass_settings(chunks: Sequence[DistributedDataParallel]) -> AbstractContextManager[None]:

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Row = dict[str, Tensor]
+
+
+def micro_batches_at_once(settings: Any) -> int:
+    """The number of which a pass through Megatron's schedule must have a multiple.
+
+    Interleaved schedules take micro-batches in groups (``--microbatch-group-size-per-virtual-pipeline-stage``, the number of
+    stages if it is not given); the last group may be smaller, but not smaller than the number of stages.
+
+    Args:
+        settings: Megatron's arguments, or a model's configuration.
+    """
+    if settings.virtual_pipeline_model_parallel_size is None:
+        return 1
+    return int(settings.microbatch_group_size_per_vp_stage or settings.pipeline_model_parallel_size)
 
 
 def deal_out(rows: Sequence[Row], *, micro_batch_size: int, rank: int, size: int, multiple: int = 1) -> list[Row]:
@@ -20,7 +35,7 @@ def deal_out(rows: Sequence[Row], *, micro_batch_size: int, rank: int, size: int
     Args:
         rows: at least one; tensors of one shape for each name.
         rank, size: of the data-parallel group.
-        multiple: micro-batches per rank must be a multiple of this (interleaved schedules: the pipeline size).
+        multiple: micro-batches per rank must be a multiple of this (:func:`micro_batches_at_once`).
 
     Returns:
         collated rows, [micro-batch, ...] each.

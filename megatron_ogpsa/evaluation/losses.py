@@ -88,7 +88,7 @@ def measure(model: LoadedModel, name: str, dataset: Dataset) -> Loss:
         forward_backward=get_forward_backward_func(),
         seq_length=args.seq_length,
         micro_batch_size=args.micro_batch_size,
-        is_interleaved=False,
+        multiple=1,
         decoder_seq_length=args.decoder_seq_length,
     )
     totals = torch.zeros(len(names), dtype=torch.float64, device=next(model.module.parameters()).device)

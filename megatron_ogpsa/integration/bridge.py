@@ -29,7 +29,7 @@ from megatron.core.utils import get_model_config
 
 from megatron_ogpsa.attributes import attributes_set
 from megatron_ogpsa.config import OGPSAConfig
-from megatron_ogpsa.data.micro_batches import Row, deal_out
+from megatron_ogpsa.data.micro_batches import Row, deal_out, micro_batches_at_once
 from megatron_ogpsa.errors import UnsupportedError, UserError
 from megatron_ogpsa.integration.agreement import agreed
 from megatron_ogpsa.integration.bridge_settings import check_run
@@ -214,13 +214,12 @@ def _reference(name: str, given: Rows, forward_step: Callable[..., Any], context
     num_tokens = int(sum(row["loss_mask"].sum() for row in rows))
     if not num_tokens:
         raise UserError(f"reference {name} has no supervised token in {len(rows)} rows: look at its loss_mask")
-    is_interleaved = model.virtual_pipeline_model_parallel_size is not None
     micro_batches = deal_out(
         rows,
         micro_batch_size=config.train.micro_batch_size,
         rank=parallel_state.get_data_parallel_rank(),
         size=parallel_state.get_data_parallel_world_size(),
-        multiple=model.pipeline_model_parallel_size if is_interleaved else 1,
+        multiple=micro_batches_at_once(model),
     )
     return Reference(
         name=name,

@@ -24,11 +24,6 @@ def check_context_parallel(args: argparse.Namespace) -> None:
             "an answer's log-probability is a sum over its whole sequence",
         ),
         (args.ogpsa_packing, "--ogpsa-packing", "documents would be cut apart"),
-        (
-            args.hybrid_context_parallel,
-            "--hybrid-context-parallel",
-            "it splits packed documents of Megatron's own data",
-        ),
     ):
         if is_given:
             raise UnsupportedError(

@@ -29,10 +29,8 @@ def make_datasets_provider(load: Callable[[str], Rows]) -> Callable[..., tuple[A
         load: reads a source, the same on every rank; raises UserError on all ranks alike.
     """
 
-    def datasets_provider(
-        num_samples: tuple[int, int | None, int], vp_stage: int | None = None
-    ) -> tuple[Any, Any, None]:
-        """``num_samples``: wanted for training, validation (None: each once) and test (which has no data)."""
+    def datasets_provider(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple[Any, Any, None]:
+        """``num_samples``: wanted for training, validation and test (which has no data)."""
         from megatron.core.datasets.utils import Split
         from megatron.training import get_args
 
@@ -52,7 +50,8 @@ def make_datasets_provider(load: Callable[[str], Rows]) -> Callable[..., tuple[A
             return train_stream, None, None
         valid = load(args.ogpsa_valid_data)
         agreed(lambda: check_enough_samples(args, valid, "--ogpsa-valid-data", args.eval_micro_batch_size))
-        length = _length(valid) if num_valid is None else num_valid
+        # A run that goes on with fewer or rarer evaluations has consumed more than it asks for now.
+        length = args.consumed_valid_samples + num_valid
         return train_stream, EpochStream(valid, length=length, seed=None, split=Split.valid), None
 
     datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron: call me on every rank

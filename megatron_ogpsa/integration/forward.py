@@ -23,8 +23,8 @@ def make_forward_step(loss_of: BatchLoss, *, packed: bool, validate: bool = True
     Args:
         loss_of: the loss, for a micro-batch.
         packed: rows hold several documents, which must not attend to each other.
-        validate: check the loss through Megatron's rerun state machine, as training and evaluation do. Passes outside
-            Megatron's training step must say False.
+        validate: check the loss through Megatron's rerun state machine and time the batch, as training and evaluation do.
+            Passes outside Megatron's training step must say False.
     """
 
     def forward_step(
@@ -34,14 +34,17 @@ def make_forward_step(loss_of: BatchLoss, *, packed: bool, validate: bool = True
         from megatron.training import get_args, get_timers
 
         progress.pulse()
-        args, timers = get_args(), get_timers()
-        timers("batch-generator", log_level=2).start()
+        args = get_args()
+        timer = get_timers()("batch-generator", log_level=2) if validate else None
+        if timer is not None:
+            timer.start()
         batch = None
         if _reads_data(args, packed, get_attr_wrapped_model(model, "vp_stage")):
             batch = next_batch(
                 data_iterator, packed=packed, transformer_engine=args.transformer_impl == "transformer_engine"
             )
-        timers("batch-generator").stop()
+        if timer is not None:
+            timer.stop()
         if batch is None:  # a middle stage gets activations from its neighbour and never calls the loss
             return model(None, None, None, labels=None), _never_called
         output = model(

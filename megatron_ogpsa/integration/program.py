@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import traceback
 
 import torch.distributed as dist
 
@@ -12,6 +13,7 @@ from megatron_ogpsa.errors import UserError, one_line
 from megatron_ogpsa.integration.arguments import add_training_arguments, parse_flags
 from megatron_ogpsa.integration.cpu_arguments import check_supported_on_cpu
 from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+from megatron_ogpsa.integration.loop_arguments import check_before_validation
 from megatron_ogpsa.integration.stages import build_stage
 from megatron_ogpsa.integration.training import prepare_megatron, run_loop
 
@@ -55,6 +57,7 @@ def validated_arguments(flags: list[str]) -> argparse.Namespace:
     early = parse_flags(flags)
     if install_if_no_gpu():
         check_supported_on_cpu(early)
+    check_before_validation(early)
     if early.tokenizer_type is None:
         raise UserError("--tokenizer-type is missing: HuggingFaceTokenizer or SentencePieceTokenizer")
     # Megatron builds its tokenizer from the same flags, but reports what is wrong with them in a traceback.
@@ -65,6 +68,13 @@ def validated_arguments(flags: list[str]) -> argparse.Namespace:
         args = parse_and_validate_args(extra_args_provider=add_training_arguments)
     except (AssertionError, ValueError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"Megatron refuses these flags: {one_line(error)}") from error
+    except Exception as error:
+        if not any(frame.name == "load_args_from_checkpoint" for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        raise UserError(
+            f"--use-checkpoint-args: --load {early.load}: Megatron cannot read this checkpoint's arguments "
+            f"({one_line(error)}): give the flags themselves, or name a whole checkpoint with --ckpt-step"
+        ) from error
     except SystemExit as end:  # --use-checkpoint-args reads the tracker before there are ranks to agree on another one
         if end.code in (None, 0):
             raise UserError(f"--load {early.load}: Megatron has ended without a word of error: see above") from None

@@ -149,6 +149,18 @@ def _refusals(args: argparse.Namespace) -> Iterator[Refusal]:
         ("--cuda-graph-impl", args.cuda_graph_impl != "none", "graphs replay training passes only"),
         ("--optimizer-cuda-graph", args.optimizer_cuda_graph, "the projection decides on the host"),
         ("--perform-rl-step", args.perform_rl_step, "references have no rollouts"),
+        ("--moe-single-grouped-weight", args.moe_single_grouped_weight, "blocks would hold several experts"),
+        ("--moe-paged-stash", args.moe_paged_stash, "its buffers would be sized for reference passes"),
+        (
+            "--fine-grained-activation-offloading",
+            args.fine_grained_activation_offloading,
+            "it is set up for the micro-batches of the first pass, which would be a reference's",
+        ),
+        (
+            "--overlap-moe-expert-parallel-comm",
+            args.overlap_moe_expert_parallel_comm,
+            "it schedules micro-batches layer by layer, which reference passes are not",
+        ),
     ):
         if is_given:
             yield Refusal(flag, reason, "leave it out")

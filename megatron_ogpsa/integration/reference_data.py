@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from megatron_ogpsa.data.micro_batches import micro_batches_at_once
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration import authors
 from megatron_ogpsa.integration.agreement import agreed
@@ -76,7 +77,6 @@ def _load(args: argparse.Namespace, policy: ReferencePolicy | None, name: str, s
         assert policy is not None
         rows = policy.numbered(dataset)
     loss_of = policy.loss_of if loss == "dpo" and policy is not None else _TOKEN_LOSSES[loss]
-    is_interleaved = args.virtual_pipeline_model_parallel_size is not None
     return agreed(
         lambda: cut_reference(
             name,
@@ -89,7 +89,7 @@ def _load(args: argparse.Namespace, policy: ReferencePolicy | None, name: str, s
             micro_batch_size=args.micro_batch_size,
             data_parallel_rank=parallel_state.get_data_parallel_rank(),
             data_parallel_size=parallel_state.get_data_parallel_world_size(),
-            multiple=args.pipeline_model_parallel_size if is_interleaved else 1,
+            multiple=micro_batches_at_once(args),
             reference_rank=args.ogpsa_rank_per_reference,
         )
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 from tqdm import tqdm
 
+from megatron_ogpsa.data.micro_batches import micro_batches_at_once
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.agreement import agreed
 from megatron_ogpsa.integration.batch import Batch
@@ -206,7 +207,7 @@ class ReferencePolicy:
     def _computed(self, found: Found | None, model: list[Any], forward_backward: Callable[..., Any]) -> LogProbs:
         from megatron.training import print_rank_0
 
-        from megatron_ogpsa.reference_policy.passes import complete
+        from megatron_ogpsa.reference_policy.passes import NotFiniteError, complete
         from megatron_ogpsa.reference_policy.store import LogProbs, write_log_probs
         from megatron_ogpsa.reference_policy.weights import weights_fingerprint
 
@@ -248,7 +249,7 @@ class ReferencePolicy:
             try:
                 passes = self._passes(model, forward_backward)
                 return complete(log_probs, rows, passes, after_round=after_round)
-            except ValueError as error:
+            except NotFiniteError as error:
                 raise UserError(
                     f"the reference policy's log-probabilities are not finite ({error}): check the weights that were loaded"
                 ) from None
@@ -263,7 +264,7 @@ class ReferencePolicy:
             forward_backward=forward_backward,
             seq_length=args.seq_length,
             micro_batch_size=args.micro_batch_size,
-            is_interleaved=args.virtual_pipeline_model_parallel_size is not None,
+            multiple=micro_batches_at_once(args),
             decoder_seq_length=args.decoder_seq_length,
         )
 

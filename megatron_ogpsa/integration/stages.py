@@ -13,6 +13,7 @@ from megatron_ogpsa.integration.context_parallel import check_context_parallel
 from megatron_ogpsa.integration.datasets import load_conversations, load_pairs, make_datasets_provider
 from megatron_ogpsa.integration.forward import ForwardStep, make_forward_step
 from megatron_ogpsa.integration.loop import LoopHook
+from megatron_ogpsa.integration.loop_arguments import check_loop_arguments
 from megatron_ogpsa.integration.packing import check_packing
 from megatron_ogpsa.integration.projection import ProjectionRun
 from megatron_ogpsa.integration.reference_data import reference_loader
@@ -82,6 +83,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(
             "--calculate-per-token-loss is off, so short answers would weigh more than long ones: switch it on"
         )
+    check_loop_arguments(args)
     check_context_parallel(args)
     if args.ogpsa_stage == "dpo":
         _check_dpo(args)
@@ -116,6 +118,7 @@ def _check_dpo(args: argparse.Namespace) -> None:
         ("--moe-aux-loss-coeff", args.moe_aux_loss_coeff if args.num_experts else 0),
         ("--moe-z-loss-coeff", args.moe_z_loss_coeff if args.num_experts else 0),
         ("--mtp-num-layers", args.mtp_num_layers),
+        ("--dsa-indexer-loss-coeff", args.dsa_indexer_loss_coeff),
     ):
         if any(value) if isinstance(value, list) else value:
             raise UnsupportedError(

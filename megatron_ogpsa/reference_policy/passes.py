@@ -26,6 +26,10 @@ MICRO_BATCHES_PER_STAGE = 16
 computation loses no more than this."""
 
 
+class NotFiniteError(Exception):
+    """A log-probability is not finite, in words that name the pair."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Passes:
     """How this layout runs a forward pass.
@@ -34,7 +38,7 @@ class Passes:
         chunks: this rank's model chunks.
         forward_step: as Megatron's; its loss gives (pair ids [B, P], log-probabilities [B, P, 2]) for each micro-batch.
         forward_backward: Megatron's schedule (``get_forward_backward_func``).
-        is_interleaved: whether micro-batches must come in multiples of the number of stages.
+        multiple: number of which micro-batches of a pass must be a multiple.
     """
 
     chunks: Sequence[torch.nn.Module]
@@ -42,7 +46,7 @@ class Passes:
     forward_backward: Callable[..., Any]
     seq_length: int
     micro_batch_size: int
-    is_interleaved: bool
+    multiple: int
     decoder_seq_length: int | None = None
 
     @property
@@ -68,19 +72,19 @@ class Passes:
         """
         with no_trace(self.chunks), _evaluating(self.chunks):
             if starts_without_scales(self.chunks):
-                self._forward(self._dealt_out(rows)[: parallel_state.get_pipeline_model_parallel_world_size()])
+                few = max(self.multiple, parallel_state.get_pipeline_model_parallel_world_size())
+                self._forward(self._dealt_out(rows)[:few])
                 adopt_forward_scales()
             outputs = self.collect(rows)
         return _gathered(outputs, num_pairs, next(self.chunks[0].parameters()).device)
 
     def _dealt_out(self, rows: Sequence[MicroBatch]) -> list[MicroBatch]:
-        stages = parallel_state.get_pipeline_model_parallel_world_size()
         return deal_out(
             rows,
             micro_batch_size=self.micro_batch_size,
             rank=parallel_state.get_data_parallel_rank(),
             size=parallel_state.get_data_parallel_world_size(),
-            multiple=stages if self.is_interleaved else 1,
+            multiple=self.multiple,
         )
 
     @torch.no_grad()
@@ -141,7 +145,7 @@ def complete(
         after_round: gets what is known so far and the number of pairs of the round.
 
     Raises:
-        ValueError: a log-probability is not finite; names the pair. On all ranks alike.
+        NotFiniteError: a log-probability is not finite; names the pair. On all ranks alike.
     """
     missing = [index for index in range(len(rows)) if not _is_known(log_probs, rows[index]["pair_ids"])]
     for start in range(0, len(missing), passes.rows_per_round):
@@ -149,7 +153,7 @@ def complete(
         values_N2, is_new_N = passes.run(chosen, len(log_probs.values_N2))
         is_bad_N = is_new_N & ~values_N2.isfinite().all(dim=1)
         if is_bad_N.any():
-            raise ValueError(f"pair {int(is_bad_N.nonzero()[0])}")
+            raise NotFiniteError(f"pair {int(is_bad_N.nonzero()[0])}")
         log_probs = log_probs.with_round(values_N2, is_new_N)
         after_round(log_probs, int(is_new_N.sum()))
     return log_probs

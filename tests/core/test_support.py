@@ -59,7 +59,8 @@ def arguments() -> Callable[..., argparse.Namespace]:
     switches += ["save", "save_interval", "non_persistent_save_interval"]
     switches += ["te_precision_config_file", "ogpsa_references_in_bf16", "bf16", "masked_softmax_fusion", "window_size"]
     switches += "optimizer_cuda_graph perform_rl_step optimizer_cpu_offload use_precision_aware_optimizer".split()
-    switches += ["qk_clip"]
+    switches += ["qk_clip", "moe_single_grouped_weight", "moe_paged_stash", "fine_grained_activation_offloading"]
+    switches += ["overlap_moe_expert_parallel_comm"]
     return lambda **changes: argparse.Namespace(**(plain | dict.fromkeys(switches) | changes))
 
 
@@ -79,6 +80,10 @@ def arguments() -> Callable[..., argparse.Namespace]:
         ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload"),
         ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),
         ({"qk_clip": True}, "--qk-clip"),
+        ({"moe_single_grouped_weight": True}, "--moe-single-grouped-weight"),
+        ({"moe_paged_stash": True}, "--moe-paged-stash"),
+        ({"fine_grained_activation_offloading": True}, "--fine-grained-activation-offloading"),
+        ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
     ],
 )
 def test_unsupported_flags_are_refused_by_name_with_references_only(
@@ -150,7 +155,6 @@ def test_rows_of_validation_are_looked_at_where_they_are_packed(arguments: Calla
     [
         ({"ogpsa_stage": "dpo"}, "--ogpsa-stage dpo"),
         ({"ogpsa_packing": True}, "--ogpsa-packing"),
-        ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
         ({"transformer_impl": "local"}, "--transformer-impl local"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ogpsa.data import ChatTokenizer, build_chat_dataset, build_preference_dataset, source_kind
-from megatron_ogpsa.data.micro_batches import deal_out
+from megatron_ogpsa.data.micro_batches import deal_out, micro_batches_at_once
 from megatron_ogpsa.data.preferences import pair_from_row
 from megatron_ogpsa.data.truncation import Cut, Document, truncate_pair
 from megatron_ogpsa.errors import UserError
@@ -183,3 +184,16 @@ def test_rows_are_dealt_out_evenly_and_fillers_add_nothing(
     assert sorted(ids[ids >= 0].tolist()) == [0, 1, 2, 3, 4]
     supervised = sum(float(batch["loss_mask"].sum()) for batches in ranks for batch in batches)
     assert supervised == dataset.num_supervised_tokens
+
+
+@pytest.mark.parametrize(("stages", "group", "expected"), [(None, None, 1), (2, None, 2), (2, 6, 6), (None, 6, 1)])
+def test_interleaved_schedules_take_micro_batches_in_groups(
+    stages: int | None, group: int | None, expected: int
+) -> None:
+    """``get_schedule_table`` and its checks in megatron/core/pipeline_parallel/schedules.py."""
+    settings = SimpleNamespace(
+        virtual_pipeline_model_parallel_size=stages and 2,
+        pipeline_model_parallel_size=stages or 1,
+        microbatch_group_size_per_vp_stage=group,
+    )
+    assert micro_batches_at_once(settings) == expected

@@ -103,3 +103,55 @@ def test_values_that_megatrons_flags_look_up_or_evaluate(flags: list[str], expec
     with pytest.raises(UserError) as raised:
         parse_flags(flags)
     assert str(raised.value).startswith(expected)
+
+
+ASYNC = "--async-save --use-persistent-ckpt-worker"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--save msc://bucket/run --enable-msc", "--save msc://bucket/run: object stores (--enable-msc) are not"),
+        ("--load gs://bucket/run", "--load gs://bucket/run: object stores"),
+        ("--async-save --async-strategy mcore", "--async-save without --use-persistent-ckpt-worker is dropped"),
+        (
+            ASYNC,
+            "--async-save with --async-strategy nvrx, and nvidia-resiliency-ext is not there: use --async-strategy",
+        ),
+        (
+            "--non-persistent-ckpt-type local",
+            "--non-persistent-ckpt-type local saves the optimizer's state as it lies: add",
+        ),
+        ("--iterations-to-skip 3", "--iterations-to-skip is not supported: "),
+        ("--result-rejected-tracker-filename r.txt", "--result-rejected-tracker-filename is not supported: "),
+        ("--phase-transition-iterations 3,6", "--phase-transition-iterations is not supported: "),
+        ("--full-validation", "--full-validation is not supported: "),
+        ("--dataloader-type external", "--dataloader-type external is not supported: "),
+        ("--hybrid-context-parallel", "--hybrid-context-parallel is not supported: "),
+        ("--overlap-moe-expert-parallel-comm", "--overlap-moe-expert-parallel-comm is not supported: "),
+        (
+            "--cuda-graph-impl local --ogpsa-packing",
+            "--cuda-graph-impl with rows of several documents is not supported: ",
+        ),
+        (
+            "--cuda-graph-impl local --ogpsa-stage dpo",
+            "--cuda-graph-impl with rows of several documents is not supported",
+        ),
+    ],
+)
+def test_flags_that_the_loop_would_drop_or_fail_with_late(flags: str, expected: str) -> None:
+    from megatron_ogpsa.errors import UserError
+    from megatron_ogpsa.integration.arguments import parse_flags
+    from megatron_ogpsa.integration.loop_arguments import check_before_validation, check_loop_arguments
+
+    def check(flags: str) -> None:
+        args = parse_flags(flags.split())
+        check_before_validation(args)
+        check_loop_arguments(args)
+
+    check(f"--save runs/a {ASYNC} --async-strategy mcore")
+    check("--cuda-graph-impl local")
+    check("--non-persistent-ckpt-type local --no-dist-ckpt-optim-fully-reshardable")
+    with pytest.raises(UserError) as raised:
+        check(flags)
+    assert str(raised.value).startswith(expected)

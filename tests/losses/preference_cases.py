@@ -135,7 +135,7 @@ def reference_log_probs(layout: str) -> dict[str, float]:
         forward_backward=get_forward_backward_func(),
         seq_length=shape.positions,
         micro_batch_size=1,
-        is_interleaved=sharding.vpp is not None,
+        multiple=sharding.pp if sharding.vpp is not None else 1,
     )
     actual, is_known = passes.run(rows, NUM_PAIRS)
     expected = oracle_log_probs(shape, weights, rows)

@@ -1,0 +1,92 @@
+"""Flags of Megatron's with which its loop would go wrong or fail late in a run of ours: refused at start."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+from megatron_ogpsa.errors import UnsupportedError, UserError
+
+_PLACES = "save load pretrained_checkpoint non_persistent_global_ckpt_dir data_cache_path".split()
+
+
+def check_before_validation(args: argparse.Namespace, *, is_here: bool = True) -> None:
+    """Refuse what Megatron's validation would drop with a warning, or what fails when a first checkpoint is saved.
+
+    Args:
+        args: as they were parsed.
+        is_here: whether the run is to be on this machine, whose libraries count then.
+
+    Raises:
+        UserError, UnsupportedError: naming the flag and the remedy.
+    """
+    for name in _PLACES:
+        place = getattr(args, name, None)
+        if isinstance(place, str) and "://" in place:
+            raise UnsupportedError(
+                f"--{name.replace('_', '-')} {place}: object stores (--enable-msc) are not supported, because checkpoints "
+                "there could not be verified; name a folder of a file system"
+            )
+    if args.async_save and not args.use_persistent_ckpt_worker:
+        raise UserError("--async-save without --use-persistent-ckpt-worker is dropped by Megatron: add it")
+    if args.async_save and args.async_strategy == "nvrx" and is_here:
+        _require_nvrx()
+    if args.non_persistent_ckpt_type == "local" and args.dist_ckpt_optim_fully_reshardable:
+        raise UserError(
+            "--non-persistent-ckpt-type local saves the optimizer's state as it lies: add "
+            "--no-dist-ckpt-optim-fully-reshardable, or use --non-persistent-ckpt-type global"
+        )
+
+
+def _require_nvrx() -> None:
+    from megatron.core.dist_checkpointing.strategies.nvrx import has_nvrx_async_support
+
+    remedy = "use --async-strategy mcore, or install nvidia-resiliency-ext"
+    try:
+        if not has_nvrx_async_support():
+            raise UserError(
+                f"--async-save with --async-strategy nvrx, and nvidia-resiliency-ext is not there: {remedy}"
+            )
+    except AssertionError as error:
+        raise UserError(f"--async-save with --async-strategy nvrx: {error}: {remedy}") from None
+
+
+def check_loop_arguments(args: argparse.Namespace) -> None:
+    """Refuse what does not go with our data and stages.
+
+    Raises:
+        UnsupportedError: naming the flag, why, and the remedy.
+    """
+    for flag, reason in _unsupported(args):
+        raise UnsupportedError(f"{flag} is not supported: {reason}; leave it out")
+
+
+def _unsupported(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    skipped = (
+        "the data of a skipped step is drawn on one tensor-parallel rank alone, so that ranks would train on different"
+    )
+    for flag, is_given, reason in (
+        ("--iterations-to-skip", args.iterations_to_skip, f"{skipped} samples"),
+        ("--result-rejected-tracker-filename", args.result_rejected_tracker_filename, f"{skipped} samples"),
+        ("--phase-transition-iterations", args.phase_transition_iterations, "each phase would begin the data again"),
+        ("--full-validation", args.full_validation, "Megatron 0.19 fails in its first evaluation"),
+        (
+            "--dataloader-type external",
+            args.dataloader_type == "external",
+            "the data is read by Megatron's own loaders",
+        ),
+        (
+            "--hybrid-context-parallel",
+            args.hybrid_context_parallel,
+            "it splits packed documents of Megatron's own data",
+        ),
+        (
+            "--overlap-moe-expert-parallel-comm",
+            args.overlap_moe_expert_parallel_comm,
+            "micro-batches would be scheduled layer by layer, which the losses here are not",
+        ),
+    ):
+        if is_given:
+            yield flag, reason
+    if args.cuda_graph_impl != "none" and (args.ogpsa_packing or args.ogpsa_stage == "dpo"):
+        yield "--cuda-graph-impl with rows of several documents", "their number differs from graph to graph"
