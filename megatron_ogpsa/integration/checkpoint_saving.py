@@ -35,6 +35,9 @@ from megatron_ogpsa.integration.agreement import agreed
 from megatron_ogpsa.integration.disk import install_writer_errors, noted_error
 from megatron_ogpsa.integration.patching import Patch
 
+NON_PERSISTENT = "non_persistent"
+"""Megatron's folder for checkpoints that follow each other in one place, below that of the others."""
+
 PROGRESS_DELAY_SECONDS = 3.0
 """What is hashed sooner shows no progress."""
 
@@ -58,7 +61,7 @@ def folder_of(args: argparse.Namespace, iteration: int, is_persistent: bool, sav
     """Where Megatron saves (``save_checkpoint`` in megatron/training/checkpointing.py)."""
     top = Path(saved_in or args.save)
     if not is_persistent:
-        top = Path(args.non_persistent_global_ckpt_dir or top / "non_persistent")
+        top = Path(args.non_persistent_global_ckpt_dir or top / NON_PERSISTENT)
     return checkpoint_folder(top, iteration)
 
 

@@ -30,7 +30,12 @@ from megatron_ogpsa.checkpoints.survey import (
 from megatron_ogpsa.errors import UserError, one_line, where
 from megatron_ogpsa.files import read_json
 from megatron_ogpsa.integration.agreement import agreed
-from megatron_ogpsa.integration.checkpoint_saving import PROGRESS_DELAY_SECONDS, SAVING_PATCHES, folder_of
+from megatron_ogpsa.integration.checkpoint_saving import (
+    NON_PERSISTENT,
+    PROGRESS_DELAY_SECONDS,
+    SAVING_PATCHES,
+    folder_of,
+)
 from megatron_ogpsa.integration.patching import Patch, apply_patches
 
 
@@ -93,10 +98,35 @@ def _verified_first(original: Callable[..., Any]) -> Callable[..., Any]:
 
         flags = get_args()
         step = _verified_step(flags, load_arg)
-        with _settings(flags, ckpt_step=step, verify_integrity=False), _told_in_one_line(flags, load_arg):
+        kind = _verified_kind(flags, load_arg)
+        settings = {"ckpt_step": step, "verify_integrity": False, "non_persistent_ckpt_type": kind}
+        with _settings(flags, **settings), _told_in_one_line(flags, load_arg):
             return original(ddp_model, optimizer, opt_param_scheduler, load_arg, *args, **kwargs)
 
     return load_checkpoint
+
+
+def _verified_kind(args: argparse.Namespace, load_arg: str) -> str | None:
+    """What ``--non-persistent-ckpt-type`` is to be: none, where the one that Megatron prefers to others is not whole.
+
+    Raises:
+        UserError: it is not, and there is no other; on all ranks alike.
+    """
+    kind: str | None = args.non_persistent_ckpt_type
+    given = getattr(args, load_arg)
+    if kind != "global" or given is None:
+        return kind
+    folder = Path(args.non_persistent_global_ckpt_dir or Path(given) / NON_PERSISTENT)
+    examined = examine_together(folder)
+    if not examined.problems:
+        return kind
+    flag = f"--{load_arg.replace('_', '-')} {given}"
+    if examine_together(Path(given), args.ckpt_step).chosen is None:
+        raise UserError(f"{flag}: {_joined(examined)}; no checkpoint is left: restore one, or move {folder} away")
+    from megatron.training import print_rank_0
+
+    print_rank_0(f"WARNING: {flag}: {_joined(examined)}; going on without {folder}")
+    return None
 
 
 def _verified_step(args: argparse.Namespace, load_arg: str) -> int | None:

@@ -80,3 +80,37 @@ def test_every_file_of_a_checkpoint_and_its_tracker(resumed: Train, tmp_path: Pa
 def restore(folder: Path) -> None:
     shutil.rmtree(folder / "run")
     shutil.copytree(folder / "whole", folder / "run")
+
+
+def test_a_non_persistent_checkpoint_is_verified_too(train: Train, tmp_path: Path) -> None:
+    """Megatron prefers it to the others where it is newer."""
+    flags = [*DP2, "--save", "run", "--load", "run"]
+    flags += "--non-persistent-ckpt-type global --non-persistent-save-interval 5".split()
+    outcome = train(*flags)
+    assert outcome.exit_code == 0, outcome.output[-3000:]
+    run = tmp_path / "run"
+    shutil.rmtree(run / "iter_0000006")
+    (run / TRACKER_FILE).write_text("3", encoding="utf-8")
+    shutil.copytree(run, tmp_path / "whole")
+
+    outcome = train(*flags)
+    assert outcome.exit_code == 0, outcome.output[-3000:]
+    assert "WARNING" not in "".join(line for line in outcome.output.splitlines() if "--load run" in line)
+    assert "iteration        5/" not in outcome.output
+    assert "iteration        6/" in outcome.output
+
+    restore(tmp_path)
+    DAMAGES["flipped"](run / "non_persistent/iter_0000005/__1_0.distcp")
+    outcome = train(*flags)
+    assert outcome.exit_code == 0, outcome.output[-3000:]
+    assert "WARNING: --load run: run/non_persistent/iter_0000005/__1_0.distcp is not what" in outcome.output
+    assert "going on without run/non_persistent" in outcome.output
+    assert "iteration        4/" in outcome.output
+
+    restore(tmp_path)
+    DAMAGES["flipped"](run / "non_persistent/iter_0000005/__1_0.distcp")
+    shutil.rmtree(run / "iter_0000003")
+    (run / TRACKER_FILE).unlink()
+    outcome = train(*flags)
+    assert outcome.exit_code == 2, outcome.output[-3000:]
+    assert "no checkpoint is left: restore one, or move run/non_persistent away" in outcome.error_lines[0]
