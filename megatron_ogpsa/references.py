@@ -1,49 +1,39 @@
 """Reference passes: gradients of general-capability data through Megatron's own schedules, leaving no trace.
 
 A refresh is a function of the weights and the reference data alone. With refreshes on and the projection off a run is
-bitwise the run without the plugin: whatever a forward and backward pass changes beside the gradient (random states,
-router statistics, FP8 scales, timers, the watch on NaN) is put back by :func:`no_trace`.
+bitwise the run without the plugin: see :mod:`megatron_ogpsa.reference_pass`.
 """
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.core.transformer.moe.router import Router
 from megatron.core.utils import get_model_config
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_ogpsa.attributes import attributes_set
 from megatron_ogpsa.data.micro_batches import deal_out, micro_batches_at_once
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.plugin import OGPSA
 from megatron_ogpsa.precision.first_scales import find_scales
-from megatron_ogpsa.precision.fp8_state import fp8_state_kept, starts_without_scales
+from megatron_ogpsa.precision.fp8_state import starts_without_scales
 from megatron_ogpsa.precision.loss_scale import attempts, loss_scaled, next_scale
 from megatron_ogpsa.precision.passes_without_fp8 import without_fp8
+from megatron_ogpsa.reference_pass import no_trace, reference_pass
 
 if TYPE_CHECKING:
     from megatron_ogpsa.data import TokenizedChatDataset, TokenizedPreferenceDataset
 
 MicroBatch = dict[str, Tensor]
-
-LARGEST_LOGITS = "current_max_attn_logits"
-"""Where attention keeps them until the step is over (``core/extensions/transformer_engine.py``)."""
 
 PROGRESS_DELAY_SECONDS = 3.0
 """Refreshes that are over sooner show no progress."""
@@ -191,58 +181,79 @@ def refresh(
         keep: names of gradients that the plugin takes out of its basis instead, of other references than these.
     """
 
-    def run(forward_step: Callable[..., Any], micro_batches: Sequence[MicroBatch], bar: tqdm[NoReturn] | None) -> None:
-        # Each time, since Megatron counts by it when a bucket's gradients are there and can be reduced.
-        _zero_gradients(chunks, optimizer)
-        # Rank 0 is on the first stage, whose first chunk draws every micro-batch.
-        iterators = [_watched(micro_batches, bar if chunk is chunks[0] else None) for chunk in chunks]
-        forward_backward(
-            forward_step_func=forward_step,
-            data_iterator=iterators if len(chunks) > 1 else iterators[0],
-            model=list(chunks),
-            num_microbatches=len(micro_batches),
-            seq_length=seq_length,
-            micro_batch_size=micro_batch_size,
-            decoder_seq_length=decoder_seq_length,
-            forward_only=False,
-        )
-
-    # Without it Megatron has scaled gradients for a mean over ranks when it built the chunks, which a mean over all tokens
-    # is already.
-    is_per_token = get_model_config(chunks[0]).calculate_per_token_loss
     finds_scales = is_first_step and not in_bf16 and starts_without_scales(chunks)
-    at_once = micro_batches_at_once(get_model_config(chunks[0]))
-    few = max(at_once, parallel_state.get_pipeline_model_parallel_world_size())
+    passes = _Passes(
+        optimizer, chunks, forward_backward, seq_length, micro_batch_size, decoder_seq_length, finds_scales, in_bf16
+    )
     number = len(keep) + sum(len(reference.parts) for reference in references)
-
-    def capture_all(loss_scale: float | None) -> list[LossSum]:
+    sums: list[LossSum] = []
+    for loss_scale in attempts(chunks, ogpsa.reference_loss_scale):
         ogpsa.begin_refresh(keep, num_references=number)
+        sums = passes.capture(ogpsa, references, loss_scale)
+        if loss_scale is not None and ogpsa.captured_are_finite():
+            ogpsa.reference_loss_scale = next_scale(loss_scale)
+            break
+    passes.zero_gradients()
+    return Refreshed(losses=_mean_losses(references, sums), is_new=ogpsa.finish_refresh())
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """How the gradients of a refresh are taken; fields as the arguments of :func:`refresh`."""
+
+    optimizer: MegatronOptimizer
+    chunks: Sequence[DistributedDataParallel]
+    forward_backward: Callable[..., Any]
+    seq_length: int
+    micro_batch_size: int
+    decoder_seq_length: int | None
+    finds_scales: bool
+    in_bf16: bool
+
+    def capture(self, ogpsa: OGPSA, references: Sequence[Reference], loss_scale: float | None) -> list[LossSum]:
+        """Give the plugin the gradient of each part of each reference, and return their losses."""
         sums: list[LossSum] = []
-        with _progress_bar(references) as bar, loss_scaled(chunks, loss_scale):
+        with _progress_bar(references) as bar, loss_scaled(self.chunks, loss_scale):
             for reference in references:
                 for name, micro_batches in reference.parts.items():
                     sums.append(LossSum())
                     # Of each on its own: otherwise one would route the next one's tokens.
-                    with no_trace(chunks), without_fp8(chunks) if in_bf16 else nullcontext():
-                        if finds_scales:
-                            with no_trace(chunks, but_for_fp8=True):
-                                find_scales(chunks, partial(run, reference.forward_step, micro_batches[:few], None))
-                        run(sums[-1].of(reference.forward_step), micro_batches, bar)
-                    if not is_per_token:
-                        _scale_gradients(
-                            chunks, parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-                        )
+                    with reference_pass(self.chunks), without_fp8(self.chunks) if self.in_bf16 else nullcontext():
+                        if self.finds_scales:
+                            self._find_scales(reference.forward_step, micro_batches)
+                        self._run(sums[-1].of(reference.forward_step), micro_batches, bar)
                     ogpsa.capture(name, loss_scale=loss_scale)
         return sums
 
-    sums: list[LossSum] = []
-    for loss_scale in attempts(chunks, ogpsa.reference_loss_scale):
-        sums = capture_all(loss_scale)
-        if loss_scale is not None and ogpsa.captured_are_finite():
-            ogpsa.reference_loss_scale = next_scale(loss_scale)
-            break
-    _zero_gradients(chunks, optimizer)
-    return Refreshed(losses=_mean_losses(references, sums), is_new=ogpsa.finish_refresh())
+    def _find_scales(self, forward_step: Callable[..., Any], micro_batches: Sequence[MicroBatch]) -> None:
+        at_once = micro_batches_at_once(get_model_config(self.chunks[0]))
+        few = max(at_once, parallel_state.get_pipeline_model_parallel_world_size())
+        with no_trace(self.chunks, but_for_fp8=True):
+            find_scales(self.chunks, partial(self._run, forward_step, micro_batches[:few], None))
+
+    def _run(
+        self, forward_step: Callable[..., Any], micro_batches: Sequence[MicroBatch], bar: tqdm[NoReturn] | None
+    ) -> None:
+        # Each time, since Megatron counts by it when a bucket's gradients are there and can be reduced.
+        self.zero_gradients()
+        # Rank 0 is on the first stage, whose first chunk draws every micro-batch.
+        iterators = [_watched(micro_batches, bar if chunk is self.chunks[0] else None) for chunk in self.chunks]
+        self.forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
+            model=list(self.chunks),
+            num_microbatches=len(micro_batches),
+            seq_length=self.seq_length,
+            micro_batch_size=self.micro_batch_size,
+            decoder_seq_length=self.decoder_seq_length,
+            forward_only=False,
+        )
+
+    def zero_gradients(self) -> None:
+        """As Megatron's training step begins."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
 
 
 class LossSum:
@@ -294,117 +305,3 @@ def _watched(micro_batches: Sequence[MicroBatch], bar: tqdm[NoReturn] | None) ->
         yield micro_batch
         if bar is not None:
             bar.update()
-
-
-def _zero_gradients(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-
-
-def _scale_gradients(chunks: Sequence[DistributedDataParallel], factor: float) -> None:
-    for chunk in chunks:
-        chunk.scale_gradients(factor)
-
-
-@contextmanager
-def no_trace(chunks: Sequence[DistributedDataParallel], *, but_for_fp8: bool = False) -> Iterator[None]:
-    """Undo what forward and backward passes inside change beside the gradient, also when one of them raises.
-
-    ``but_for_fp8``: leave the FP8 scales that they find, for passes that follow.
-    """
-    with ExitStack() as stack:
-        if not but_for_fp8:
-            stack.enter_context(fp8_state_kept(chunks))
-        stack.enter_context(_random_states())
-        stack.enter_context(_module_buffers(chunks))
-        stack.enter_context(_router_metrics())
-        stack.enter_context(attributes_set(_watchers()))
-        stack.enter_context(_pass_settings(chunks))
-        yield
-
-
-@contextmanager
-def _random_states() -> Iterator[None]:
-    """Python, NumPy, torch on the host and the accelerator, and Megatron's tracker of tensor-parallel states."""
-    python, numpy_, host = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    accelerator = torch.cuda.get_rng_state()
-    tracker = get_cuda_rng_tracker()
-    # A tracker for CUDA graphs (--te-rng-tracker, --inference-rng-tracker) holds generators, which passes advance in place.
-    tracked = tracker.get_states()
-    kept = {name: _state_of(state) for name, state in tracked.items()}
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy_)
-        torch.set_rng_state(host)
-        torch.cuda.set_rng_state(accelerator)
-        tracker.set_states({name: _set_back(state, kept[name]) for name, state in tracked.items()})
-
-
-def _state_of(state: Tensor | torch.Generator) -> Tensor:
-    return state.get_state() if isinstance(state, torch.Generator) else state.clone()
-
-
-def _set_back(state: Tensor | torch.Generator, kept: Tensor) -> Tensor | torch.Generator:
-    return state.set_state(kept) if isinstance(state, torch.Generator) else kept
-
-
-@contextmanager
-def _module_buffers(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """Expert bias and token counts of routers, and any other buffer: ``finalize_model_grads`` updates some of them.
-
-    (``chunk.buffers`` are Megatron's gradient buffers, hence ``chunk.module``.)
-    """
-    saved = [(buffer, buffer.clone()) for chunk in chunks for buffer in chunk.module.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in saved:
-                buffer.copy_(value)
-
-
-@contextmanager
-def _router_metrics() -> Iterator[None]:
-    """Auxiliary losses that routers add up for the log line."""
-    tracker = get_moe_metrics_tracker()
-    saved, tracker._metrics = tracker._metrics, {}
-    try:
-        yield
-    finally:
-        tracker._metrics = saved
-
-
-def _watchers() -> list[tuple[Any, str, Any]]:
-    """What of Megatron notes what passes do, where it is in use: with nothing noted, or noting nothing."""
-    settings: list[tuple[Any, str, Any]] = []
-    if attention := sys.modules.get("megatron.core.transformer.experimental_attention_variant.dsa"):
-        settings.append((attention.DSAIndexerLossLoggingHelper, "tracker", {}))
-    traces = sys.modules.get("megatron.core.transformer.moe.router_trace")
-    if traces and traces._MOE_ROUTER_TRACER is not None:
-        settings.append((traces._MOE_ROUTER_TRACER, "_stopped", True))
-    return settings
-
-
-def _pass_settings(chunks: Sequence[DistributedDataParallel]) -> AbstractContextManager[None]:
-    """No timers, which would add to the training step's; the mean over tokens; no watch on NaN gradients.
-
-    That watch goes through the rerun state machine; for references the plugin's own check takes its place. And the largest
-    attention logits are those of training (``--qk-clip``, ``--log-max-attention-logit``).
-    """
-    settings: list[tuple[Any, str, Any]] = []
-    for chunk in chunks:
-        config = get_model_config(chunk)
-        settings += [(config, "timers", None), (config, "calculate_per_token_loss", True)]
-        # Routers keep a copy, by which they weigh the losses that balance experts.
-        settings += [
-            (router, "calculate_per_token_loss", True) for router in chunk.modules() if isinstance(router, Router)
-        ]
-        settings += [
-            (chunk.ddp_config, "check_for_nan_in_grad", False),
-            (chunk.ddp_config, "check_for_large_grads", False),
-        ]
-        settings += [(module, LARGEST_LOGITS, None) for module in chunk.modules() if hasattr(module, LARGEST_LOGITS)]
-    return attributes_set(settings)

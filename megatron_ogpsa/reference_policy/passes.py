@@ -18,8 +18,9 @@ from torch import Tensor
 
 from megatron_ogpsa.data.micro_batches import deal_out
 from megatron_ogpsa.precision.fp8_state import adopt_forward_scales, starts_without_scales
+from megatron_ogpsa.reference_pass import no_trace
 from megatron_ogpsa.reference_policy.store import LogProbs
-from megatron_ogpsa.references import MicroBatch, no_trace
+from megatron_ogpsa.references import MicroBatch
 
 MICRO_BATCHES_PER_STAGE = 16
 """Micro-batches of a round, for each pipeline stage: the pipeline is full most of the time, and an interrupted

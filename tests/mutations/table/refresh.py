@@ -35,22 +35,22 @@ REFRESH = (
     Mutation(
         "references-not-zeroed-between",
         "megatron_ogpsa/references.py",
-        "        _zero_gradients(chunks, optimizer)\n        # Rank 0 is",
-        "        if not ogpsa._captured_names:\n            _zero_gradients(chunks, optimizer)\n        # Rank 0 is",
+        "        self.zero_gradients()\n        # Rank 0 is",
+        "        if bar is None or not bar.n:\n            self.zero_gradients()\n        # Rank 0 is",
         (f"{PASSES}[dp2-overlap]",),
         "each reference's gradient has those before it in it",
     ),
     Mutation(
         "reference-gradient-left-behind",
         "megatron_ogpsa/references.py",
-        "            break\n    _zero_gradients(chunks, optimizer)\n",
+        "            break\n    passes.zero_gradients()\n",
         "            break\n",
         (f"{PASSES}[dp2-overlap]",),
         "the last reference's gradient stays in Megatron's buffers, for whoever accumulates into them next",
     ),
     Mutation(
         "references-captured-before-finalisation",
-        "megatron_ogpsa/references.py",
+        "megatron_ogpsa/reference_pass.py",
         '        settings += [(config, "timers", None), (config, "calculate_per_token_loss", True)]\n',
         '        settings += [(config, "timers", None), (config, "calculate_per_token_loss", True)]\n'
         '        settings += [(config, "finalize_model_grads_func", None)]\n',
@@ -59,7 +59,7 @@ REFRESH = (
     ),
     Mutation(
         "tracked-random-states-not-restored",
-        "megatron_ogpsa/references.py",
+        "megatron_ogpsa/reference_pass.py",
         "        tracker.set_states({name: _set_back(state, kept[name]) for name, state in tracked.items()})\n",
         "        tracked.clear()\n",
         (f"{PASSES}[dp2-overlap]",),
@@ -67,7 +67,7 @@ REFRESH = (
     ),
     Mutation(
         "router-buffers-not-restored",
-        "megatron_ogpsa/references.py",
+        "megatron_ogpsa/reference_pass.py",
         "                buffer.copy_(value)\n",
         "                value.copy_(buffer)\n",
         (f"{PASSES}[ep2-sigmoid-bias]",),
@@ -75,7 +75,7 @@ REFRESH = (
     ),
     Mutation(
         "router-metrics-not-restored",
-        "megatron_ogpsa/references.py",
+        "megatron_ogpsa/reference_pass.py",
         "        tracker._metrics = saved\n",
         "        saved.update(tracker._metrics)\n        tracker._metrics = saved\n",
         (f"{PASSES}[ep2-sigmoid-bias]",),
@@ -139,7 +139,7 @@ REFRESH = (
     ),
     Mutation(
         "generators-not-put-back",
-        "megatron_ogpsa/references.py",
+        "megatron_ogpsa/reference_pass.py",
         "    return state.set_state(kept) if isinstance(state, torch.Generator) else kept\n",
         "    return state if isinstance(state, torch.Generator) else kept\n",
         ("tests/core/test_references.py::test_generators_of_a_tracker_for_cuda_graphs_are_put_back",),
@@ -171,15 +171,15 @@ REFRESH = (
     ),
     Mutation(
         "references-scaled-for-ranks-and-tokens",
-        "megatron_ogpsa/references.py",
-        "                    if not is_per_token:\n",
-        "                    if False:\n",
+        "megatron_ogpsa/reference_pass.py",
+        "    if not is_per_token:\n",
+        "    if False:\n",
         ("tests/core/test_references.py::test_references_take_the_mean_over_tokens_whatever_training_takes",),
         "without --calculate-per-token-loss reference gradients are divided by the data-parallel size as well",
     ),
     Mutation(
         "largest-logits-of-references",
-        "megatron_ogpsa/references.py",
+        "megatron_ogpsa/reference_pass.py",
         "[(module, LARGEST_LOGITS, None) for module",
         "[(module, LARGEST_LOGITS, getattr(module, LARGEST_LOGITS)) for _ in () for module",
         (f"{PASSES}[dp2-plain]",),

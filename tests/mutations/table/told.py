@@ -42,8 +42,8 @@ TOLD = (
     Mutation(
         "references-undone-together",
         "megatron_ogpsa/references.py",
-        "            with no_trace(chunks), without_fp8(chunks) if in_bf16 else nullcontext():\n",
-        "            with no_trace(chunks) if reference is references[-1] else _random_states():\n",
+        "with reference_pass(self.chunks), without_fp8(self.chunks) if self.in_bf16 else nullcontext():\n",
+        "with reference_pass(self.chunks) if reference is references[-1] else nullcontext():\n",
         ("tests/core/test_references.py::test_a_reference_does_not_depend_on_those_before_it",),
         "what a reference's pass does to the experts' bias is undone after the last one only",
     ),

@@ -46,7 +46,7 @@ TRANSFORMER_ENGINE = (
     Mutation(
         "references-asked-for-in-bf16-are-in-fp8",
         "megatron_ogpsa/references.py",
-        "without_fp8(chunks) if in_bf16 else nullcontext()",
+        "without_fp8(self.chunks) if self.in_bf16 else nullcontext()",
         "nullcontext()",
         (f"{TE}/test_fp8_state.py::{IN_BF16}[te-dp2-fp8-cached]",),
         "the flag is read, and passes go on in FP8",
