@@ -118,7 +118,7 @@ def _speed(name: str, case: Case, rows: Tensor, seconds: dict[str, list[float]])
 def main(argv: list[str] | None = None) -> int:
     """Measure all combinations that were asked for, print a table, and write them as JSON."""
     args = _parser().parse_args(argv)
-    device = torch.device(args.device)
+    device = with_index(torch.device(args.device))
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where Triton launches
     if args.threads:
@@ -138,6 +138,13 @@ def main(argv: list[str] | None = None) -> int:
         versions = {name: version(name) for name in ("torch", "triton" if device.type == "cuda" else "numba")}
         args.json.write_text(json.dumps(account | {"versions": versions, "results": results}, indent=1) + "\n")
     return 0
+
+
+def with_index(device: torch.device) -> torch.device:
+    """The current GPU where none is named: the device that its tensors say they lie on."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _parser() -> argparse.ArgumentParser:

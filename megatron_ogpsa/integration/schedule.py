@@ -59,6 +59,11 @@ class RefreshSchedule:
         return -(-self.interval // self._turns)
 
     @property
+    def round(self) -> int:
+        """Steps until every reference was refreshed once."""
+        return self.spacing * self._turns
+
+    @property
     def longest_spacing(self) -> int:
         """The same, where the interval is as long as it may become."""
         return -(-self._longest // self._turns)

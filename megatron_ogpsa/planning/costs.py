@@ -69,7 +69,8 @@ class Memory:
 def memory(projection: Projection, shard: ShardSize) -> Memory:
     """k·N·b for the basis; in a refresh k·N fp32 gradients beside it, which become the new basis or are freed.
 
-    A basis on the host takes staging buffers on the accelerator, which do not grow with N.
+    A basis on the host takes staging buffers on the accelerator, which do not grow with N. PyTorch rounds page-locked
+    memory up to a power of two, and keeps what is freed for the next refresh.
 
     bf16 training gradients are projected in one fp32 copy of the shard.
     """
@@ -77,21 +78,29 @@ def memory(projection: Projection, shard: ShardSize) -> Memory:
     copy = shard.packed * FP32
     staging = NUM_BUFFERS * projection.references * min(shard.elements, LONGEST_TILE) * projection.basis_bytes
     on_accelerator = staging if projection.on_host else basis
+    captured = projection.references * shard.elements * FP32
     return Memory(
         accelerator=on_accelerator + copy,
-        host=basis if projection.on_host else 0,
-        refresh=projection.references * shard.elements * FP32,
+        host=_page_locked(basis) if projection.on_host else 0,
+        refresh=_page_locked(captured) if projection.on_host else captured,
     )
+
+
+def _page_locked(size: int) -> int:
+    """Bytes of an allocation (PyTorch's ``CachingHostAllocator``)."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def step_traffic(projection: Projection, shard: ShardSize) -> int:
     """Bytes that a projected step reads and writes in a rank's memory: Q twice, the gradient twice, and once written.
 
-    A projected update reads Q and the parameters a third time (before the step, after it, and to correct it).
+    A projected update reads Q and the parameters a third time (before the step, after it, and to correct it), and the
+    gradient once for its norm.
     """
     reads = 3 if projection.of_update else 2
     row = projection.references * projection.basis_bytes
-    return shard.elements * (reads * (row + FP32) + FP32) + shard.packed * 2 * FP32
+    written_and_read = 2 * FP32 if projection.of_update else FP32
+    return shard.elements * (reads * (row + FP32) + written_and_read) + shard.packed * 2 * FP32
 
 
 def step_message(projection: Projection) -> int:
@@ -113,10 +122,21 @@ def reference_micro_batches(samples: int, micro_batch: int, data_parallel: int, 
     return -(-samples // rows) * multiple
 
 
+def refresh_interval(round_: int, save_interval: int | None) -> float:
+    """Steps in which all references are refreshed once, where all are after each checkpoint too, which begins anew.
+
+    Args:
+        round_: steps in which they are without checkpoints.
+    """
+    if not save_interval:
+        return round_
+    return save_interval / -(-save_interval // round_)
+
+
 def refresh_share(
     micro_batches: int,
     reference_micro_batches: Sequence[int],
-    interval: int,
+    interval: float,
     pipeline: int,
     virtual: int,
     cost: float = 1.0,

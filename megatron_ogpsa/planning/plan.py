@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_ogpsa.data.micro_batches import micro_batches_at_once
+from megatron_ogpsa.integration.schedule import schedule_from_arguments
 from megatron_ogpsa.planning import costs
 from megatron_ogpsa.planning.simulation import LocalParameter, SimulatedRank, simulate
 
@@ -123,7 +125,7 @@ def make_plan(args: argparse.Namespace, progress: Callable[[Sequence[int]], Any]
         args.ogpsa_reference_samples,
         args.micro_batch_size,
         args.data_parallel_size,
-        multiple=(args.pipeline_model_parallel_size if virtual else 1) * args.ogpsa_rank_per_reference,
+        multiple=micro_batches_at_once(args) * args.ogpsa_rank_per_reference,
     )
     # Each part of a reference is a pass of its own, with a bubble of its own.
     references = (reference // args.ogpsa_rank_per_reference,) * projection.references
@@ -138,13 +140,23 @@ def make_plan(args: argparse.Namespace, progress: Callable[[Sequence[int]], Any]
         refresh_share=costs.refresh_share(
             micro_batches,
             references,
-            args.ogpsa_refresh_interval,
+            costs.refresh_interval(shortest_round(args), _save_interval(args)),
             args.pipeline_model_parallel_size,
             virtual or 1,
             cost=costs.FP8_SPEED if args.fp8 and args.ogpsa_references_in_bf16 else 1.0,
         ),
         reduction_size=reduction_size,
     )
+
+
+def shortest_round(args: argparse.Namespace) -> int:
+    """Steps in which all references are refreshed once, where the interval is as short as it may become."""
+    return schedule_from_arguments(args).round  # a run begins with the shortest
+
+
+def _save_interval(args: argparse.Namespace) -> int | None:
+    given = [args.save_interval, args.non_persistent_save_interval] if args.save else []
+    return min((steps for steps in given if steps), default=None)
 
 
 def first_ranks(args: argparse.Namespace) -> list[int]:

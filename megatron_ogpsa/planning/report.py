@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Sequence
 
 from megatron_ogpsa.planning import costs
-from megatron_ogpsa.planning.plan import Plan
+from megatron_ogpsa.planning.plan import Plan, shortest_round
 
 STORAGES = (("fp32", 4, False), ("bf16", 2, False), ("fp32", 4, True), ("bf16", 2, True))
 
@@ -87,12 +88,18 @@ def _refresh(plan: Plan) -> list[str]:
     slower = args.fp8 and args.ogpsa_references_in_bf16
     in_bf16 = f", in bf16, each up to {costs.FP8_SPEED} times the time of one in FP8" if slower else ""
     return [
-        f"each refresh, every {args.ogpsa_refresh_interval} steps and after each checkpoint",
+        f"each refresh, {_interval(args)} and after each checkpoint",
         f"  collectives    1 all-reduce of {_kb(costs.refresh_message(plan.projection))}, beside those of the passes",
         f"  passes         {total} micro-batches for {_references(plan)} of "
         f"{args.ogpsa_reference_samples} samples, against {plan.micro_batches} in a step{in_bf16}",
         f"  time           {plan.refresh_share:.1%} of all forward and backward passes at most",
     ]
+
+
+def _interval(args: argparse.Namespace) -> str:
+    longest, shortest = args.ogpsa_refresh_interval, shortest_round(args)
+    turns = ", one reference at a time" if args.ogpsa_stagger_references else ""
+    return f"every {longest} steps{turns}" if shortest >= longest else f"every {shortest} to {longest} steps{turns}"
 
 
 def _kinds(plan: Plan) -> list[str]:

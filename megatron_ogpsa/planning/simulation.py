@@ -272,14 +272,20 @@ def _size(args: argparse.Namespace, chunks: list[Any], elements: int) -> ShardSi
         packed=0 if in_fp32 or args.use_precision_aware_optimizer else elements,
         weight_bytes=sum(param.numel() * param.element_size() for param in weights),
         gradient_bytes=sum(buffer.numel * buffer.grad_dtype.itemsize for buffer in buffers),
-        state_bytes=elements * _state_bytes(args),
+        state_bytes=round(elements * _state_bytes(args) * _share_on_accelerator(args)),
     )
+
+
+def _share_on_accelerator(args: argparse.Namespace) -> float:
+    return 1.0 - args.optimizer_offload_fraction if args.optimizer_cpu_offload else 1.0
 
 
 def _state_bytes(args: argparse.Namespace) -> int:
     """Bytes of optimizer state for each element that a rank updates, main parameters included."""
     aware = args.use_precision_aware_optimizer
     main = args.main_params_dtype.itemsize if aware else FP32
+    if aware and main == FP32 and args.params_dtype == torch.bfloat16:
+        main = 2  # what fp32 has beyond the bf16 parameter (store_param_remainders of Megatron's OptimizerConfig)
     main = 0 if args.params_dtype == torch.float32 else main
     if args.optimizer == "sgd":
         return main + (FP32 if args.sgd_momentum else 0)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ogpsa.benchmarks import projection as benchmark
 from megatron_ogpsa.projection import passes
 from megatron_ogpsa.projection.cpu_kernels import CpuKernels
 from megatron_ogpsa.projection.gpu_kernels import GpuKernels
@@ -238,6 +239,22 @@ def test_a_layout_that_is_let_go_of_takes_its_tables_along(made: type[CpuKernels
     gc.collect()
     assert told() is None
     assert len(passes._known) == number - 1
+
+
+@pytest.mark.gpu
+def test_what_lies_on_a_gpu_goes_through_triton() -> None:
+    """As in training, where a layout's device is a gradient's."""
+    rows = torch.randn(2, 3000, device="cuda")
+    layout = SegmentLayout([[Segment(3000, 0, True)]], 1, rows.device)
+    assert isinstance(passes._kernels(layout, [rows[0]], [rows]), GpuKernels)
+
+
+def test_the_benchmark_measures_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.device("cuda")`` equals no tensor's device, and cannot be made the current one."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert benchmark.with_index(torch.device("cuda")) == torch.device("cuda", 0)
+    assert benchmark.with_index(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert benchmark.with_index(CPU) == CPU
 
 
 @pytest.mark.gpu

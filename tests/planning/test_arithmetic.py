@@ -95,12 +95,12 @@ def test_bytes() -> None:
     assert costs.memory(PROJECTION, SHARD) == costs.Memory(accelerator=8000, host=0, refresh=8000)
     bf16_on_host = replace(PROJECTION, basis_bytes=2, on_host=True)
     assert costs.memory(bf16_on_host, replace(SHARD, packed=1000)) == costs.Memory(
-        accelerator=4000 + 2 * 2 * 1000 * 2, host=4000, refresh=8000
+        accelerator=4000 + 2 * 2 * 1000 * 2, host=4096, refresh=8192
     )
     large = costs.memory(bf16_on_host, replace(SHARD, elements=10**9))
-    assert (large.accelerator, large.host) == (2 * 2 * 2**24 * 2, 4 * 10**9)
+    assert (large.accelerator, large.host) == (2 * 2 * 2**24 * 2, 2**32)
     assert costs.step_traffic(PROJECTION, SHARD) == 1000 * (2 * (8 + 4) + 4)
-    assert costs.step_traffic(replace(PROJECTION, of_update=True), SHARD) == 1000 * (3 * (8 + 4) + 4)
+    assert costs.step_traffic(replace(PROJECTION, of_update=True), SHARD) == 1000 * (3 * (8 + 4) + 8)
     assert costs.step_message(PROJECTION) == 10 * 3 * 8
     assert costs.step_message(replace(PROJECTION, of_update=True)) == 10 * 2 * 8
     assert costs.refresh_message(PROJECTION) == 10 * (4 + 4 + 2) * 8
@@ -117,3 +117,10 @@ def test_time_of_refreshes() -> None:
     assert with_bubble == pytest.approx(0.5)
     assert costs.refresh_share(4, [2], interval=1, pipeline=5, virtual=2) == pytest.approx(4 / (4 + 6))
     assert costs.refresh_share(4, [2], interval=1, pipeline=5, virtual=2, cost=2) == pytest.approx(8 / (8 + 6))
+
+
+@pytest.mark.parametrize(
+    ("round_", "save_interval", "expected"), [(30, None, 30), (30, 100, 25), (30, 5, 5), (1, 100, 1), (30, 30, 30)]
+)
+def test_checkpoints_are_refreshes_too(round_: int, save_interval: int | None, expected: float) -> None:
+    assert costs.refresh_interval(round_, save_interval) == expected

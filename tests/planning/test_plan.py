@@ -19,6 +19,9 @@ PIPELINE = "plan configs/example/sft-dpo.yaml --gpus-per-node 4 --vocab-size 100
 AS_JSON = (f"{EIGHT_B} --json", f"{EIGHT_B} --json --ogpsa-basis-dtype bf16 --ogpsa-basis-device cpu")
 PAPER = "plan configs/qwen2.5-7b/sft-dpo.yaml --json"
 IN_BF16 = f"{EIGHT_B} --fp8-format hybrid --ogpsa-references-in-bf16"
+ADAPTIVE = f"{EIGHT_B} --ogpsa-adaptive-interval 0.9"
+OFFLOADED = f"{EIGHT_B} --use-precision-aware-optimizer --json"
+OFFLOADED_ALL = f"{OFFLOADED} --optimizer-cpu-offload --optimizer-offload-fraction 1.0"
 UPDATE = f"{EIGHT_B} --json --ogpsa-space update --ogpsa-granularity model"
 
 MISTAKES = {
@@ -35,7 +38,7 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, tuple[int, str, str]]:
     """Of all commands below, run in one process."""
-    commands = [*DOCUMENTED, PIPELINE, *AS_JSON, UPDATE, PAPER, IN_BF16, *MISTAKES]
+    commands = [*DOCUMENTED, PIPELINE, *AS_JSON, UPDATE, PAPER, IN_BF16, ADAPTIVE, OFFLOADED, OFFLOADED_ALL, *MISTAKES]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.planning.several"],
         input=json.dumps([command.split() for command in commands]),
@@ -71,11 +74,27 @@ def test_each_stage_of_a_pipeline_is_planned(outcomes: dict[str, tuple[int, str,
 
 
 def test_references_in_bf16_may_take_twice_the_time(outcomes: dict[str, tuple[int, str, str]]) -> None:
-    """The 9.8 % of the page are 0.108 of a step's passes in a refresh."""
+    """The 11.5 % of the page are 0.130 of a step's passes in a refresh."""
     code, out, _ = outcomes[IN_BF16]
     assert code == 0
     assert re.search(r"against \d+ in a step, in bf16, each up to 2 times the time of one in FP8\n", out)
-    assert re.search(r"time +17.8% of all forward and backward passes at most", out)
+    assert re.search(r"time +20.6% of all forward and backward passes at most", out)
+
+
+def test_an_interval_that_adapts_begins_with_the_shortest(outcomes: dict[str, tuple[int, str, str]]) -> None:
+    code, out, _ = outcomes[ADAPTIVE]
+    assert code == 0
+    assert "each refresh, every 1 to 30 steps and after each checkpoint" in out
+    (share,) = re.findall(r"time +([\d.]+)% of all", out)
+    assert float(share) > 70
+
+
+def test_what_the_optimizer_holds_elsewhere_is_not_counted(outcomes: dict[str, tuple[int, str, str]]) -> None:
+    """A precision-aware optimizer has two bytes of each parameter beside the bf16 one, and two moments in fp32."""
+    plain, aware, away = (json.loads(outcomes[command][1]) for command in (AS_JSON[0], OFFLOADED, OFFLOADED_ALL))
+    (elements,), (total,) = plain["shard_elements_per_rank"], plain["megatron_bytes_per_rank"]
+    assert aware["megatron_bytes_per_rank"] == [total - 2 * elements]
+    assert away["megatron_bytes_per_rank"] == [total - 12 * elements]
 
 
 def test_json_has_the_same_figures(outcomes: dict[str, tuple[int, str, str]]) -> None:
@@ -88,7 +107,7 @@ def test_json_has_the_same_figures(outcomes: dict[str, tuple[int, str, str]]) ->
     assert elements == pytest.approx(plain["elements"] / 8, rel=1e-4)  # norms are copied, shards padded
     assert plain["accelerator_bytes_per_rank"] == 2 * 4 * elements
     assert on_host["accelerator_bytes_per_rank"] == 2 * 2 * 2**24 * 2
-    assert on_host["host_bytes_per_rank"] == 2 * 2 * elements
+    assert 2 * 2 * elements <= on_host["host_bytes_per_rank"] == 2**32
     assert (plain["step"]["collectives"], of_update["step"]["collectives"]) == (0, 1)
     assert of_update["blocks"] == 1
 
