@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from megatron_ogpsa.cli.main import ERRORS_VARIABLE
 from megatron_ogpsa.cluster.settings import LaunchSettings
@@ -15,11 +16,18 @@ RANK_MODULE = "megatron_ogpsa.cli.main"
 """What each rank runs."""
 
 
-def launch(arguments: list[str], *, settings: LaunchSettings, environment: Mapping[str, str] | None = None) -> int:
+def launch(
+    arguments: list[str],
+    *,
+    settings: LaunchSettings,
+    environment: Mapping[str, str] | None = None,
+    on_signal: Callable[[signal.Signals], None] = lambda _: None,
+) -> int:
     """Run ``megatron-ogpsa ARGUMENTS`` as the ranks of this node and wait for them.
 
     Args:
         environment: variables of the ranks beside this process's own.
+        on_signal: told of a signal that the ranks were told, who may end well all the same.
 
     Returns:
         0, or the exit code of the first rank that failed; if one fails the others are ended. A user error is told by the
@@ -33,4 +41,4 @@ def launch(arguments: list[str], *, settings: LaunchSettings, environment: Mappi
     with tempfile.TemporaryDirectory() as errors:
         own = {ERRORS_VARIABLE: errors, PARENT_VARIABLE: str(os.getpid())}
         os.environ.update({**(environment or {}), **own})  # the agent hands them on
-        return run_node([sys.executable, "-u", "-m", RANK_MODULE, *arguments], settings)
+        return run_node([sys.executable, "-u", "-m", RANK_MODULE, *arguments], settings, on_signal)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -77,12 +78,17 @@ def _start_ranks(config: ConfigFile, flags: list[str], only: str | None, setting
     chosen = _chosen(plan_stages(config, flags), only)
     if settings.max_nodes > 1:  # nodes may see the folders differently: rank 0 looks, and tells the others
         return launch(_command(config, [*flags, *(("--stage", only) if only else ())]), settings=settings)
+    told: list[signal.Signals] = []
     return run_in_order(
         chosen,
         look=_state,
         run_stage=lambda stage: launch(
-            _command(config, flags), settings=settings, environment={STAGE_VARIABLE: stage.name}
+            _command(config, flags),
+            settings=settings,
+            environment={STAGE_VARIABLE: stage.name},
+            on_signal=told.append,
         ),
+        is_told=lambda: bool(told),
         say=lambda text: print(text, flush=True),
     )
 
@@ -92,13 +98,15 @@ def run_in_order(
     *,
     look: Callable[[Stage], tuple[progress.State, list[str]]],
     run_stage: Callable[[Stage], int],
+    is_told: Callable[[], bool],
     say: Callable[[str], None],
 ) -> int:
-    """Run what is not finished, until a stage ends early.
+    """Run what is not finished, until a stage ends early, or a signal has come.
 
     Args:
         look: state of a stage, and its flags that are no longer what they were.
         run_stage: returns an exit code.
+        is_told: whether a signal asked the last stage to end, which it may have come too late for.
         say: tells the user.
 
     Returns:
@@ -111,6 +119,9 @@ def run_in_order(
         if state == "finished":
             say(f"{title} is finished: skipped{note}" + ("; delete the folder to train it again" if changed else ""))
             continue
+        if is_told():
+            say(f"{title} is not started, because a signal has come: run the same command to go on")
+            return 0
         say(f"{title} goes on{note}" if state == "begun" else f"{title} begins")
         if code := run_stage(stage):
             return code
@@ -144,6 +155,7 @@ def _run_as_rank_of_job(stages: Sequence[Stage], command: list[str]) -> int:
             stages,
             look=lambda stage: job.told_by_first(lambda: _state(stage)),
             run_stage=lambda stage: job.run_process(["-u", "-m", RANK_MODULE, *command], {STAGE_VARIABLE: stage.name}),
+            is_told=job.is_told,
             say=lambda text: print(text, flush=True) if job.rank == 0 else None,
         )
 

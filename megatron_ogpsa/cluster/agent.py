@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from subprocess import Popen
@@ -69,8 +69,15 @@ class NodeAgent(LocalElasticAgent):
         name: of this agent in verdicts.
     """
 
-    def __init__(self, spec: WorkerSpec, *, shutdown_timeout: float) -> None:
-        """``shutdown_timeout``: seconds that ranks get to end after a signal was handed on."""
+    def __init__(
+        self, spec: WorkerSpec, *, shutdown_timeout: float, on_signal: Callable[[signal.Signals], None]
+    ) -> None:
+        """As torch's.
+
+        Args:
+            shutdown_timeout: seconds that ranks get to end after a signal was handed on.
+            on_signal: told of the first that is.
+        """
         super().__init__(spec, DefaultLogsSpecs())
         self.verdict: Verdict | None = None
         self.has_had_ranks = False
@@ -78,6 +85,7 @@ class NodeAgent(LocalElasticAgent):
         self._told: signal.Signals | None = None
         self._kill_at = float("inf")
         self._patience = shutdown_timeout
+        self._on_signal = on_signal
         self._last_look = 0.0
         self._ignored = [number for number in HANDED_ON if signal.getsignal(number) == signal.SIG_IGN]
 
@@ -187,6 +195,7 @@ class NodeAgent(LocalElasticAgent):
             self._kill()
         if self._told is None:
             self._told, self._kill_at = received, time.monotonic() + self._patience
+            self._on_signal(received)
         for process in self._ranks():
             process.send_signal(HANDED_ON[received])  # not to its group: loaders of data must last until it has saved
 

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -34,8 +34,13 @@ _STORE_SECONDS = 60
 """For one answer from the store of the rendezvous."""
 
 
-def run_node(command: Sequence[str], settings: LaunchSettings) -> int:
+def run_node(
+    command: Sequence[str], settings: LaunchSettings, on_signal: Callable[[signal.Signals], None] = lambda _: None
+) -> int:
     """Start ``command`` once for each rank of this node, together with the other nodes, and wait for the end.
+
+    Args:
+        on_signal: told of a signal that the ranks were told, who may end well all the same.
 
     Returns:
         0, the exit code of the first rank that failed anywhere, 128 + the number of the signal that ended the ranks, or 1
@@ -59,7 +64,7 @@ def run_node(command: Sequence[str], settings: LaunchSettings) -> int:
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
         rendezvous = _join(settings)
-        agent = _agent(command, num_ranks, rendezvous, settings)
+        agent = _agent(command, num_ranks, rendezvous, settings, on_signal)
         try:
             with _signals_restored(), stopped_processes_end():
                 return _run(agent, settings)
@@ -72,7 +77,11 @@ def run_node(command: Sequence[str], settings: LaunchSettings) -> int:
 
 
 def _agent(
-    command: Sequence[str], num_ranks: int, rendezvous: RendezvousHandler, settings: LaunchSettings
+    command: Sequence[str],
+    num_ranks: int,
+    rendezvous: RendezvousHandler,
+    settings: LaunchSettings,
+    on_signal: Callable[[signal.Signals], None],
 ) -> NodeAgent:
     spec = WorkerSpec(
         role="default",
@@ -84,7 +93,7 @@ def _agent(
         monitor_interval=settings.monitor_interval,
         local_addr=settings.local_addr,
     )
-    return NodeAgent(spec, shutdown_timeout=settings.shutdown_timeout)
+    return NodeAgent(spec, shutdown_timeout=settings.shutdown_timeout, on_signal=on_signal)
 
 
 def _others_have_met(rendezvous: Any) -> bool:

@@ -46,7 +46,8 @@ class JobRank:
 
         self._store, self.rank, self._world = next(rendezvous("env://", timeout=_PATIENCE))
         self._attempt = attempt_in_store()
-        self._told = 0
+        self._num_told = 0
+        self._num_processes = 0
         self._has_failed = False
 
     def __enter__(self) -> JobRank:
@@ -66,8 +67,8 @@ class JobRank:
         Raises:
             UserError: it raised one on rank 0.
         """
-        key = f"megatron-ogpsa/{self._attempt}/{self._told}"
-        self._told += 1
+        key = f"megatron-ogpsa/{self._attempt}/{self._num_told}"
+        self._num_told += 1
         if self.rank == 0:
             try:
                 message = {"result": look()}
@@ -96,7 +97,10 @@ class JobRank:
         }
         process = subprocess.Popen([sys.executable, *arguments], env=os.environ | environment | own)
 
+        signals: list[int] = []
+
         def hand_on(number: int, frame: FrameType | None) -> None:
+            signals.append(number)
             process.send_signal(number)
 
         before = {number: signal.signal(number, hand_on) for number in _HANDED_ON}
@@ -106,7 +110,19 @@ class JobRank:
             for number, handler in before.items():
                 signal.signal(number, handler)
         self._has_failed = code != 0
+        if not self._has_failed:  # otherwise nobody asks
+            self._num_processes += 1
+            self._store.set(self._ended(self.rank), "told" if signals else "")
         return code if code >= 0 else 128 - code
+
+    def is_told(self) -> bool:
+        """Whether a signal has come to any rank while the last process ran; waits for its end on all of them."""
+        if not self._num_processes:
+            return False
+        return self.told_by_first(lambda: any(self._store.get(self._ended(rank)) for rank in range(self._world)))
+
+    def _ended(self, rank: int) -> str:
+        return f"megatron-ogpsa/{self._attempt}/ended/{self._num_processes}/{rank}"
 
     def _leave(self) -> None:
         left = f"megatron-ogpsa/{self._attempt}/left"

@@ -36,7 +36,11 @@ def start(node: int, num_nodes: int, port: int, behaviour: str, flags: dict[str,
         environment |= {"MASTER_PORT": str(port)}
     settings = launch_settings({"nproc-per-node": str(RANKS_PER_NODE)} | flags, {}, environment)
     os.environ |= {PARENT_VARIABLE: str(os.getpid()), "PYTHONPATH": str(ROOT)}
-    os._exit(run_node([sys.executable, "-m", "tests.cluster.ranks", behaviour], settings))
+    os._exit(run_node([sys.executable, "-m", "tests.cluster.ranks", behaviour], settings, _say_signal))
+
+
+def _say_signal(received: signal.Signals) -> None:
+    print(f"the command was told {received.name}", flush=True)
 
 
 def main(request: str) -> None:

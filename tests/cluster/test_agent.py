@@ -56,7 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
         "flags": {"max-restarts": "3"},
         "signal": "SIGTERM",
         "codes": [0],
-        "said": ["rank 0 has saved", "rank 1 has saved"],
+        "said": ["the command was told SIGTERM", "rank 0 has saved", "rank 1 has saved"],
         "starts": 2,
     },
     "Ctrl-C is SIGTERM to the ranks": {

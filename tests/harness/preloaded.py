@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -238,7 +238,11 @@ def _prepare_command(request: Mapping[str, Any], connection: Connection, server:
 
 
 def _launch_by_forking(
-    arguments: list[str], *, settings: LaunchSettings, environment: Mapping[str, str] | None = None
+    arguments: list[str],
+    *,
+    settings: LaunchSettings,
+    environment: Mapping[str, str] | None = None,
+    on_signal: Callable[[signal.Signals], None] = lambda _: None,
 ) -> int:
     """In place of :func:`megatron_ogpsa.cli.launching.launch`: the same variables, output, exit codes and signals.
 
@@ -264,6 +268,7 @@ def _launch_by_forking(
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         told.append(number)
+        on_signal(signal.Signals(number))
         for process_id in ranks:
             os.kill(process_id, number)
 

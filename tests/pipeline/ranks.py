@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,12 @@ from tests.cluster.agents import free_port
 LIMIT = 30.0
 """Seconds that a rank may take; one that waits for the other in vain would take minutes."""
 
-STAGE = Stage("sft", 0, Path("out/sft"), None, ConfigFile(path=Path("none.yaml"), entries=()), (), ())
+STAGES = [
+    Stage(name, number, Path("out", name), None, ConfigFile(path=Path("none.yaml"), entries=()), (), ())
+    for number, name in enumerate(("sft", "dpo"))
+]
+
+BEGUN: set[str] = set()
 
 FINDINGS: dict[str, Callable[[Stage], Any]] = {}
 
@@ -43,6 +49,12 @@ def finished(stage: Stage) -> Any:
 @finding
 def new(stage: Stage) -> Any:
     return "new", []
+
+
+@finding
+def finished_once_begun(stage: Stage) -> Any:
+    is_begun, _ = stage.name in BEGUN, BEGUN.add(stage.name)
+    return "finished" if is_begun else "new", []
 
 
 @finding
@@ -68,10 +80,12 @@ def be_rank(rank: int, case: dict[str, Any]) -> int:
 
         JobRank.told_by_first = told_late  # type: ignore[method-assign]
     train._state = FINDINGS[case["finds"]]  # type: ignore[assignment]
-    sys.executable = "false"
+    sys.executable = case.get("process", "false")
     os.environ["RANK"] = str(rank)
+    if rank == 1 and "signal" in case:
+        threading.Timer(case["signal"], lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
     try:
-        return train._run_as_rank_of_job([STAGE], [])
+        return train._run_as_rank_of_job(STAGES[: case.get("stages", 1)], [])
     except UserError as error:
         return error.exit_code
 

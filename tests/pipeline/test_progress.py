@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_an_error(stages: Stages) -> None:
 
 
 def test_stages_run_in_order_and_stop_where_one_stops(stages: Stages) -> None:
-    def ran(results: dict[str, str], codes: dict[str, int]) -> tuple[int, list[str], str]:
+    def ran(results: dict[str, str], codes: dict[str, int], told: str = "") -> tuple[int, list[str], str]:
         order: list[str] = []
         said: list[str] = []
 
@@ -119,6 +119,7 @@ def test_stages_run_in_order_and_stop_where_one_stops(stages: Stages) -> None:
             stages(),
             look=lambda stage: (results[stage.name], []),  # type: ignore[return-value]
             run_stage=run_stage,
+            is_told=lambda: told in order,
             say=said.append,
         )
         return code, order, " ".join(said)
@@ -132,3 +133,7 @@ def test_stages_run_in_order_and_stop_where_one_stops(stages: Stages) -> None:
     code, order, said = ran({"sft": "new", "dpo": "new"}, {"sft": 0})  # told to save and exit
     assert (code, order) == (0, ["sft"])
     assert "has stopped before its last step: run the same command to go on" in said
+    code, order, said = ran({"sft": "new", "dpo": "new"}, {}, told="sft")  # too late for this stage
+    assert (code, order) == (0, ["sft"])
+    assert "stage dpo (out/dpo) is not started, because a signal has come: run the same command to go on" in said
+    assert ran({"sft": "new", "dpo": "new"}, {}, told="dpo")[1] == ["sft", "dpo"]

@@ -64,4 +64,28 @@ CLUSTER = (
         ("tests/cluster/test_agent.py::test_agents",),
         "the writer of --async-save keeps memory of the GPU after its rank was killed",
     ),
+    Mutation(
+        "signal-forgotten-between-stages",
+        "megatron_ogpsa/pipeline/ranks.py",
+        '"told" if signals else ""',
+        '""',
+        ("tests/pipeline/test_ranks.py::test_ranks_leave_together[a signal that comes too late]",),
+        "SIGTERM in a stage's last seconds is forgotten, and the next stage begins",
+    ),
+    Mutation(
+        "pods-variables-are-a-ranks",
+        "megatron_ogpsa/processes.py",
+        '    if "LOCAL_RANK" not in environment:\n',
+        '    if "RANK" not in environment:\n',
+        ("tests/cluster/test_starts.py::test_a_pods_variables_are_not_a_ranks",),
+        "a pod of several GPUs becomes one rank, on its first GPU",
+    ),
+    Mutation(
+        "named-step-is-gone-back-to",
+        "megatron_ogpsa/cluster/restarts.py",
+        'if step := given.ckpt_step or written.get("ckpt-step"):',
+        'if step := given.ckpt_step and written.get("ckpt-step"):',
+        ("tests/cluster/test_restarts.py::test_runs_that_would_begin_anew[a step]",),
+        "each restart goes back to the step that --ckpt-step names, and what was trained since is lost",
+    ),
 )
