@@ -39,6 +39,9 @@ def _add_own(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="ranks on this machine when not under torchrun (default: launch.nproc-per-node of the file)",
     )
+    parser.add_argument(
+        "--nnodes", metavar="N|MIN:MAX", help="nodes of the run (default: as in training, NNODES, the file or SLURM)"
+    )
     parser.add_argument("--stage", metavar="NAME", help="of a file with stages: examine this one alone")
     parser.add_argument("--json", action="store_true", help="print findings as JSON")
     parser.add_argument(
@@ -66,7 +69,13 @@ def run(args: argparse.Namespace) -> int:
             return connections.follow()
     else:
         connections = LocalRanks(timeout=timeout)
-    request = Request(config=args.config, overrides=flags, num_ranks=chosen("nproc_per_node"), stage=chosen("stage"))
+    request = Request(
+        config=args.config,
+        overrides=flags,
+        num_ranks=chosen("nproc_per_node"),
+        nodes=chosen("nnodes"),
+        stage=chosen("stage"),
+    )
     return _examine(request, connections, as_json=chosen("json"))
 
 

@@ -105,6 +105,24 @@ def launch_settings(
     )
 
 
+def number_of_nodes(flag: str | None, file: Mapping[str, str], environment: Mapping[str, str]) -> tuple[int, int]:
+    """The fewest and the most nodes, as :func:`launch_settings` takes them.
+
+    Args:
+        flag: ``--nnodes``, if it was given.
+
+    Raises:
+        UserError: a value that is not possible.
+    """
+    step = slurm.step_values(environment)
+    given = step | {key: Value(text, f"launch.{key}") for key, text in file.items()}
+    if environment.get(_VARIABLES["nnodes"]):
+        given["nnodes"] = Value(environment[_VARIABLES["nnodes"]], _VARIABLES["nnodes"])
+    if flag:
+        given["nnodes"] = Value(flag, "--nnodes")
+    return _nodes(given, step, {})
+
+
 def _nodes(given: Mapping[str, Value], step: Mapping[str, Value], environment: Mapping[str, str]) -> tuple[int, int]:
     if "nnodes" not in given:
         slurm.require_one_node(environment)

@@ -15,24 +15,30 @@ hashes it on all ranks before it loads it."""
 
 
 def check_checkpoints(
-    *, load: str | None, save: str | None, pretrained: str | None, previous: Path | None, may_be_older: bool
+    *,
+    load: str | None,
+    save: str | None,
+    pretrained: str | None,
+    step: int | None,
+    previous: Path | None,
+    may_be_older: bool,
 ) -> Iterator[Finding]:
     """Whether the run can go on where it was, or begin where it is told to.
 
     Args:
-        load, save, pretrained: Megatron's flags.
+        load, save, pretrained, step: Megatron's flags.
         previous: of a pipeline's later stage, where the stage before it saves.
         may_be_older: whether training may take an older checkpoint of ``load`` for a damaged one.
     """
     goes_on = False
     if load is not None:
-        examined = _examined(Path(load))
+        examined = _examined(Path(load), step)
         goes_on = examined.chosen is not None
         yield _last_checkpoint(Path(load), examined, may_be_older=may_be_older)
     elif save is not None:
         yield _overwritten(Path(save))
     if pretrained is not None and not goes_on:
-        yield _beginning(Path(pretrained), is_to_come=previous is not None and Path(pretrained) == previous)
+        yield _beginning(Path(pretrained), step, is_to_come=previous is not None and Path(pretrained) == previous)
 
 
 def _last_checkpoint(folder: Path, examined: Examined, *, may_be_older: bool) -> Finding:
@@ -57,8 +63,8 @@ def _overwritten(folder: Path) -> Finding:
     return warn("last checkpoint", text, f"say --load {folder} to go on from it, or name another --save")
 
 
-def _beginning(folder: Path, *, is_to_come: bool) -> Finding:
-    name, examined = "first weights", _examined(folder)
+def _beginning(folder: Path, step: int | None, *, is_to_come: bool) -> Finding:
+    name, examined = "first weights", _examined(folder, step)
     if examined.chosen is None and is_to_come and not examined.problems:
         return ok(name, f"{folder}, which the stage before this one will write")
     if examined.chosen is None:
@@ -70,12 +76,12 @@ def _beginning(folder: Path, *, is_to_come: bool) -> Finding:
     return ok(name, f"{folder / examined.chosen.name}: {_how_verified(folder, examined)}")
 
 
-def _examined(folder: Path) -> Examined:
+def _examined(folder: Path, step: int | None) -> Examined:
     """With the files' content, if that is not too much of it."""
-    examined = examine(folder, contents=False)
+    examined = examine(folder, step, contents=False)
     if examined.chosen is None or _size(folder / examined.chosen.name) > MOST_HASHED:
         return examined
-    return examine(folder)
+    return examine(folder, step)
 
 
 def _how_verified(folder: Path, examined: Examined) -> str:

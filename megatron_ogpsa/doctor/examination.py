@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,12 +34,14 @@ class Request:
         config: path of a configuration; None to look at the machine alone.
         overrides: flags that win over the file.
         num_ranks: ``--nproc-per-node``, where it is given.
+        nodes: ``--nnodes``, likewise.
         stage: of a file with stages, the only one to examine.
     """
 
     config: Path | None
     overrides: list[str] = field(default_factory=list)
     num_ranks: int | None = None
+    nodes: str | None = None
     stage: str | None = None
 
 
@@ -71,6 +74,8 @@ class Examination:
     def make(self) -> int:
         """Examine everything; returns the exit code."""
         reading = made("file", self._read) if self._request.config else []  # it may say how many ranks there are
+        if self._config is not None:
+            reading += made("start", self._look_at_start)
         self._examine_environment()
         if self._request.config is None:
             if self._world.size and self._world.size > 1:
@@ -96,7 +101,7 @@ class Examination:
         report.examine("torch", environment.check_torch)
         report.examine("GPU", self._look_for_gpus, needs=("torch",))
         launch = self._config.launch if self._config else {}
-        self._world = find_world(self._request.num_ranks, launch, gpus=len(self._gpus))
+        report.examine("nodes", lambda: self._count(launch))
         has_gpu, ranks = bool(self._gpus), self._world.local
         report.examine("communication", lambda: machine.check_communication(has_gpu=has_gpu), needs=("torch",))
         report.examine("megatron-core", environment.check_megatron, needs=("torch",))
@@ -106,6 +111,14 @@ class Examination:
         report.examine("host memory", lambda: machine.check_memory(machine.available_memory(), ranks=ranks))
         report.examine("/dev/shm", machine.check_shared_memory)
         report.examine("OMP_NUM_THREADS", lambda: machine.check_threads(ranks=ranks))
+
+    def _count(self, launch: dict[str, str]) -> Finding:
+        request = self._request
+        self._world = find_world(request.num_ranks, launch, nodes=request.nodes, gpus=len(self._gpus))
+        size, local = self._world.size, self._world.local
+        if size is None:
+            return ok("nodes", "nobody has said how many ranks there are: say --nproc-per-node and --nnodes")
+        return ok("nodes", f"{-(-size // local)} of {local} rank{'s' * (local > 1)}")
 
     def _look_for_gpus(self) -> list[Finding]:
         import torch
@@ -136,6 +149,25 @@ class Examination:
         self._config = config
         keys = sum(map(len, (config.entries, *config.stages.values())))
         return ok("file", f"{keys} keys" + (f", stages {', '.join(config.stages)}" if config.stages else ""))
+
+    def _look_at_start(self) -> Finding:
+        """What training refuses before it starts a rank: stages that do not follow, restarts that would begin anew."""
+        from megatron_ogpsa.cluster.restarts import require_resumable
+        from megatron_ogpsa.cluster.settings import launch_settings
+        from megatron_ogpsa.pipeline.plan import plan_stages
+        from megatron_ogpsa.pipeline.progress import state_of
+
+        config, request = self._config, self._request
+        assert config is not None
+        somewhere = {"MASTER_ADDR": "localhost"}  # where nodes will meet is not known here
+        flags = {"nnodes": request.nodes} if request.nodes else {}
+        settings = launch_settings(flags, config.launch, somewhere | dict(os.environ))
+        require_resumable(config, request.overrides, settings)
+        if not config.stages:
+            return ok("start", "as train would")
+        stages = plan_stages(config, request.overrides)
+        states = [f"{stage.name} is {state_of(stage)}" for stage in stages if request.stage in (None, stage.name)]
+        return ok("start", "; ".join(states))
 
     def _examine_run(self, run: Run) -> Stage:
         from megatron_ogpsa.doctor.stage import Stage

@@ -44,9 +44,13 @@ def available_memory(cgroup: Path = _CGROUP) -> int:
     available = int(psutil.virtual_memory().available)
     try:
         limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
     except OSError:  # cgroups of version 1, or none
         return available
-    return available if limit == "max" else min(available, max(int(limit) - int(used), 0))
+    if limit == "max":
+        return available
+    needed = int(used) - int(statistics.get("inactive_file", 0))  # files that were read are given up for it
+    return min(available, max(int(limit) - needed, 0))
 
 
 def check_memory(available: int, *, ranks: int) -> Finding:
@@ -117,6 +121,10 @@ def check_connections(
     given = environment.get(name)
     if generation >= BLACKWELL or (tensor == 1 and context == 1) or given == "1":
         return [ok("connections", f"{name} is {given or 'unset'}, as this GPU and layout want it")]
+    if given is None:
+        return [
+            ok("connections", f"{name} is unset: megatron-ogpsa sets it to 1 for its ranks, as this layout wants it")
+        ]
     text = f"{name} is {given or 'unset'}: tensor and context parallelism need 1 on this GPU"
     return [fail("connections", text, f"export {name}=1")]
 

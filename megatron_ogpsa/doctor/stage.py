@@ -185,6 +185,7 @@ class Stage:
             load=args.load,
             save=args.save,
             pretrained=args.pretrained_checkpoint,
+            step=args.ckpt_step,
             previous=self._previous,
             may_be_older=not args.finetune,
         )

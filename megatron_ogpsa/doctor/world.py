@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron_ogpsa.cluster.settings import number_of_nodes
 from megatron_ogpsa.processes import is_rank
 
 MOST_RANKS_ON_CPU = 16
@@ -33,14 +33,23 @@ class World:
 
 
 def find_world(
-    flag: int | None, file: Mapping[str, object], *, gpus: int, environment: Mapping[str, str] = os.environ
+    flag: int | None,
+    file: Mapping[str, str],
+    *,
+    nodes: str | None = None,
+    gpus: int,
+    environment: Mapping[str, str] = os.environ,
 ) -> World:
     """What the environment of a job says; else the command line; else the configuration's ``launch``.
 
     Args:
         flag: ``--nproc-per-node``.
+        nodes: ``--nnodes``; else as in training, by NNODES, the file or SLURM.
         file: ``launch`` of the configuration: nproc-per-node (a number, ``gpu`` or ``auto``) and nnodes (N or MIN:MAX).
         gpus: of this machine.
+
+    Raises:
+        UserError: a number of nodes that is not possible.
     """
     if is_rank(environment):
         size = int(environment["WORLD_SIZE"])
@@ -50,8 +59,7 @@ def find_world(
     local = flag or by_machine.get(written) or (int(written) if written.isdigit() else None)
     if local is None:
         return World(size=None, local=1)
-    nodes = re.fullmatch(r"(?:\d+:)?(\d+)", str(file.get("nnodes", "1")))
-    return World(size=local * (int(nodes[1]) if nodes else 1), local=local)
+    return World(size=local * number_of_nodes(nodes, file, environment)[1], local=local)
 
 
 def can_start(ranks: int, *, gpus: int) -> bool:

@@ -40,6 +40,6 @@ def place(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with ``data``; nothing of the machine that runs the tests is to matter."""
     (tmp_path / "data").symlink_to(data)
     monkeypatch.chdir(tmp_path)
-    for name in ("OMP_NUM_THREADS", "RANK", "WORLD_SIZE"):
+    for name in ("OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "NNODES"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path

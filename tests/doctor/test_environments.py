@@ -23,6 +23,8 @@ from tests.doctor.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="what is expected here is of a machine without a GPU")
 
+AVAILABLE_MEMORY = machine.available_memory
+
 SFT = ROOT / "configs/example/sft.yaml"
 PIPELINE = ROOT / "configs/example/sft-dpo.yaml"
 
@@ -191,6 +193,14 @@ CASES = {
     "checkpoint to be overwritten": Case(
         warns={"last checkpoint": "-> say --load runs/sft"}, prepare=a_whole_checkpoint
     ),
+    "torn checkpoint, and the step before is asked for": Case(
+        "--load runs/sft --ckpt-step 3", prepare=a_torn_checkpoint_after_a_whole_one
+    ),
+    "a step that is not there": Case(
+        "--load runs/sft --ckpt-step 5",
+        {"last checkpoint": "runs/sft/iter_0000005 is missing: none is left"},
+        prepare=a_whole_checkpoint,
+    ),
     "no first weights": Case("--pretrained-checkpoint runs/base", {"first weights": "runs/base holds no checkpoint"}),
     "full disk": Case(
         fails={"disk space": "of about 2.89 MB: not one fits"},
@@ -208,6 +218,20 @@ CASES = {
     "little memory": Case(
         fails={"model memory": "of 1.00 MB free"}, warns={"host memory": "4 ranks take about"}, prepare=little_memory
     ),
+    "restarts that would begin anew": Case(
+        fails={"start": "--max-restarts 3 -> ranks that are started again would begin anew, because load is not given"},
+        config=Path("restarted.yaml"),
+    ),
+    "nodes of the environment": Case(
+        "--micro-batch-size 1",
+        warns={"all-reduce": "there will be 32 ranks"},
+        prepare=lambda monkeypatch: monkeypatch.setenv("NNODES", "8"),
+    ),
+    "not a number of nodes": Case(
+        fails={"start": "NNODES many -> write a number of nodes", "nodes": "NNODES many -> write a number of nodes"},
+        prepare=lambda monkeypatch: monkeypatch.setenv("NNODES", "many"),
+        warns={"world size": "the fewest"},
+    ),
     "more ranks than fit": Case(
         "--micro-batch-size 1",
         warns={"all-reduce": "-> on every node: torchrun --nnodes 4 --nproc-per-node 8 "},
@@ -224,6 +248,8 @@ CASES = {
 def test_what_is_wrong_is_told_and_nothing_else(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     text = SFT.read_text(encoding="utf-8").replace("launch:\n  nproc-per-node: 4", "")
     Path("unlaunched.yaml").write_text(text, encoding="utf-8")
+    text = SFT.read_text(encoding="utf-8").replace("nproc-per-node: 4", "nproc-per-node: 4\n  max-restarts: 3")
+    Path("restarted.yaml").write_text(text, encoding="utf-8")
     Path("typo.yaml").write_text("lrr: 1.0\n", encoding="utf-8")
     case.prepare(monkeypatch)
     report = examined(*case.flags.split(), config=case.config, ranks=case.ranks)
@@ -233,6 +259,26 @@ def test_what_is_wrong_is_told_and_nothing_else(case: Case, monkeypatch: pytest.
         assert all(words in found[name] for name, words in expected.items()), found
     assert report.exit_code == (2 if case.fails else 1)
     assert all(finding.remedy for finding in report.findings if finding.level != "OK")
+
+
+def test_a_stage_that_training_would_refuse() -> None:
+    track(save(Path("runs/sft-dpo/sft"), 3).parent, "3")
+    found = told(examined(config=PIPELINE), "FAIL")
+    assert found["start"].startswith("runs/sft-dpo/sft holds checkpoints that this pipeline has not made")
+
+
+def test_files_that_were_read_are_free_memory(tmp_path: Path) -> None:
+    """A container's, in which the checkpoint was hashed a moment before."""
+    for name, text in (("max", "1000"), ("current", "900"), ("stat", "anon 300\ninactive_file 600")):
+        (tmp_path / f"memory.{name}").write_text(f"{text}\n", encoding="utf-8")
+    assert AVAILABLE_MEMORY(tmp_path) == 700
+
+
+@pytest.mark.parametrize(("given", "level"), [(None, "OK"), ("1", "OK"), ("8", "FAIL")])
+def test_queues_of_a_gpu_before_blackwell(given: str | None, level: str) -> None:
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": given} if given else {}
+    (found,) = machine.check_connections(9, tensor=2, context=1, environment=environment)
+    assert found.level == level
 
 
 def test_only_the_broken_stage_of_a_pipeline_is_blamed(data: Path) -> None:
