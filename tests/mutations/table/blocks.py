@@ -84,4 +84,12 @@ BLOCKS = (
         (f"{MATHEMATICS}::test_copies_stay_bitwise_the_same_however_their_tiles_are_cut",),
         "copies that do not enter sums are not projected either, and drift away from the one that does",
     ),
+    Mutation(
+        "query-groups-of-the-whole-model",
+        "megatron_ogpsa/sharding/names.py",
+        '        config = getattr(module, "config", config)\n',
+        "",
+        ("tests/core/test_logical.py::test_layers_of_a_heterogeneous_model_have_query_groups_of_their_own",),
+        "query, key and value of a layer with query groups of its own are cut where another layer's end",
+    ),
 )

@@ -81,4 +81,12 @@ CHECKPOINTS = (
         (f"{MANIFESTS}::test_each_rank_hashes_what_it_wrote",),
         "training waits until what was written beside it has been read again",
     ),
+    Mutation(
+        "non-persistent-not-verified",
+        "megatron_ogpsa/integration/checkpoints.py",
+        "        kind = _verified_kind(flags, load_arg)\n",
+        "        kind = flags.non_persistent_ckpt_type\n",
+        ("tests/integration/test_torn_checkpoints.py::test_a_non_persistent_checkpoint_is_verified_too",),
+        "a torn non-persistent checkpoint, which Megatron prefers to others, is loaded without a look",
+    ),
 )

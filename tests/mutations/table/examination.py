@@ -19,7 +19,7 @@ EXAMINATION = (
     Mutation(
         "doctor-does-not-hash",
         "megatron_ogpsa/doctor/checkpoints.py",
-        "        return examined\n    return examine(folder)\n",
+        "        return examined\n    return examine(folder, step)\n",
         "        return examined\n    return examined\n",
         (f"{EXAMINED}[torn checkpoint]",),
         "a torn checkpoint passes, since its files are there",

@@ -103,4 +103,12 @@ STEP = (
         (f"{ADDED}[dp2-plain-tensor]",),
         "the authors' leak, once asked for, goes on",
     ),
+    Mutation(
+        "copies-look-for-overflow-alone",
+        "megatron_ogpsa/spaces.py",
+        "        if shard.reduction.holds_copies:\n",
+        "        if not shard.reduction.holds_copies:\n",
+        ("tests/core/test_contract.py::test_what_is_not_finite_on_one_rank_is_decided_on_all[dp2-fp16-plain-0]",),
+        "in fp16 a copy of the model whose gradient overflows skips alone, and the others wait for it",
+    ),
 )
