@@ -44,9 +44,10 @@ def test_commands_of_the_page_are_accepted(line: str) -> None:
     require_resumable(config, flags, settings)
 
     from megatron_ogpsa.integration.arguments import build_parser
+    from megatron_ogpsa.integration.loop_arguments import check_before_validation
 
     megatron = build_parser()
-    megatron.parse_args(config.as_flags(megatron, flags))
+    check_before_validation(megatron.parse_args(config.as_flags(megatron, flags)))
 
 
 def test_the_page_names_every_flag_and_no_other() -> None:
