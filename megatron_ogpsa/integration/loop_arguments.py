@@ -20,13 +20,7 @@ def check_before_validation(args: argparse.Namespace, *, is_here: bool = True) -
     Raises:
         UserError, UnsupportedError: naming the flag and the remedy.
     """
-    for name in _PLACES:
-        place = getattr(args, name, None)
-        if isinstance(place, str) and "://" in place:
-            raise UnsupportedError(
-                f"--{name.replace('_', '-')} {place}: object stores (--enable-msc) are not supported, because checkpoints "
-                "there could not be verified; name a folder of a file system"
-            )
+    check_places(args)
     if args.async_save and not args.use_persistent_ckpt_worker:
         raise UserError("--async-save without --use-persistent-ckpt-worker is dropped by Megatron: add it")
     if args.async_save and args.async_strategy == "nvrx" and is_here:
@@ -36,6 +30,21 @@ def check_before_validation(args: argparse.Namespace, *, is_here: bool = True) -
             "--non-persistent-ckpt-type local saves the optimizer's state as it lies: add "
             "--no-dist-ckpt-optim-fully-reshardable, or use --non-persistent-ckpt-type global"
         )
+
+
+def check_places(args: argparse.Namespace) -> None:
+    """Refuse places of checkpoints that are no folders of a file system.
+
+    Raises:
+        UnsupportedError: naming the flag.
+    """
+    for name in _PLACES:
+        place = getattr(args, name, None)
+        if isinstance(place, str) and "://" in place:
+            raise UnsupportedError(
+                f"--{name.replace('_', '-')} {place}: object stores (--enable-msc) are not supported, because checkpoints "
+                "there could not be verified; name a folder of a file system"
+            )
 
 
 def _require_nvrx() -> None:

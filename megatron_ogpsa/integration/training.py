@@ -19,8 +19,10 @@ from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu, install_in
 from megatron_ogpsa.integration.disk import check_folders, install_disk_errors
 from megatron_ogpsa.integration.hang_watch import pulsing, watched
 from megatron_ogpsa.integration.loop import LoopHook, install_hooks
+from megatron_ogpsa.integration.loop_arguments import check_places
 from megatron_ogpsa.integration.patching import Patch, apply_patches, require_supported_megatron
 from megatron_ogpsa.precision.fp8_support import check_fp8_available
+from megatron_ogpsa.processes import require_common_count
 
 _PRETRAIN_PARAMETERS = (
     "cfg_container",
@@ -65,11 +67,14 @@ def run_loop(hooks: Sequence[LoopHook], *args: Any, **kwargs: Any) -> Any:
     Checkpoints are verified before they are loaded, and hangs are watched for.
 
     Raises:
-        UserError: a flag needs a GPU and there is none, a folder cannot be written, or the watch's timeout cannot be.
+        UserError: a flag needs a GPU and there is none, a folder cannot be written, the watch's timeout cannot be, or torchrun
+            would start ranks again that do not find each other.
     """
     from megatron.training import get_args
 
+    require_common_count()
     known = get_args()
+    check_places(known)
     check_folders({"--save": known.save, "--tensorboard-dir": known.tensorboard_dir})
     prepare_megatron()
     install_hooks(hooks)
