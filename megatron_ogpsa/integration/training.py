@@ -67,8 +67,8 @@ def run_loop(hooks: Sequence[LoopHook], *args: Any, **kwargs: Any) -> Any:
     Checkpoints are verified before they are loaded, and hangs are watched for.
 
     Raises:
-        UserError: a flag needs a GPU and there is none, a folder cannot be written, the watch's timeout cannot be, or torchrun
-            would start ranks again that do not find each other.
+        UserError: a flag needs a GPU and there is none, a folder cannot be written, the watch's timeout cannot be, or
+            torchrun would start ranks again that do not find each other.
     """
     from megatron.training import get_args
 
