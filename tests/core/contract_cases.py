@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ogpsa import OGPSA, OGPSAConfig, attach
+from megatron_ogpsa.sharding.gradients import leaf_optimizers
 from tests.core import oracle
 from tests.core.cases import batch_of, planted, refresh, refresh_planted
 from tests.core.gradients import plant, projected_gradient
@@ -68,7 +69,7 @@ def collectives(
 
 def detached_is_plain(layout: str) -> dict[str, bool]:
     """Parameters and returns after attach, projected and unprojected steps, and detach, against a run without."""
-    shape = oracle.ModelShape(**LAYOUTS[layout].model)
+    shape = oracle.ModelShape(**ALL_LAYOUTS[layout].model)
     weights = oracle.random_weights(shape, seed=1)
     batches = [batch_of(shape, seed) for seed in range(3)]
 
@@ -82,19 +83,26 @@ def detached_is_plain(layout: str) -> dict[str, bool]:
             returned.append(tuple(training.optimizer.step()))
         return returned
 
-    training = build(LAYOUTS[layout], weights)
+    training = build(ALL_LAYOUTS[layout], weights)
+    optimizers = [training.optimizer, *leaf_optimizers(training.optimizer)]
+
+    def replaced() -> set[str]:
+        return {name for owner in optimizers for name in vars(owner) if callable(getattr(type(owner), name, None))}
+
+    own = replaced()
     ogpsa = attach(training.optimizer, training.chunks)
+    hooked = replaced() > own
     refresh(training, ogpsa, {"a": batches[1]})
     ogpsa.enabled = False
     disabled_returns = run(training)
     disabled_parameters = parameters(training)
     ogpsa.detach()
-    restored = not {"prepare_grads", "get_grad_norm", "clip_grad_norm"} & vars(training.optimizer).keys()
+    restored = hooked and replaced() == own
 
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    plain = build(LAYOUTS[layout], weights)
+    plain = build(ALL_LAYOUTS[layout], weights)
     plain_returns = run(plain)
     return {
         "restored": restored,

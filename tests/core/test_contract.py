@@ -27,9 +27,9 @@ def test_a_step_has_no_collective_more_and_a_refresh_has_one(
         assert result["refresh"] == {"all_reduce": 1}
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "dp2-plain"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "dp2-fp16-plain"])
 def test_detached_or_disabled_leaves_megatron_as_it_was(distributed: Distributed, layout: str) -> None:
-    for result in distributed(LAYOUTS[layout].world_size).run(
+    for result in distributed((LAYOUTS | PRECISIONS)[layout].world_size).run(
         "tests.core.contract_cases:detached_is_plain", layout=layout
     ):
         assert result == {"restored": True, "same_returns": True, "same_parameters": True}
