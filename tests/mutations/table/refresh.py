@@ -126,8 +126,8 @@ REFRESH = (
         "megatron_ogpsa/integration/projection.py",
         "        self._refresh_is_due = True\n        self._refresh_seconds = 0.0\n",
         "        self._refresh_is_due = False\n        self._refresh_seconds = 0.0\n",
-        (f"{RESUMED}[dp2-energy]",),
-        "a run that resumes between two refreshes has no basis until the next",
+        ("tests/integration/test_train.py::test_a_resumed_run_takes_turns_and_adapts_as_the_undisturbed_one",),
+        "a run whose references take turns begins, or goes on, with the gradient of one of them alone",
     ),
     Mutation(
         "no-refresh-after-a-checkpoint",
