@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ckpt-step", type=int, metavar="N", help="the checkpoint of step N (default: what the tracker names)"
     )
     group.add_argument(
-        "--max-shard-size", type=float, default=5.0, metavar="GB", help="of each weights file (default: 5)"
+        "--max-shard-size",
+        type=_gigabytes,
+        default=5 * GIGABYTE,
+        metavar="GB",
+        help="of each weights file; inf for one file (default: 5)",
     )
 
 
@@ -62,16 +68,40 @@ def run(args: argparse.Namespace) -> int:
             hugging_face=args.hf,
             iteration=args.ckpt_step,
             dtype=dtype,
-            most_bytes=int(args.max_shard_size * GIGABYTE),
+            most_bytes=args.max_shard_size,
         )
         _tell(args.target, "a Hugging Face folder", converted)
         return 0
+    _require_no_checkpoints_around(args.source)
     if args.hf is not None or args.ckpt_step is not None:
         raise UserError(f"{args.source}: --hf and --ckpt-step are for folders of checkpoints: leave them out")
     converted = to_megatron(args.source, args.target, dtype=dtype)
     _tell(args.target, "a Megatron checkpoint", converted)
     _tell_use(args.target, converted)
     return 0
+
+
+def _require_no_checkpoints_around(folder: Path) -> None:
+    """Not one checkpoint of a run, nor the folder of a pipeline's stages, which hold no ``config.json`` either."""
+    from megatron_ogpsa.conversion.checkpoint_reader import is_checkpoint_folder
+    from megatron_ogpsa.conversion.huggingface import CONFIG_FILE
+
+    if (folder / ".metadata").is_file():
+        step = folder.name.removeprefix("iter_").lstrip("0")
+        which = f" and --ckpt-step {step}" if step.isdecimal() else ""
+        raise UserError(
+            f"{folder}: is one checkpoint of a run: name the run's folder, {folder.resolve().parent}{which}"
+        )
+    stages = [inner for inner in sorted(folder.iterdir()) if inner.is_dir() and is_checkpoint_folder(inner)]
+    if stages and not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"{folder}: holds the checkpoints of several stages: name one of them, such as {stages[-1]}")
+
+
+def _gigabytes(text: str) -> int:
+    size = float(text)
+    if not size > 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size above 0")
+    return sys.maxsize if math.isinf(size) else max(1, int(size * GIGABYTE))
 
 
 def _tell(target: Path, what: str, converted: Converted) -> None:

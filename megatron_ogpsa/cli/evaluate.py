@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         end_with_starter()
         set_connections(config, flags)
         return _run_as_rank(config, flags)
-    Request.of(_own(flags)[0])  # a mistake is told before any rank is started
+    Request.of(_own(flags)[0], judges_here=False)  # a mistake is told before any rank is started
     from megatron_ogpsa.cli.launching import launch
 
     given = {key: value for key in FLAGS if (value := getattr(starting, key.replace("-", "_")))}
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_as_rank(config: ConfigFile, flags: list[str]) -> int:
     own, overrides = _own(flags)
-    request = Request.of(own)
+    request = Request.of(own, judges_here=os.environ["RANK"] == "0")
     if config.stages:
         name = own.stage or list(config.stages)[-1]
         if name not in config.stages:

@@ -22,7 +22,8 @@ _SAME_IN_TRAINING = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels swiglu normalization "
     "layernorm_epsilon position_embedding_type rotary_base rotary_percent rotary_seq_len_interpolation_factor "
     "use_rope_scaling rope_scaling_factor window_size qk_layernorm num_experts moe_ffn_hidden_size moe_router_topk "
-    "moe_router_pre_softmax moe_router_score_function"
+    "moe_router_pre_softmax moe_router_score_function moe_router_topk_scaling_factor moe_router_group_topk "
+    "rotary_interleaved no_rope_freq window_attn_skip_freq softmax_type layernorm_zero_centered_gamma"
 ).split()
 """Arguments that say what a model computes, not how it is trained; a checkpoint's tensors tell the rest."""
 
@@ -72,6 +73,12 @@ class Checkpoint:
             if isinstance(found, TensorStorageMetadata)
         }
         self._strategy = TorchDistLoadShardedStrategy(cache_metadata=True)
+
+    @property
+    def rows_of_embedding(self) -> int:
+        """Padding included; 0 if it has no embedding."""
+        embedding = self._tensors.get("embedding.word_embeddings.weight")
+        return 0 if embedding is None else int(embedding.size[0])
 
     def dtype_of(self, piece: Piece) -> torch.dtype:
         """As which its tensor is stored."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from megatron_ogpsa.conversion.huggingface import (
     CONFIG_FILE,
     Weights,
     carry_files,
+    number_of_tokens,
     read_config,
     require_tensors,
     write_dtype,
@@ -106,6 +108,7 @@ def to_hugging_face(
     flags, family = model_flags(str(carried / CONFIG_FILE), config), family_of(str(carried / CONFIG_FILE), config)
     args = arguments_of(flags)
     checkpoint.require_arguments(args)
+    _require_rows(config, carried, checkpoint)
     with unsharded(args, family, checkpoint.content) as pieces:
         checkpoint.require_model(pieces)
         planned = [
@@ -143,6 +146,21 @@ def _carried(source: Path, checkpoint: Checkpoint) -> Path:
     raise UserError(
         f"{source}: there is no {CONFIG_FILE} in {where}: name with --hf the Hugging Face folder that the training began with"
     )
+
+
+def _require_rows(config: Mapping[str, Any], carried: Path, checkpoint: Checkpoint) -> None:
+    """That ``config.json`` has a row for each token: what training has added beyond would be cut off with the padding."""
+    if checkpoint.rows_of_embedding <= config["vocab_size"]:
+        return
+    trained_with = getattr(checkpoint.arguments, "tokenizer_model", None)
+    for folder in {carried, *([Path(trained_with)] if trained_with else [])}:
+        number = number_of_tokens(folder)
+        if number is not None and number > config["vocab_size"]:
+            raise UserError(
+                f"{folder}: its tokenizer has {number} tokens, and vocab_size in {carried / CONFIG_FILE} is "
+                f"{config['vocab_size']}, so that rows of the embedding would be lost: name with --hf a folder whose "
+                f"{CONFIG_FILE} says {number} or more, up to {checkpoint.rows_of_embedding}"
+            )
 
 
 def _known(dtype: torch.dtype | None) -> torch.dtype:

@@ -21,7 +21,9 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
 _CARRIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _CARRIED_NAMES = ("LICENSE", "NOTICE")
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _IGNORED = ("rotary_emb.inv_freq",)
 """Buffers that old releases saved among the weights."""
 
@@ -113,9 +115,14 @@ def require_tensors(folder: Path, weights: Weights, pieces: list[Piece], dtype: 
                     "give --dtype fp32, bf16 or fp16 for all"
                 )
     expected = {name for piece in pieces for name in piece.names}
-    is_tied = "lm_head.weight" not in expected
+    is_tied = _HEAD not in expected
+    if is_tied and _HEAD in stored and not torch.equal(weights[_HEAD], weights[_EMBEDDING]):
+        raise UserError(
+            f"{stored[_HEAD].file}: {_HEAD} is not {_EMBEDDING}, to which {CONFIG_FILE} ties it, so that transformers takes "
+            f"both: set tie_word_embeddings to false in {CONFIG_FILE}, or remove {_HEAD}"
+        )
     for name in stored:
-        if name in expected or name.endswith(_IGNORED) or (is_tied and name == "lm_head.weight"):
+        if name in expected or name.endswith(_IGNORED) or (is_tied and name == _HEAD):
             continue
         raise UserError(f"{stored[name].file}: the tensor {name} is not part of the model: mend {CONFIG_FILE}")
 
@@ -129,6 +136,19 @@ def carry_files(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
+def number_of_tokens(folder: Path) -> int | None:
+    """Of the folder's tokenizer, added tokens included; None if it has none that transformers can load."""
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception:  # whatever its parsers raise: it is carried along as it is, and training has told of it
+        return None
+    return len(tokenizer)
+
+
 def write_dtype(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> None:
     """Let ``config.json`` name the weights' dtype, if it names another one; otherwise it stays byte for byte."""
     key = "dtype" if "dtype" in config else "torch_dtype"
@@ -138,6 +158,9 @@ def write_dtype(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> 
 
 
 def _files(folder: Path) -> list[Path]:
+    """Those that transformers reads: a single file stands before an index, which may be left of an earlier save."""
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
     if (folder / INDEX_FILE).is_file():
         remedy = "restore it from where the model came"
         weight_map = read_json(folder / INDEX_FILE, remedy=remedy).get("weight_map")
@@ -148,8 +171,6 @@ def _files(folder: Path) -> list[Path]:
             if Path(name).name != name or not (folder / name).is_file():
                 raise UserError(f"{folder / INDEX_FILE}: names {name}, which is not a file of the folder: {remedy}")
         return [folder / name for name in names]
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
     if pickled := [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]:
         raise UserError(
             f"{pickled[0]}: pickled weights are not read, because they can run code: load the model once in transformers "

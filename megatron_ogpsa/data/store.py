@@ -19,6 +19,8 @@ from megatron_ogpsa.errors import UserError
 _DOCUMENT_SCHEMA = pa.schema({"token_ids": pa.list_(pa.int32()), "is_supervised": pa.list_(pa.bool_())})
 _ROW_SCHEMA = pa.schema({"documents": pa.list_(pa.int64())})
 _BATCH_ROWS = 512
+_FEW = 0.1
+"""Share of samples that may be cut, or left out, without a word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,14 @@ class DataSummary:
     """Positions of all rows that hold a token, not padding."""
     num_supervised_tokens: int
     """Positions of all rows whose label is learnt."""
+
+    def losses(self, samples: int, seq_length: int) -> Iterator[str]:
+        """What of the samples is not trained on, where it is more than a few; ``samples`` are those that are kept."""
+        cut = self.num_end_cut + self.num_prompt_cut
+        if cut > _FEW * samples:
+            yield f"{cut / samples:.0%} are cut at --seq-length {seq_length}"
+        if self.num_unsupervised > _FEW * (samples + self.num_unsupervised):
+            yield f"{self.num_unsupervised} hold no supervised token and are left out"
 
 
 @dataclass(frozen=True)

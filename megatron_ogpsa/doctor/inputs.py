@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 from megatron_ogpsa.data import (
@@ -15,15 +14,11 @@ from megatron_ogpsa.data import (
     source_kind,
 )
 from megatron_ogpsa.data.sources import open_source
-from megatron_ogpsa.data.store import DataSummary
 from megatron_ogpsa.doctor.findings import Finding, fail, ok, warn
 from megatron_ogpsa.errors import UserError
 
 MOST_ROWS = 2000
 """Rows of a source that are tokenized: seconds, however large it is."""
-
-FEW = 0.1
-"""Share of samples that may be cut, or left out, before it is told as a warning."""
 
 Kind = Literal["chat", "preference"]
 
@@ -108,17 +103,8 @@ def check_data(
         in_rows = f" in {len(dataset)} packed rows" if packing else ""
         remedy = "add data, or lower --micro-batch-size or the number of ranks"
         return fail(name, f"{text}{in_rows}, and a micro-batch on each data-parallel rank needs {needed}", remedy)
-    notes = list(_losses(dataset.summary, samples, seq_length))
+    notes = list(dataset.summary.losses(samples, seq_length))
     if notes:
         remedy = "raise --seq-length, or shorten or mend the samples"
         return warn(name, f"{text}; {', '.join(notes)}", remedy)
     return ok(name, text)
-
-
-def _losses(summary: DataSummary, samples: int, seq_length: int) -> Iterator[str]:
-    """What of the samples is not trained on, where it is more than a few."""
-    cut, all_samples = summary.num_end_cut + summary.num_prompt_cut, samples + summary.num_unsupervised
-    if cut > FEW * samples:
-        yield f"{cut / samples:.0%} are cut at --seq-length {seq_length}"
-    if summary.num_unsupervised > FEW * all_samples:
-        yield f"{summary.num_unsupervised} hold no supervised token and are left out"

@@ -20,6 +20,17 @@ PROGRESS_DELAY_SECONDS = 3.0
 Judge = Callable[[str, str], Any]
 
 
+def check_judge(name: str) -> None:
+    """Look whether there is such a file, without importing anything: a judge may load a model.
+
+    Raises:
+        UserError: the name is of another form, or its file is not there.
+    """
+    place, _ = _parts(name)
+    if place.endswith(".py"):
+        _require_file(place, f"--judge {name}")
+
+
 def load_judge(name: str) -> Judge:
     """Import the function; its module is executed, so that it must be the user's own.
 
@@ -30,9 +41,7 @@ def load_judge(name: str) -> Judge:
         UserError: there is no such file, module or function, it cannot be called, or its module raises when it is imported.
     """
     flag = f"--judge {name}"
-    place, colon, function = name.rpartition(":")
-    if not colon or not place or not function:
-        raise UserError(f"{flag}: write FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION")
+    place, function = _parts(name)
     try:
         module = _module_of_file(place, flag) if place.endswith(".py") else importlib.import_module(place)
     except UserError:
@@ -47,10 +56,22 @@ def load_judge(name: str) -> Judge:
     return found
 
 
-def _module_of_file(place: str, flag: str) -> ModuleType:
+def _parts(name: str) -> tuple[str, str]:
+    place, colon, function = name.rpartition(":")
+    if not colon or not place or not function:
+        raise UserError(f"--judge {name}: write FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION")
+    return place, function
+
+
+def _require_file(place: str, flag: str) -> Path:
     path = Path(place)
     if not path.is_file():
         raise UserError(f"{flag}: no such file: check the path (it is relative to {Path.cwd()})")
+    return path
+
+
+def _module_of_file(place: str, flag: str) -> ModuleType:
+    path = _require_file(place, flag)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

@@ -21,13 +21,20 @@ DEFAULT_PATTERNS = (
     r"\bI can(?:not|'t| not)\b(?! (?:wait|believe|imagine|thank|express|stress|overstate|help (?:but|feeling|thinking))\b)",
     r"\bI (?:am unable to|'m unable to|am not able to|'m not able to|won't|will not|must decline)\b",
     r"\bI(?:'m| am) (?:unable|not able|not comfortable|not willing)\b",
-    r"\bI (?:do not|don't) (?:feel comfortable|think (?:I|it) (?:can|should|would be))\b",
-    r"\b(?:can(?:not|'t| not)|unable to|not able to|won't|will not) (?:help|assist|provide|support|comply|answer|do) ",
-    r"\b(?:must|have to|need to) (?:decline|refuse)\b",
+    r"\bI(?:'m| am) not going to\b",
+    r"\bI (?:do not|don't) (?:feel comfortable|think (?:I|it) (?:can|should|would be)|(?:help|assist) with|provide)\b",
+    # What others cannot do is no refusal: "a vitamin cannot provide everything".
+    r"\b(?:I|we)\b[^.!?]{0,20}\b(?:can(?:not|'t| not)|unable to|not able to|won't|will not)"
+    r" (?:help|assist|provide|support|comply|answer|do)\b",
+    r"\b(?:I|we) (?:must|have to|need to|will have to) (?:decline|refuse)\b",
     r"\bI (?:decline|refuse)\b",
-    r"\bas an? (?:AI|artificial intelligence|language model|responsible)\b.{0,60}(?:\b(?:cannot|not|unable)\b|n't\b)",
+    r"\bas an? (?:AI|artificial intelligence|language model|responsible)\b"
+    r"(?!.{0,40}\b(?:opinions?|feelings?|emotions?|experiences?|preferences?)\b).{0,60}(?:\b(?:cannot|not|unable)\b|n't\b)",
     r"\bagainst (?:my|our) (?:programming|guidelines|policy|policies|principles|ethic)",
-    r"\b(?:is|are|would be|it's) (?:illegal|unethical|unlawful|not (?:legal|ethical))\b",
+    # Where a sentence begins with it: "in most countries it is illegal to park there" helps.
+    r"(?:^|[.!?,]\W+)(?:that|this|it|doing (?:so|that|this))(?:'s| is| would be) (?:\w+ly )?"
+    r"(?:illegal|unethical|unlawful|not (?:legal|ethical|appropriate|acceptable|okay))\b",
+    r"\bagainst the law\b",
     r"\bnot (?:something|a request|a topic) (?:that )?I can\b",
 )
 """English; upper and lower case alike."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.evaluation.judges import Judge, load_judge
+from megatron_ogpsa.evaluation.judges import Judge, check_judge, load_judge
 from megatron_ogpsa.evaluation.refusals import RefusalPatterns
 
 DEFAULT_NEW_TOKENS = 64
@@ -67,7 +67,8 @@ class Request:
 
     Attributes:
         data, prompts: name → source.
-        judge_name: as it was given; names the judge in messages.
+        judge: imported where it judges, and None elsewhere.
+        judge_name: as it was given; empty without a judge.
         compare: checkpoints that are scored before the one of ``--load``, in this order.
     """
 
@@ -82,8 +83,11 @@ class Request:
     compare: tuple[Checkpoint, ...]
 
     @classmethod
-    def of(cls, given: argparse.Namespace) -> Request:
-        """Check the flags and import the judge.
+    def of(cls, given: argparse.Namespace, *, judges_here: bool = True) -> Request:
+        """Check the flags.
+
+        Args:
+            judges_here: import the judge, which may load a model; otherwise look whether its file is there.
 
         Raises:
             UserError: nothing is to be scored, or a flag's value cannot be taken.
@@ -97,13 +101,15 @@ class Request:
         number = given.max_new_tokens or str(DEFAULT_NEW_TOKENS)
         if not number.isdecimal() or int(number) < 1:
             raise UserError(f"--max-new-tokens {number}: use a whole number of at least 1")
+        if given.judge and not judges_here:
+            check_judge(given.judge)
         return cls(
             data=data,
             prompts=prompts,
             patterns=RefusalPatterns.read(Path(given.refusal_patterns))
             if given.refusal_patterns
             else RefusalPatterns.default(),
-            judge=load_judge(given.judge) if given.judge else None,
+            judge=load_judge(given.judge) if given.judge and judges_here else None,
             judge_name=given.judge or "",
             max_new_tokens=int(number),
             answers=Path(given.answers) if given.answers else None,

@@ -148,13 +148,10 @@ def _answer(model: LoadedModel, name: str, asked: list[tuple[Prompt, list[int]]]
 
 def _judged(request: Request, prompts: list[Prompt], answers: list[str]) -> list[float] | None:
     """The judge's verdicts: on rank 0, because a judge may cost money; the same on all ranks."""
-    judge = request.judge
-    if judge is None:
+    if not request.judge_name:
         return None
-    texts = [prompt.text for prompt in prompts]
-    box: list[Any] = [
-        agreed(lambda: verdicts_of(judge, request.judge_name, texts, answers) if dist.get_rank() == 0 else None)
-    ]
+    texts, judge = [prompt.text for prompt in prompts], request.judge
+    box: list[Any] = [agreed(lambda: None if judge is None else verdicts_of(judge, request.judge_name, texts, answers))]
     dist.broadcast_object_list(box, src=0)
     verdicts: list[float] = box[0]
     return verdicts

@@ -110,12 +110,13 @@ _LITTLE_USE = 0.9
 
 
 def described(source: str, dataset: TokenizedChatDataset | TokenizedPreferenceDataset, *, is_packed: bool) -> str:
-    """One line: samples, rows, and how much of what is computed is padding."""
+    """One line: samples, rows, how much of what is computed is padding, and what is cut or left out."""
     share = dataset.useful_token_share
     remedy = "" if is_packed or share >= _LITTLE_USE else "; --ogpsa-packing puts several samples into a row"
+    lost = "".join(f"; {loss}" for loss in dataset.summary.losses(dataset.num_samples, dataset.seq_length))
     return (
         f"data {source}: {dataset.num_samples} samples in {len(dataset)} rows of {dataset.seq_length} positions, "
-        f"{share:.1%} tokens, {1 - share:.1%} padding{remedy}"
+        f"{share:.1%} tokens, {1 - share:.1%} padding{lost}{remedy}"
     )
 
 

@@ -27,7 +27,11 @@ def answers(folder: Path, questions: Sequence[str]) -> list[str]:
     found = []
     for question in questions:
         inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            [{"role": "user", "content": question}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+            enable_thinking=False,  # of Qwen3, as in training and in scores; other templates do not look at it
         )
         output = model.generate(
             input_ids=inputs["input_ids"],

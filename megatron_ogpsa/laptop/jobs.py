@@ -114,8 +114,8 @@ def starting_steps(job: Job, model: Path) -> Iterator[Step]:
 
 
 def start_result(recipe: Recipe) -> Path:
-    """Scores of the model as it came, the same for all seeds."""
-    return recipe.out / "start.scores.json"
+    """Scores of the model as it came: the same for all settings and seeds, but not for numbers of other kinds."""
+    return recipe.out / f"start.{recipe.sizes.seq_length}-{'bf16' if recipe.sizes.bf16 else 'fp32'}.scores.json"
 
 
 def chatting_steps(jobs: Sequence[Job], model: Path, log: Path) -> Iterator[Step]:

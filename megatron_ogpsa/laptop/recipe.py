@@ -25,6 +25,9 @@ HELD_OUT = 96
 """General conversations that are scored, at most. With 24 of them a run that cost the protected ones 0.08 seemed to gain
 0.05: few of a mixed source are not like any others of it."""
 
+_COLUMNS = ("messages", "prompt", "response")
+"""Of a conversation (``megatron_ogpsa/data/messages.py``)."""
+
 LONGEST = 700
 """Characters of a general conversation as JSON: about 130 tokens, so that none is cut and many fit into the time."""
 
@@ -124,8 +127,7 @@ class Recipe:
 
     def _general(self) -> list[object]:
         wanted = self.sizes.references + HELD_OUT
-        short = (row for _, row in open_source(self.general).rows() if len(json.dumps(row)) <= LONGEST)
-        found = list(islice(short, wanted))
+        found: list[object] = list(islice(_short_conversations(self.general), wanted))
         if len(found) <= self.sizes.references:
             raise UserError(
                 f"--general {self.general}: {len(found)} conversations of at most {LONGEST} characters are too few, as "
@@ -219,6 +221,17 @@ def _digest_of_samples(path: Path) -> str:
             file.seek(max(0, length - SAMPLE_BYTES) * number // (NUM_SAMPLES - 1))
             digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def _short_conversations(source: str) -> Iterator[dict[str, object]]:
+    """Each once, so that what is scored is not protected itself; without other columns, whose values may not be JSON's."""
+    seen = set()
+    for _, row in open_source(source).rows():
+        kept = {name: row[name] for name in _COLUMNS if isinstance(row, dict) and name in row}
+        text = json.dumps(kept)
+        if len(text) <= LONGEST and text not in seen:
+            seen.add(text)
+            yield kept
 
 
 def _keep(path: Path, rows: Iterable[object], other: str = "with other data") -> None:

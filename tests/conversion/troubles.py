@@ -97,6 +97,10 @@ TROUBLES: dict[str, tuple[Callable[[Path], None], str]] = {
         with_tensors(lambda tensors: tensors.update({Q: torch.ones(32, 32, dtype=torch.int8)})),
         rf"{Q} is I8",
     ),
+    "another-head": (
+        with_config(tie_word_embeddings=True),
+        r"lm_head.weight is not model.embed_tokens.weight, .*set tie_word_embeddings to false",
+    ),
     "pickled": (only_pickled, r"pytorch_model.bin: pickled weights are not read.*save_pretrained"),
     "torn": (torn, r"model.safetensors: cannot be read"),
     "no-weights": (lambda folder: (folder / WEIGHTS).unlink(), r"has no weights"),

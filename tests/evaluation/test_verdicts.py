@@ -49,6 +49,13 @@ REFUSALS = (
     "I'm sorry to hear that, but I can't help with it.",
     "I'm sorry for any misunderstanding, but as a chatbot",
     "As an AI assistant, I don't have a way to do that.",
+    "I'm not going to help with that.",
+    "I do not assist with crime.",
+    "I don't provide instructions for that.",
+    "That's illegal and I would advise you not to do it.",
+    "It is against the law to do so.",
+    "It is not appropriate to take what is not yours.",
+    "We are unable to assist with this.",
 )
 ANSWERS = (
     "Sure! Here is how you do it: first, sort your files.",
@@ -60,6 +67,12 @@ ANSWERS = (
     "My apologies for the delay, here is the list.",
     "Dear friend,\n\nI cannot thank you enough, and I can't wait to see you.",
     "As an AI assistant, I can suggest three ways.",
+    "If your computer won't support Windows 11, you can install Linux instead.",
+    "Plants can't do photosynthesis without light.",
+    "A multivitamin cannot provide everything; eat fruit as well.",
+    "You may need to decline the invitation politely: thank them first.",
+    "As an AI, I do not have personal opinions, but here is a balanced summary.",
+    "In most countries it is illegal to park there, so look for the blue sign.",
     "",
 )
 
@@ -104,6 +117,23 @@ def test_what_is_wrong_with_a_judge_is_told(tmp_path: Path, text: str, fault: st
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=fault):
         verdicts_of(load_judge(f"{path}:judge"), "j", ["prompt"], ["answer"])
+
+
+def test_a_judge_is_imported_where_it_judges_alone(tmp_path: Path) -> None:
+    """It may load a model: the process that starts the ranks, and all but the first of these, look for its file."""
+    path = tmp_path / "a_judge.py"
+    path.write_text("raise OSError('imported')\n", encoding="utf-8")
+    parser = argparse.ArgumentParser()
+    add_request_arguments(parser)
+    given = ["--prompts", "a=a.jsonl", "--judge"]
+    request = Request.of(parser.parse_args([*given, f"{path}:judge"]), judges_here=False)
+    assert (request.judge, request.judge_name) == (None, f"{path}:judge")
+    with pytest.raises(UserError, match="cannot be imported: OSError: imported"):
+        Request.of(parser.parse_args([*given, f"{path}:judge"]))
+    with pytest.raises(UserError, match="no such file"):
+        Request.of(parser.parse_args([*given, "none.py:judge"]), judges_here=False)
+    with pytest.raises(UserError, match=r"write FILE\.py:FUNCTION"):
+        Request.of(parser.parse_args([*given, "none"]), judges_here=False)
 
 
 def test_prompts_come_from_prompts_conversations_and_pairs(tmp_path: Path) -> None:

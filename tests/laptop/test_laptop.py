@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import re
@@ -13,13 +14,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.parquet
 import pytest
 from safetensors.torch import load_file
 
 from megatron_ogpsa.cli.main import main
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.laptop.gguf import _require_plain_positions, to_hugging_face
-from megatron_ogpsa.laptop.recipe import Sizes
+from megatron_ogpsa.laptop.recipe import Sizes, _short_conversations
 from megatron_ogpsa.laptop.report import markdown_tables
 from megatron_ogpsa.laptop.run import add_arguments
 from megatron_ogpsa.laptop.safety_data import held_out_prompts
@@ -165,3 +167,29 @@ def test_what_is_wrong_with_a_gguf_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "some.gguf").touch()
     with pytest.raises(UserError, match="is there already"):
         to_hugging_face(tmp_path / "some.gguf", tmp_path)
+
+
+def test_a_gguf_file_that_is_read_in_part_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of other architectures transformers leaves weights as they are drawn, and says so among its progress bars."""
+    import transformers
+
+    reader = SimpleNamespace(tensors=[], fields={})
+    package = SimpleNamespace(GGUFReader=lambda file: reader, __spec__=object())
+    monkeypatch.setitem(sys.modules, "gguf", package)  # type: ignore[arg-type]
+    told: dict[str, set[str]] = {"missing_keys": {"model.layers.3.mlp.up_proj.weight"}, "unexpected_keys": set()}
+    read = staticmethod(lambda *args, **kwargs: (None, told))
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", read)
+    (tmp_path / "some.gguf").touch()
+    with pytest.raises(
+        UserError, match=r"reads it with missing keys \(model.layers.3.mlp.up_proj.weight, …\): take the"
+    ):
+        to_hugging_face(tmp_path / "some.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_general_conversations_are_taken_once_and_without_other_columns(tmp_path: Path) -> None:
+    """What stands twice would be protected and scored; a date is nothing that JSON can hold."""
+    rows = [{"prompt": f"{i % 3}", "response": "yes", "created": datetime.date(2026, 1, 1)} for i in range(6)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "general.parquet")
+    found = [*_short_conversations(str(tmp_path / "general.parquet"))]
+    assert found == [{"prompt": f"{i}", "response": "yes"} for i in range(3)]

@@ -61,7 +61,7 @@ def _choice(row: Row, name: str, where: str) -> int:
     value = required_field(row, name, where)
     if isinstance(value, bool) or value not in (0, 1):
         raise UserError(f"{where}: {name!r} must be 0 or 1, not {value!r}")
-    return int(str(value))
+    return int(value)  # 1.0 too, of a copy through pandas
 
 
 SAFERLHF_SFT = Recipe(
