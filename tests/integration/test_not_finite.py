@@ -64,7 +64,7 @@ def test_a_basis_that_is_not_finite_costs_one_step_and_a_refresh(
         module="tests.integration.planting",
     )
     assert outcome.exit_code == 0, outcome.output[-3000:]
-    assert outcome.output.count("step skipped on all ranks: the basis is not finite") == 1
+    assert outcome.output.count("step skipped on all ranks: the basis or a parameter is not finite") == 1
     assert re.search(r"iteration +3/ .* number of skipped iterations: +1 ", outcome.output)
     assert re.search(r"OGPSA refresh at step 3:", outcome.output)
     assert scalars(tmp_path / "log", "ogpsa skipped steps")["ogpsa skipped steps"][6] == 1.0
