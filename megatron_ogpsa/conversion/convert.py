@@ -108,9 +108,9 @@ def to_hugging_face(
     flags, family = model_flags(str(carried / CONFIG_FILE), config), family_of(str(carried / CONFIG_FILE), config)
     args = arguments_of(flags)
     checkpoint.require_arguments(args)
-    _require_rows(config, carried, checkpoint)
     with unsharded(args, family, checkpoint.content) as pieces:
         checkpoint.require_model(pieces)
+        _require_rows(config, carried, checkpoint)
         planned = [
             Planned(name, shape, dtype or checkpoint.dtype_of(piece))
             for piece in pieces
