@@ -98,7 +98,10 @@ def _require_no_checkpoints_around(folder: Path) -> None:
 
 
 def _gigabytes(text: str) -> int:
-    size = float(text)
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
     if not size > 0:
         raise argparse.ArgumentTypeError(f"'{text}' is not a size above 0")
     return sys.maxsize if math.isinf(size) else max(1, int(size * GIGABYTE))

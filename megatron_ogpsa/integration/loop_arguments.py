@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from megatron_ogpsa.errors import UnsupportedError, UserError
 
-_PLACES = "save load pretrained_checkpoint non_persistent_global_ckpt_dir data_cache_path".split()
+_PLACES = "save load pretrained_checkpoint non_persistent_global_ckpt_dir".split()
 
 
 def check_before_validation(args: argparse.Namespace, *, is_here: bool = True) -> None:

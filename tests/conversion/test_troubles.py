@@ -55,7 +55,7 @@ def test_folders_that_hold_checkpoints_deeper_or_higher_up_are_told(tmp_path: Pa
 @pytest.mark.parametrize(("text", "expected"), [("5", 5 * 10**9), ("inf", sys.maxsize), ("1e-12", 1)])
 def test_sizes_of_weights_files(text: str, expected: int) -> None:
     assert convert._gigabytes(text) == expected
-    for wrong in ("0", "-1", "nan"):
+    for wrong in ("0", "-1", "nan", "five"):
         with pytest.raises(argparse.ArgumentTypeError, match="is not a size above 0"):
             convert._gigabytes(wrong)
 
