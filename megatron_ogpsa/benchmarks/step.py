@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, override
 
@@ -62,7 +63,13 @@ class Loop:
         from megatron_ogpsa import OGPSAConfig, attach
 
         args = self._args
-        config = OGPSAConfig(granularity=args.granularity, space=args.space, mode=args.mode)
+        config = OGPSAConfig(
+            granularity=args.granularity,
+            space=args.space,
+            mode=args.mode,
+            basis_dtype=args.basis_dtype,
+            basis_device=args.basis_device,
+        )
         ogpsa = attach(self.optimizer, self.chunk, config)
         ogpsa.enabled = False
         return ogpsa
@@ -71,6 +78,13 @@ class Loop:
         """Leave no basis."""
         self.ogpsa.detach()
         self.ogpsa = self._attached()
+
+    def close(self) -> None:
+        """Let another loop be made in this process."""
+        from megatron.core import parallel_state
+
+        self.ogpsa.detach()
+        parallel_state.destroy_model_parallel()
 
     def gradient(self, shift: int = 0) -> None:
         """The gradient of the step's micro-batches; ``shift`` gives those of a reference."""
@@ -124,25 +138,37 @@ def _model_and_optimizer(args: argparse.Namespace) -> tuple[Any, Any]:
         finalize_model_grads,
     )
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.module import Float16Module
 
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
     config = TransformerConfig(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
         num_attention_heads=args.hidden_size // 64,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
-        pipeline_dtype=torch.float32,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=args.bf16,
         calculate_per_token_loss=True,
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
     )
-    module = GPTModel(
+    spec = (
+        get_gpt_layer_with_transformer_engine_spec()
+        if args.transformer_impl == "transformer_engine"
+        else get_gpt_layer_local_spec(normalization="RMSNorm")
+    )
+    module: torch.nn.Module = GPTModel(
         config,
-        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        spec,
         vocab_size=args.vocabulary,
         max_sequence_length=args.seq_length,
         position_embedding_type="rope",
@@ -150,10 +176,14 @@ def _model_and_optimizer(args: argparse.Namespace) -> tuple[Any, Any]:
     )
     if _has_gpu():
         module.cuda()
+    if args.bf16:
+        module = Float16Module(config, module)
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     chunk = DistributedDataParallel(config, ddp_config, module)
     config.finalize_model_grads_func = finalize_model_grads  # without it schedules leave gradients to each rank
-    optimizer_config = OptimizerConfig(optimizer="adam", lr=1e-5, use_distributed_optimizer=True, clip_grad=1.0)
+    optimizer_config = OptimizerConfig(
+        optimizer="adam", lr=1e-5, use_distributed_optimizer=True, clip_grad=1.0, bf16=args.bf16, params_dtype=dtype
+    )
     return chunk, get_megatron_optimizer(optimizer_config, [chunk], use_gloo_process_groups=False)
 
 
@@ -189,11 +219,11 @@ def refresh_seconds(loop: Loop) -> dict[str, float]:
 
 
 def authors_hooks(loop: Loop) -> AuthorsHooks:
-    """The hooks, with references as this rank sees them: whole tensors of its part of the model."""
+    """The hooks, with references as this rank sees them: whole tensors of its part of the model, in its dtype."""
     captured: list[list[Tensor]] = [[] for _ in loop.parameters]
     for _ in loop.references():
         for own, parameter in zip(captured, loop.parameters, strict=True):
-            own.append(parameter.main_grad.detach().clone())
+            own.append(parameter.main_grad.detach().to(parameter.dtype, copy=True))
     return AuthorsHooks(loop.parameters, captured)
 
 
@@ -295,7 +325,13 @@ def main(argv: list[str] | None = None) -> int:
     figures = measure(args)
     if dist.get_rank() == 0:
         layout = {"world size": dist.get_world_size(), "tensor parallel": args.tensor_model_parallel_size}
-        machine = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "load average": os.getloadavg()[1]}
+        machine: dict[str, Any] = {
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+            "load average": os.getloadavg()[1],
+        }
+        if _has_gpu():
+            machine |= {"device": torch.cuda.get_device_name(), "versions": versions()}
         figures = layout | machine | {"date": time.strftime("%Y-%m-%d")} | figures
         for name, value in figures.items():
             print(f"{name:45} {value:.4g}" if isinstance(value, float) else f"{name:45} {value}")
@@ -306,9 +342,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def versions() -> dict[str, str]:
+    """Of what a step on a GPU is made of, where it is installed."""
+    names = ("torch", "triton", "megatron-core", "transformer-engine")
+    installed = {distribution.name: distribution.version for distribution in distributions()}
+    return {name: installed[name] for name in names if name in installed}
+
+
+def parser(prog: str = "torchrun -m megatron_ogpsa.benchmarks.step") -> argparse.ArgumentParser:
     """The command's flags."""
-    made = argparse.ArgumentParser(prog="torchrun -m megatron_ogpsa.benchmarks.step")
+    made = argparse.ArgumentParser(prog=prog)
     for name, default in (
         ("tensor-model-parallel-size", 1),
         ("num-layers", 8),
@@ -324,6 +367,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--granularity", choices=("tensor", "model"), default="tensor")
     made.add_argument("--space", choices=("gradient", "update"), default="gradient")
     made.add_argument("--mode", choices=("orthogonal", "conflict"), default="orthogonal")
+    made.add_argument("--basis-dtype", choices=("fp32", "bf16"), default="fp32")
+    made.add_argument("--basis-device", choices=("accelerator", "cpu"), default="accelerator")
+    made.add_argument("--bf16", action="store_true", help="weights and products; gradients are summed in fp32")
+    made.add_argument(
+        "--transformer-impl",
+        choices=("local", "transformer_engine"),
+        default="local",
+        help="whose layers: Megatron's own (the default) or Transformer Engine's",
+    )
     made.add_argument(
         "--authors", action=argparse.BooleanOptionalAction, default=True, help="compare with the authors' hooks too"
     )

@@ -103,7 +103,8 @@ def train_with(preloaded: PreloadedCommand, inputs: Path, tmp_path: Path) -> Tra
                 pytest.fail(f"still running after {timeout} s:\n{finished.output[-2000:]}")
             return Outcome(finished.exit_code, finished.output, folder)
         command = [sys.executable, "-m", module, "train", str(config), *pairs, *flags]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        places = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             command,
             cwd=folder,
