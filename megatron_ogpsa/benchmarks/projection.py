@@ -33,6 +33,8 @@ from megatron_ogpsa.projection.segments import Segment, SegmentLayout, gram_and_
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TRIAD_BYTES, COPY_BYTES = 12, 8
 REPEAT_ON_GPU = 20
+PADDING = 64
+"""Elements (``megatron/core/distributed/param_and_grad_buffer.py``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +64,15 @@ class Speed:
 
 
 def blocks_of(elements: int, number: int) -> list[Segment]:
-    """``elements`` in ``number`` runs of unequal lengths, as tensors are: a third of them a hundredth of the others."""
+    """``elements`` in ``number`` runs of unequal lengths, as tensors are: a third of them a hundredth of the others.
+
+    Each begins at a multiple of :data:`PADDING`, as in the buffers of Megatron's distributed optimizer.
+    """
     shares = [1 if index % 3 == 2 else 100 for index in range(number)]
     bounds = [0]
     for share in shares:
         bounds.append(bounds[-1] + share)
-    cuts = [elements * bound // bounds[-1] for bound in bounds]
+    cuts = [*(elements * bound // bounds[-1] // PADDING * PADDING for bound in bounds[:-1]), elements]
     return [Segment(stop - start, block, True) for block, (start, stop) in enumerate(pairwise(cuts))]
 
 

@@ -4,14 +4,16 @@ Each program takes one piece of up to 2¹⁵ elements, some hundred at a time, a
 PyTorch writes fp64 copies of the operands to memory first. The sums of pieces are added in one order, without atomics, so
 that a step is bitwise reproducible.
 
+A thread reads 16 bytes at once wherever spans, columns and rows lie at multiples of them, as Megatron's buffers do; element
+by element, basis and gradient take up to three times as long. What is read at once decides the order of a piece's sums, so
+that it is one for a layout, wherever its basis lies.
+
 Spans lie anywhere in memory, in an update as many as there are parameters: kernels find them in a table of addresses, so
 that a pass is one launch. A basis in host memory comes tile by tile, a launch for each, and the sums are those of a basis
 beside the gradient, because the pieces are the same. A refresh multiplies references with each other and with the basis by
 the same kernel, one reference at a time.
 
 What is written is rounded after each product and each sum, never fused, so that it is the same to the bit as PyTorch's.
-
-Has run under Triton's interpreter, which checks what it computes, and is compiled for a GPU by its tests; has not run on one.
 
 Shape legend as in :mod:`megatron_ogpsa.projection.pieces`; K = basis vectors, N = elements of the shard, T = of a tile.
 """
@@ -27,20 +29,81 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_ogpsa.projection.pieces import BlockOrder, Pieces, in_columns, in_memory, num_pieces, pieces_by_span
+from megatron_ogpsa.projection.pieces import Pieces, in_columns, in_memory, num_pieces, pieces_by_span
 from megatron_ogpsa.projection.segments import Rows, SegmentLayout, tiles_of
 
 LONGEST_PIECE = 2**15
+_UNIT = 8
+"""Elements that are read at once where all addresses allow it: 16 bytes of 16 bits, twice that of 32."""
+_BYTES = 16
+"""That are read at once."""
+_LINE = 64
+"""Elements of fp32 in two lines of the cache, of 16 bits in one: where whole blocks begin."""
+_SUMS = 8192
+"""Sums that a program of ``_dots`` holds at most, in fp64: 64 for each of its 128 threads."""
 _PRODUCTS = 2048
-"""Products that a program holds at a time, in fp64: 16 for each of its 128 threads."""
 _BLOCK = 1024
 _MOST_TABLES = 64
 """Of addresses that are kept: gradients, parameters, references and staging buffers stay where they are."""
 
 # Triton reads the annotations of a kernel's arguments. Those of strides are there because it takes an integer for one of 32
-# bits where it fits, and k·N does not need to.
+# bits where it fits, and k·N does not need to. It joins loads of neighbours into one only where it knows that their address
+# is a multiple and that no mask cuts them apart, which is why ``unit`` is told, and why edges are apart from whole blocks.
 
 VECTOR_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _loaded(pointers: tl.tensor, inside: tl.tensor | None) -> tl.tensor:
+    """What lies there; zero outside."""
+    if inside is None:
+        found = tl.load(pointers)
+    else:
+        found = tl.load(pointers, mask=inside, other=0.0)
+    return found
+
+
+@triton.jit
+def _whole_blocks(
+    start: tl.tensor, stop: tl.tensor, line: tl.constexpr, block: tl.constexpr, unit: tl.constexpr
+) -> tl.tuple:
+    """Where the first whole block of a piece begins, and how many there are."""
+    first = tl.minimum((start + line - 1) // line * line, stop)
+    return tl.multiple_of(first, unit), (stop - first) // block
+
+
+@triton.jit
+def _edge(
+    begin: tl.tensor, start: tl.tensor, stop: tl.tensor, first: tl.tensor, rest: tl.tensor, block: tl.constexpr
+) -> tl.tuple:
+    """Up to a block of the elements before ``first`` and from ``rest`` on, and which of them there are.
+
+    Args:
+        begin: of the block, counted over both.
+    """
+    number = begin + tl.arange(0, block)
+    before = first - start
+    return number + tl.where(number < before, start, rest - before), number < before + stop - rest
+
+
+@triton.jit
+def _with_products(
+    sums: tl.tuple,
+    vector: tl.tensor,
+    rows: tl.tensor,
+    row_stride: tl.tensor,
+    offsets: tl.tensor,
+    inside: tl.tensor | None,
+    num_rows: tl.constexpr,
+) -> tl.tuple:
+    """Sums with g·q_k and, last, g² of some elements, in fp64."""
+    value = _loaded(vector + offsets, inside).to(tl.float64)
+    added = tl.tuple([])
+    for k in tl.static_range(num_rows):
+        row = _loaded(rows + k * row_stride + offsets, inside).to(tl.float64)
+        added += (sums[k] + row * value,)
+    added += (sums[num_rows] + value * value,)
+    return added
 
 
 @triton.jit(do_not_specialize=["first_element", "first_piece", "first_column"])
@@ -59,30 +122,75 @@ def _dots(
     sums: tl.tensor,
     vector_type: tl.constexpr,
     num_rows: tl.constexpr,
-    padded_rows: tl.constexpr,
     block: tl.constexpr,
+    line: tl.constexpr,
+    unit: tl.constexpr,
 ) -> None:
     """sums[p, k] = weight_p·Σ g·q_k over the piece p; sums[p, K] = weight_p·Σ g²."""
     piece = first_piece + tl.program_id(0)
-    vector = tl.load(addresses + tl.load(spans + piece)).to(tl.pointer_type(vector_type))
     start = tl.load(starts + piece)
     stop = tl.load(stops + piece)
-    shift = tl.load(columns + piece) - first_column - start
+    vector = tl.load(addresses + tl.load(spans + piece)).to(tl.pointer_type(vector_type)) - first_element
+    rows += tl.multiple_of(tl.load(columns + piece) - first_column - start, unit)
+    row_stride = tl.multiple_of(row_stride, unit)
+    if unit > 1:
+        vector = tl.multiple_of(vector, 16)
+    found = tl.tuple([])
+    for _ in tl.static_range(num_rows + 1):
+        found += (tl.zeros((block,), dtype=tl.float64),)
+    first, number = _whole_blocks(start, stop, line, block, unit)
+    for index in range(number):
+        offsets = first + index * block + tl.arange(0, block)
+        found = _with_products(found, vector, rows, row_stride, offsets, None, num_rows)
+    rest = first + number * block
+    for begin in range(0, first - start + stop - rest, block):
+        offsets, inside = _edge(begin, start, stop, first, rest, block)
+        found = _with_products(found, vector, rows, row_stride, offsets, inside, num_rows)
     weight = tl.load(weights + piece)
-    row = tl.arange(0, padded_rows)
-    with_rows = tl.zeros((padded_rows, block), dtype=tl.float64)
-    with_itself = tl.zeros((block,), dtype=tl.float64)
-    for begin in range(start, stop, block):
-        offsets = begin + tl.arange(0, block)
-        inside = offsets < stop
-        value = tl.load(vector + (offsets - first_element), mask=inside, other=0.0).to(tl.float64)
-        with_itself += value * value
-        at = rows + row[:, None] * row_stride + (offsets + shift)[None, :]
-        held = (row < num_rows)[:, None] & inside[None, :]
-        with_rows += tl.load(at, mask=held, other=0.0).to(tl.float64) * value[None, :]
-    out = sums + piece * (num_rows + 1)
-    tl.store(out + row, weight * tl.sum(with_rows, axis=1), mask=row < num_rows)
-    tl.store(out + num_rows, weight * tl.sum(with_itself, axis=0))
+    for k in tl.static_range(num_rows + 1):
+        tl.store(sums + piece * (num_rows + 1) + k, weight * tl.sum(found[k], axis=0))
+
+
+@triton.jit
+def _add_pieces(
+    sums: tl.tensor,
+    order: tl.tensor,
+    firsts: tl.tensor,
+    out: tl.tensor,
+    num_sums: tl.constexpr,
+    padded_sums: tl.constexpr,
+    together: tl.constexpr,
+) -> None:
+    """out[b] = Σ sums[p] over the pieces of the block b, which are order[firsts[b] : firsts[b + 1]]; fp64."""
+    block = tl.program_id(0)
+    stop = tl.load(firsts + block + 1)
+    column = tl.arange(0, padded_sums)
+    is_sum = column < num_sums
+    total = tl.zeros((together, padded_sums), dtype=tl.float64)
+    for begin in range(tl.load(firsts + block), stop, together):
+        place = begin + tl.arange(0, together)
+        piece = tl.load(order + place, mask=place < stop, other=0)
+        held = (place < stop)[:, None] & is_sum[None, :]
+        total += tl.load(sums + piece[:, None] * num_sums + column[None, :], mask=held, other=0.0)
+    tl.store(out + block * num_sums + column, tl.sum(total, axis=0), mask=is_sum)
+
+
+@triton.jit
+def _subtract_some(
+    vector: tl.tensor,
+    rows: tl.tensor,
+    row_stride: tl.tensor,
+    coefficients: tl.tensor,
+    offsets: tl.tensor,
+    inside: tl.tensor | None,
+    vector_type: tl.constexpr,
+    num_rows: tl.constexpr,
+) -> None:
+    value = _loaded(vector + offsets, inside).to(tl.float32)
+    total = tl.zeros_like(value)
+    for k in tl.static_range(num_rows):
+        total += tl.load(coefficients + k) * _loaded(rows + k * row_stride + offsets, inside).to(tl.float32)
+    tl.store(vector + offsets, (value - total).to(vector_type), mask=inside)
 
 
 @triton.jit(do_not_specialize=["first_piece", "first_column"])
@@ -101,23 +209,27 @@ def _subtract(
     vector_type: tl.constexpr,
     num_rows: tl.constexpr,
     block: tl.constexpr,
+    line: tl.constexpr,
+    unit: tl.constexpr,
 ) -> None:
     """g ← g − Σ_k r_bk·q_k over a piece, in the order of k for every element, wherever it lies."""
     piece = first_piece + tl.program_id(0)
-    vector = tl.load(addresses + tl.load(spans + piece)).to(tl.pointer_type(vector_type))
     start = tl.load(starts + piece)
     stop = tl.load(stops + piece)
-    shift = tl.load(columns + piece) - first_column - start
+    vector = tl.load(addresses + tl.load(spans + piece)).to(tl.pointer_type(vector_type))
+    rows += tl.multiple_of(tl.load(columns + piece) - first_column - start, unit)
+    row_stride = tl.multiple_of(row_stride, unit)
+    if unit > 1:
+        vector = tl.multiple_of(vector, 16)
     own = coefficients + tl.load(blocks + piece) * num_rows
-    for begin in range(start, stop, block):
-        offsets = begin + tl.arange(0, block)
-        inside = offsets < stop
-        total = tl.zeros((block,), dtype=tl.float32)
-        for k in tl.static_range(num_rows):
-            row = tl.load(rows + k * row_stride + offsets + shift, mask=inside, other=0.0).to(tl.float32)
-            total += tl.load(own + k) * row
-        value = tl.load(vector + offsets, mask=inside, other=0.0).to(tl.float32)
-        tl.store(vector + offsets, (value - total).to(vector_type), mask=inside)
+    first, number = _whole_blocks(start, stop, line, block, unit)
+    for index in range(number):
+        offsets = first + index * block + tl.arange(0, block)
+        _subtract_some(vector, rows, row_stride, own, offsets, None, vector_type, num_rows)
+    rest = first + number * block
+    for begin in range(0, first - start + stop - rest, block):
+        offsets, inside = _edge(begin, start, stop, first, rest, block)
+        _subtract_some(vector, rows, row_stride, own, offsets, inside, vector_type, num_rows)
 
 
 @triton.jit(do_not_specialize=["first_piece", "first_column", "first_out"])
@@ -173,6 +285,20 @@ class _Part:
     num_pieces: int
 
 
+@dataclass(frozen=True)
+class _Vectors:
+    """What the rows are multiplied with.
+
+    Attributes:
+        addresses: a table on the device, int64.
+        are_aligned: each begins where :data:`_UNIT` elements can be read at once.
+    """
+
+    addresses: Tensor
+    dtype: torch.dtype
+    are_aligned: bool
+
+
 class GpuKernels:
     """The passes over the spans of one layout, and over the columns of its basis.
 
@@ -185,7 +311,18 @@ class GpuKernels:
         self._layout = proxy(layout)  # these live as long as the layout does, and would keep it alive
         self._num_pieces = [num_pieces(tile, most=LONGEST_PIECE) for tile in layout.tiles]  # asks the device
         self._pieces, self._columns = in_memory(by_span), in_columns(by_span)
-        self._order = BlockOrder(self._columns.blocks_P, layout.num_blocks)
+        self._order_P = self._columns.blocks_P.argsort(stable=True)
+        lengths_B = torch.bincount(self._columns.blocks_P, minlength=layout.num_blocks)
+        self._firsts = torch.nn.functional.pad(lengths_B.cumsum(0), (1, 0))
+        # Tiles count although a basis beside the gradient has none: its sums are to be those of one in host memory.
+        self._is_aligned = not any(
+            number % _UNIT
+            for number in (
+                layout.num_elements,
+                layout.limits.tile,
+                *(n for t in layout.tiles for n in (t.start, t.column)),
+            )
+        )
         self._addresses: dict[tuple[int, ...], Tensor] = {}
 
     def dots(self, spans: Sequence[Tensor], rows_KN: Rows) -> Tensor:
@@ -193,10 +330,10 @@ class GpuKernels:
 
         Products and sums are fp64.
         """
-        addresses, sums_PJ = self._where(spans), self._sums(rows_KN.shape[0])
+        vectors, sums_PJ = self._where(spans), self._sums(rows_KN.shape[0])
         for part in self._parts(rows_KN):
-            self._add_up(addresses, spans[0].dtype, self._pieces, part, sums_PJ, first_element=0)
-        return self._order.sums_of_blocks(sums_PJ)
+            self._add_up(vectors, self._pieces, part, sums_PJ, first_element=0)
+        return self._sums_of_blocks(sums_PJ)
 
     def gram(self, rows_KN: Rows) -> Tensor:
         """R·Rᵀ of each block: fp64 [B, K, K], this rank's share. The same bits on both sides of the diagonal."""
@@ -214,10 +351,10 @@ class GpuKernels:
     def subtract(self, spans: Sequence[Tensor], rows_KN: Rows, coefficients_BK: Tensor) -> None:
         """g ← g − Σ_k r_bk·q_k, b being the block of each element; sums in fp32, rounded to the gradient's dtype."""
         coefficients_BK = coefficients_BK.float().contiguous()
-        addresses, pieces = self._where(spans), self._pieces
+        vectors, pieces = self._where(spans), self._pieces
         for part in self._parts(rows_KN):
             _subtract[(part.num_pieces,)](
-                addresses,
+                vectors.addresses,
                 pieces.spans_P,
                 part.rows_KT,
                 part.rows_KT.stride(0),
@@ -228,9 +365,11 @@ class GpuKernels:
                 pieces.columns_P,
                 pieces.blocks_P,
                 coefficients_BK,
-                vector_type=VECTOR_TYPES[spans[0].dtype],
+                vector_type=VECTOR_TYPES[vectors.dtype],
                 num_rows=len(part.rows_KT),
                 block=_BLOCK,
+                line=_LINE,
+                unit=self._unit(vectors, part),
                 enable_fp_fusion=False,
             )
 
@@ -271,27 +410,36 @@ class GpuKernels:
     def _products(self, parts: Iterable[tuple[_Part, _Part]], rows_KN: Rows, others_JN: Rows) -> Tensor:
         sums = [self._sums(others_JN.shape[0]) for _ in range(rows_KN.shape[0])]
         for part, other in parts:
-            rows = part.rows_KT.unbind()
-            addresses = self._where(rows)
-            for index, (row, sums_PJ) in enumerate(zip(rows, sums, strict=True)):
-                first = part.first_column
-                self._add_up(addresses[index:], row.dtype, self._columns, other, sums_PJ, first_element=first)
-        tables = [self._order.sums_of_blocks(sums_PJ) for sums_PJ in sums]
+            for row_T, sums_PJ in zip(part.rows_KT, sums, strict=True):
+                self._add_up(self._where([row_T]), self._columns, other, sums_PJ, first_element=part.first_column)
+        tables = [self._sums_of_blocks(sums_PJ) for sums_PJ in sums]
         return torch.stack(tables, dim=1)[..., :-1]
 
     def _sums(self, num_rows: int) -> Tensor:
         """Room for the sums of each piece: fp64 [P, K+1]."""
         return torch.empty(len(self._columns), num_rows + 1, dtype=torch.float64, device=self._layout.device)
 
-    @staticmethod
-    def _add_up(
-        addresses: Tensor, dtype: torch.dtype, pieces: Pieces, part: _Part, sums_PJ: Tensor, *, first_element: int
-    ) -> None:
+    def _sums_of_blocks(self, sums_PJ: Tensor) -> Tensor:
+        """fp64 [P, J] → [B, J]; zero for blocks without pieces."""
+        num_blocks, num_sums = self._layout.num_blocks, sums_PJ.shape[1]
+        sums_BJ = torch.empty(num_blocks, num_sums, dtype=torch.float64, device=sums_PJ.device)
+        padded = triton.next_power_of_2(num_sums)
+        _add_pieces[(num_blocks,)](
+            sums_PJ,
+            self._order_P,
+            self._firsts,
+            sums_BJ,
+            num_sums=num_sums,
+            padded_sums=padded,
+            together=max(_PRODUCTS // padded, 1),
+        )
+        return sums_BJ
+
+    def _add_up(self, vectors: _Vectors, pieces: Pieces, part: _Part, sums_PJ: Tensor, *, first_element: int) -> None:
         """R·v and ‖v‖² of the part's pieces of v, which begins at ``first_element`` of its span."""
         num_rows = len(part.rows_KT)
-        padded = triton.next_power_of_2(max(num_rows, 1))
         _dots[(part.num_pieces,)](
-            addresses,
+            vectors.addresses,
             pieces.spans_P,
             first_element,
             part.rows_KT,
@@ -303,11 +451,18 @@ class GpuKernels:
             pieces.columns_P,
             pieces.weights_P,
             sums_PJ,
-            vector_type=VECTOR_TYPES[dtype],
+            vector_type=VECTOR_TYPES[vectors.dtype],
             num_rows=num_rows,
-            padded_rows=padded,
-            block=max(_PRODUCTS // padded, 64),
+            block=min(max(_SUMS // triton.next_power_of_2(num_rows + 1), 128), _BLOCK // 2),
+            line=_LINE,
+            unit=self._unit(vectors, part),
         )
+
+    def _unit(self, vectors: _Vectors, part: _Part) -> int:
+        """Elements that may be read at once: one where any address is odd."""
+        rows_KT = part.rows_KT
+        places = (rows_KT.data_ptr(), rows_KT.stride(0) * rows_KT.element_size())
+        return _UNIT if self._is_aligned and vectors.are_aligned and not any(n % _BYTES for n in places) else 1
 
     def _parts(self, rows_KN: Rows) -> Iterator[_Part]:
         """The rows as they lie, or tile by tile, each with its pieces; none without pieces."""
@@ -320,11 +475,11 @@ class GpuKernels:
             yield _Part(rows_KT, tile.column, first, number)
             first += number
 
-    def _where(self, vectors: Sequence[Tensor]) -> Tensor:
-        """Where each of ``vectors`` begins in memory, as a table on the device."""
+    def _where(self, vectors: Sequence[Tensor]) -> _Vectors:
+        """Where each of ``vectors`` begins in memory."""
         found = tuple(vector.data_ptr() for vector in vectors)
         if found not in self._addresses:
             if len(self._addresses) == _MOST_TABLES:
                 self._addresses.clear()
             self._addresses[found] = torch.tensor(found, dtype=torch.int64).to(self._layout.device)
-        return self._addresses[found]
+        return _Vectors(self._addresses[found], vectors[0].dtype, not any(address % _BYTES for address in found))

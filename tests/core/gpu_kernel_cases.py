@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,15 +40,29 @@ SPANS = [
 NUM_BLOCKS = 5
 LIMITS = TileLimits(tile=2**12, short=2**10)
 
+ALIGNED = [
+    [Segment(LONG, 0, True), Segment(64, 1, True), Segment(8, 2, False), Segment(1000, 1, True)],
+    [Segment(24, 2, True), Segment(8, 3, True), Segment(2000, 3, True), Segment(64, 0, False)],
+]
+"""As Megatron's buffers are: what is read several elements at a time."""
+
+LAYOUTS = (SPANS, ALIGNED)
+
 
 def compare(device: torch.device) -> None:
     """Dots to fp64, and what is written to the bit."""
+    limits = LIMITS if device.type == "cpu" else None
+    for spans, numbers_of_rows in ((SPANS, (0, 1, 2, 5, 8)), (ALIGNED, (3,))):
+        compare_layout(SegmentLayout(spans, NUM_BLOCKS, device, limits), numbers_of_rows)
+
+
+def compare_layout(layout: SegmentLayout, numbers_of_rows: Sequence[int]) -> None:
+    """Of these spans."""
     from megatron_ogpsa.projection.gpu_kernels import GpuKernels
 
-    layout = SegmentLayout(SPANS, NUM_BLOCKS, device, LIMITS if device.type == "cpu" else None)
     kernels = GpuKernels(layout)
     for dtype in (torch.float32, torch.bfloat16):
-        for num_rows in (0, 1, 2, 5, 8):
+        for num_rows in numbers_of_rows:
             rows, vector, weights = _random(layout, num_rows, dtype)
             spans = list(vector.split(layout.span_lengths))
             expected = gram_and_dots(layout, rows, spans)
@@ -100,8 +116,8 @@ def compare_streamed(device: torch.device) -> None:
     """Rows in host memory give the bits of rows on the device, in each pass."""
     from megatron_ogpsa.projection.gpu_kernels import GpuKernels
 
-    for dtype in (torch.float32, torch.bfloat16):
-        layout = SegmentLayout(SPANS, NUM_BLOCKS, device, LIMITS)
+    for dtype, segments in product((torch.float32, torch.bfloat16), LAYOUTS):
+        layout = SegmentLayout(segments, NUM_BLOCKS, device, LIMITS)
         found = []
         for is_far in (False, True):
             kernels = GpuKernels(layout)
@@ -201,16 +217,18 @@ class Compiled:
 
         options = {name: named.pop(name) for name in ("enable_fp_fusion",) if name in named}
         bound = inspect.signature(self._kernel.fn).bind(*args, **named).arguments
-        signature, constants = {}, {}
-        for parameter in self._kernel.params:
+        signature, constants, attributes = {}, {}, {}
+        for index, parameter in enumerate(self._kernel.params):
             value = bound[parameter.name]
             if parameter.is_constexpr:
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
-            else:
-                signature[parameter.name] = parameter.annotation_type or mangle_type(value)
-        key = f"{[*signature.values()]} {[*constants.values()]}"
+                continue
+            signature[parameter.name] = parameter.annotation_type or mangle_type(value)
+            if isinstance(value, Tensor) and value.data_ptr() % 16 == 0:  # as at a launch
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        key = f"{[*signature.values()]} {constants} {[*attributes]}"
         if key not in self.assembly:
-            source = ASTSource(self._kernel, signature, constexprs=constants)
+            source = ASTSource(self._kernel, signature, constexprs=constants, attrs=attributes)
             self.assembly[key] = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
 
@@ -218,10 +236,31 @@ def compile_for_a_gpu() -> None:
     """Every launch of every pass compiles; strides and offsets are of 64 bits; what is written is rounded at each step."""
     from megatron_ogpsa.projection import gpu_kernels
 
-    kernels = {name: Compiled(getattr(gpu_kernels, name)) for name in ("_dots", "_subtract", "_combine")}
+    kernels = {name: Compiled(getattr(gpu_kernels, name)) for name in ("_dots", "_add_pieces", "_subtract", "_combine")}
     for name, kernel in kernels.items():
         setattr(gpu_kernels, name, kernel)
-    layout = SegmentLayout(SPANS, NUM_BLOCKS, torch.device("cpu"))
+    for segments in LAYOUTS:
+        compile_passes(SegmentLayout(segments, NUM_BLOCKS, torch.device("cpu")))
+    for name, kernel in kernels.items():
+        print(f"{name}: {len(kernel.assembly)} variants")
+        _require(len(kernel.assembly) >= 4, f"{name} was hardly launched")
+        for key, assembly in kernel.assembly.items():
+            _require("i32" not in key, f"{name} is given an integer of 32 bits: {key}")
+            _require(name == "_dots" or "fma." not in assembly, f"{name} fuses a product with a sum: {key}")
+            joins = len(re.findall(r"ld\.global\S*\.v[24]\.", assembly))
+            least = 1 if "'num_rows': 0" in key else 2
+            _require(
+                "'unit': 8" not in key or joins >= least, f"{name} joins {joins} loads where all is aligned: {key}"
+            )
+            _require(
+                "'unit': 1" not in key or joins == 0, f"{name} joins {joins} loads, which may not be aligned: {key}"
+            )
+
+
+def compile_passes(layout: SegmentLayout) -> None:
+    """All that launch a kernel."""
+    from megatron_ogpsa.projection import gpu_kernels
+
     passes = gpu_kernels.GpuKernels(layout)
     for num_rows, dtype in ((0, torch.float32), (1, torch.float32), (3, torch.bfloat16), (8, torch.float32)):
         rows, vector, weights = _random(layout, num_rows, dtype)
@@ -234,12 +273,6 @@ def compile_for_a_gpu() -> None:
             passes.combine(rows.float(), _weights(layout, num_rows), torch.empty_like(rows))
     streamed = HostRows(_random(layout, 3, torch.float32)[0], layout.device)
     passes.combine(streamed, _weights(layout, 3), torch.empty(3, layout.num_elements))
-    for name, kernel in kernels.items():
-        print(f"{name}: {len(kernel.assembly)} variants")
-        _require(len(kernel.assembly) >= 4, f"{name} was hardly launched")
-        for key, assembly in kernel.assembly.items():
-            _require("i32" not in key, f"{name} is given an integer of 32 bits: {key}")
-            _require(name == "_dots" or "fma." not in assembly, f"{name} fuses a product with a sum: {key}")
 
 
 if __name__ == "__main__":
