@@ -32,6 +32,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_ogpsa import host_memory
 from megatron_ogpsa.projection.segments import SegmentLayout, Tile
 
 NUM_BUFFERS = 2
@@ -198,5 +199,12 @@ class HostRows:
 
 
 def host_rows(num_rows: int, num_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for rows that stream to ``device``: page-locked where that is an accelerator."""
-    return torch.empty(num_rows, num_elements, dtype=dtype, pin_memory=device.type == "cuda")
+    """Memory for rows that stream to ``device``: page-locked where that is an accelerator.
+
+    Raises:
+        UserError: the memory cannot be had, or not be locked.
+    """
+    num_bytes = num_rows * num_elements * dtype.itemsize
+    if device.type != "cuda" or not num_bytes:
+        return torch.empty(num_rows, num_elements, dtype=dtype)
+    return host_memory.of_device(device).take(num_bytes).view(dtype).view(num_rows, num_elements)

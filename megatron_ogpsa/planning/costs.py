@@ -69,8 +69,8 @@ class Memory:
 def memory(projection: Projection, shard: ShardSize) -> Memory:
     """k·N·b for the basis; in a refresh k·N fp32 gradients beside it, which become the new basis or are freed.
 
-    A basis on the host takes staging buffers on the accelerator, which do not grow with N. PyTorch rounds page-locked
-    memory up to a power of two, and keeps what is freed for the next refresh.
+    A basis on the host takes staging buffers on the accelerator, which do not grow with N; what a refresh takes there is kept
+    for the next one.
 
     bf16 training gradients are projected in one fp32 copy of the shard.
     """
@@ -81,14 +81,9 @@ def memory(projection: Projection, shard: ShardSize) -> Memory:
     captured = projection.references * shard.elements * FP32
     return Memory(
         accelerator=on_accelerator + copy,
-        host=_page_locked(basis) if projection.on_host else 0,
-        refresh=_page_locked(captured) if projection.on_host else captured,
+        host=basis if projection.on_host else 0,
+        refresh=captured,
     )
-
-
-def _page_locked(size: int) -> int:
-    """Bytes of an allocation (PyTorch's ``CachingHostAllocator``)."""
-    return 1 << (size - 1).bit_length() if size else 0
 
 
 def step_traffic(projection: Projection, shard: ShardSize) -> int:

@@ -3,7 +3,7 @@
 | gradient, references and basis | form |
 |---|---|
 | CPU, fp32, the basis fp32 or bf16, :data:`COMPILED_FROM` elements or more | :mod:`megatron_ogpsa.projection.cpu_kernels` |
-| CUDA, 16 or 32 bits, the basis fp32 or bf16 there or in host memory, with Triton (which PyTorch brings along on Linux) | \
+| CUDA, 16 or 32 bits, the basis fp32 or bf16 there or in host memory, with Triton from 3.4 on (PyTorch 2.8 brings it) | \
 :mod:`megatron_ogpsa.projection.gpu_kernels` |
 | anything else | tile by tile in PyTorch, :mod:`megatron_ogpsa.projection.segments` |
 
@@ -13,6 +13,7 @@ A step has two passes, ``dots`` and ``subtract``; a refresh has ``gram``, ``prod
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -42,6 +43,11 @@ if TYPE_CHECKING:
         def products(self, rows_KN: Any, others_JN: Any, /) -> Tensor: ...
         def combine(self, rows_KN: Any, weights_BKJ: Tensor, out_JN: Tensor, /) -> None: ...
 
+
+logger = logging.getLogger(__name__)
+
+OLDEST_TRITON = (3, 4)
+"""Whose kernels may keep several sums in a tuple over a loop."""
 
 COMPILED_FROM = 2**20
 """Elements of a shard from which compiled loops are worth the second that loading them takes."""
@@ -151,8 +157,18 @@ def _made(layout: SegmentLayout, device: str) -> Kernels:
 
 @cache
 def _has_triton() -> bool:
+    """Whether there is one that the kernels were written for; where there is not, that is said once."""
     try:
-        import triton  # noqa: F401
+        import triton
+
+        found = str(triton.__version__)
     except ImportError:
-        return False
-    return True
+        found = "none"
+    if found != "none" and tuple(map(int, found.split(".")[:2])) >= OLDEST_TRITON:
+        return True
+    oldest = ".".join(map(str, OLDEST_TRITON))
+    logger.warning(
+        "the projection goes through PyTorch, which takes several times as long: "
+        f"its kernels need Triton {oldest} or newer, here is {found}; PyTorch 2.8 brings it along"
+    )
+    return False

@@ -8,6 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -239,6 +240,17 @@ def test_a_layout_that_is_let_go_of_takes_its_tables_along(made: type[CpuKernels
     gc.collect()
     assert told() is None
     assert len(passes._known) == number - 1
+
+
+@pytest.mark.parametrize(("found", "is_new"), [("3.4.0", True), ("3.10.1", True), ("3.3.1", False), (None, False)])
+def test_an_old_triton_is_told_of_once(
+    found: str | None, is_new: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", found and SimpleNamespace(__version__=found))  # None cannot be imported
+    passes._has_triton.cache_clear()
+    assert [passes._has_triton(), passes._has_triton()] == [is_new, is_new]
+    assert len(caplog.records) == (not is_new)
+    passes._has_triton.cache_clear()
 
 
 @pytest.mark.gpu

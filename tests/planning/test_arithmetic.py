@@ -95,10 +95,10 @@ def test_bytes() -> None:
     assert costs.memory(PROJECTION, SHARD) == costs.Memory(accelerator=8000, host=0, refresh=8000)
     bf16_on_host = replace(PROJECTION, basis_bytes=2, on_host=True)
     assert costs.memory(bf16_on_host, replace(SHARD, packed=1000)) == costs.Memory(
-        accelerator=4000 + 2 * 2 * 1000 * 2, host=4096, refresh=8192
+        accelerator=4000 + 2 * 2 * 1000 * 2, host=4000, refresh=8000
     )
     large = costs.memory(bf16_on_host, replace(SHARD, elements=10**9))
-    assert (large.accelerator, large.host) == (2 * 2 * 2**24 * 2, 2**32)
+    assert (large.accelerator, large.host) == (2 * 2 * 2**24 * 2, 4 * 10**9)
     assert costs.step_traffic(PROJECTION, SHARD) == 1000 * (2 * (8 + 4) + 4)
     assert costs.step_traffic(replace(PROJECTION, of_update=True), SHARD) == 1000 * (3 * (8 + 4) + 8)
     assert costs.step_message(PROJECTION) == 10 * 3 * 8
