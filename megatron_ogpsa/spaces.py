@@ -102,6 +102,7 @@ class Space(ABC):
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         self._norm: float | None = None  # of the gradient that the optimizer is about to use, known on all ranks
+        self._norm_there: Tensor | None = None  # the same where the gradient lies, fp32 [1]
         self._optimizer = optimizer
         self._shard = shard
         self._check_leak = check_leak
@@ -169,7 +170,7 @@ class Space(ABC):
         if self._norm is None:
             return self._megatrons["get_grad_norm"]()
         if clip_grads.multi_tensor_scale_tensor_impl is not None:  # Transformer Engine clips by a device scalar
-            return torch.tensor([self._norm], dtype=torch.float32, device=self._shard.layout.device)
+            return self._norm_there
         return self._norm
 
     @torch.no_grad()
@@ -229,12 +230,16 @@ class GradientSpace(Space):
             removed_BK = removed_BK - added_BK
         after_B = removal.squared_norm_after(squared_norm_B, coefficients_BK, removed_BK)
         totals = (squared_norm_B, 0.0 * coefficients_BK, projected_B, added_BK.square(), after_B)
-        before, trace, projected, added, after = torch.stack([total.sum() for total in totals]).tolist()
-        if not self._is_finite(squared_norm_B, before, trace):
-            return False
+        numbers = torch.stack([total.sum() for total in totals])
+        arrived = _sent_to_host(numbers)
+        # Behind the numbers, so that the device is at work while the host waits for them. A step that is skipped has no use
+        # for its gradient.
         subtract(layout, self._shard.spans, basis.rows_KN, removed_BK)
         self._shard.store()
-        self._norm = math.sqrt(after)
+        before, trace, projected, added, after = arrived()
+        if not self._is_finite(squared_norm_B, before, trace):
+            return False
+        self._norm, self._norm_there = math.sqrt(after), numbers[-1:].sqrt().float()
         self.figures = self._ranks(basis) | {
             "removed": 1.0 - projected / before if before > 0 else 0.0,
             "grad_norm_before": math.sqrt(before),
@@ -283,10 +288,11 @@ class UpdateSpace(Space):
         self._along_BK = self._along(basis, self._shard.parameters)
         trace = (0.0 * self._along_BK).sum()
         totals = sum_over_ranks(torch.cat((local_B, trace[None])), self._shard.reduction.group)
-        squared_norm, basis_trace = torch.stack((totals[:-1].sum(), totals[-1])).tolist()
+        numbers = torch.stack((totals[:-1].sum(), totals[-1]))
+        squared_norm, basis_trace = numbers.tolist()
         if not self._is_finite(totals[:-1], squared_norm, basis_trace):
             return False
-        self._norm = math.sqrt(squared_norm)
+        self._norm, self._norm_there = math.sqrt(squared_norm), numbers[:1].sqrt().float()
         return True
 
     @torch.no_grad()
@@ -339,6 +345,22 @@ def some_of(names: Sequence[str], most: int = 3) -> str:
     """The first few of ``names``, and how many more there are."""
     shown, more = ", ".join(names[:most]), len(names) - most
     return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _sent_to_host(numbers: Tensor) -> Callable[[], list[float]]:
+    """Send ``numbers``; what is returned waits for them alone, not for what is queued after them."""
+    if numbers.device.type != "cuda":
+        return numbers.tolist
+    here = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    here.copy_(numbers, non_blocking=True)
+    sent = torch.cuda.Event()
+    sent.record()
+
+    def arrived() -> list[float]:
+        sent.synchronize()
+        return here.tolist()
+
+    return arrived
 
 
 def _looking_in(group: dist.ProcessGroup | None, leaf: Any) -> Callable[[], bool]:

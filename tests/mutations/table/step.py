@@ -17,8 +17,8 @@ STEP = (
     Mutation(
         "norm-before-projection",
         "megatron_ogpsa/spaces.py",
-        "self._norm = math.sqrt(after)",
-        "self._norm = math.sqrt(before)",
+        "self._norm, self._norm_there = math.sqrt(after), numbers[-1:]",
+        "self._norm, self._norm_there = math.sqrt(before), numbers[:1]",
         (f"{PARITY}[dp2]",),
         "clipping and the log get the norm that the gradient had before the projection",
     ),
