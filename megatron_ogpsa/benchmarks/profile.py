@@ -30,9 +30,14 @@ import torch.distributed as dist
 from megatron_ogpsa.benchmarks import step
 from megatron_ogpsa.errors import UserError
 
-BESIDE, FP32_ON_HOST, BF16_ON_HOST = "basis beside the gradient", "basis on the host", "basis on the host, bf16"
+PLAIN, BESIDE, FP32_ON_HOST, BF16_ON_HOST = (
+    "plain",
+    "basis beside the gradient",
+    "basis on the host",
+    "basis on the host, bf16",
+)
 SETTINGS: Mapping[str, Mapping[str, str] | None] = {
-    "plain": None,
+    PLAIN: None,
     BESIDE: {"basis_device": "accelerator", "basis_dtype": "fp32"},
     FP32_ON_HOST: {"basis_device": "cpu", "basis_dtype": "fp32"},
     BF16_ON_HOST: {"basis_device": "cpu", "basis_dtype": "bf16"},

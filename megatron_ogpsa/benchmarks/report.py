@@ -174,7 +174,7 @@ def _of_the_passes(data: Data) -> Json:
         "threads": projection["threads"],
         "threads_plural": "s" if projection["threads"] > 1 else "",
         "versions": ", ".join(f"{name} {version}" for name, version in projection["versions"].items()),
-        "projection": _table(_projection_rows([*projection["results"], *data.large["results"]])),
+        "projection": in_markdown(_projection_rows([*projection["results"], *data.large["results"]])),
         "num_blocks": max(result["blocks"] for result in projection["results"]),
         "growth_command": data.growth["command"],
         "in_pytorch_least": min(slower),
@@ -191,14 +191,14 @@ def _of_steps(data: Data) -> Json:
         **{name: first["arguments"][name] for name in ("seq_length", "micro_batch_size", "accumulate")},
         "steps_dates": " and ".join(sorted({one["date"] for one in data.steps})),
         "steps_cores": first["cores"],
-        "steps": _table(_step_rows(data.steps)),
-        "steps_commands": _commands(data.steps),
-        "memory": _table(_memory_rows(data.steps)),
+        "steps": in_markdown(_step_rows(data.steps)),
+        "steps_commands": commands(data.steps),
+        "memory": in_markdown(_memory_rows(data.steps)),
         "tensors": data.vectors[0]["tensors"],
-        "growth_commands": _commands([*data.ranks, *data.vectors]),
-        "ranks": _table(_growth_rows(data.ranks)),
+        "growth_commands": commands([*data.ranks, *data.vectors]),
+        "ranks": in_markdown(_growth_rows(data.ranks)),
         "ranks_cores": data.ranks[0]["cores"],
-        "vectors": _table(_growth_rows(data.vectors)),
+        "vectors": in_markdown(_growth_rows(data.vectors)),
     }
 
 
@@ -206,7 +206,7 @@ def _of_training(training: Json) -> Json:
     tokens = [f"{one['tokens of a step']:.0f}" for one in training["results"] if one["setting"] == "plain"]
     intervals = {f"{one['stage']}_interval": one["steps from one refresh to the next"] for one in training["results"]}
     return {
-        "training": _table(_training_rows(training["results"])),
+        "training": in_markdown(_training_rows(training["results"])),
         "training_command": training["command"],
         "training_date": training["date"],
         "training_cores": training["cores"],
@@ -307,13 +307,13 @@ def _growth_rows(lines: Iterable[Json]) -> list[list[str]]:
     return rows
 
 
-def _commands(lines: Iterable[Json]) -> str:
+def commands(lines: Iterable[Json]) -> str:
     """What measured each line, with the flags that are not the benchmark's own."""
     usual = vars(step.parser().parse_args([]))
     commands = []
     for one in lines:
         flags = [
-            (f"--no-{name}" if value == "False" else f"--{name.replace('_', '-')} {value}")
+            {"False": f"--no-{name}", "True": f"--{name}"}.get(value, f"--{name.replace('_', '-')} {value}")
             for name, value in one["arguments"].items()
             if value != str(usual[name]) and name != "json"
         ]
@@ -341,7 +341,8 @@ def _training_rows(results: Iterable[Json]) -> list[list[str]]:
     return rows
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def in_markdown(rows: Sequence[Sequence[str]]) -> str:
+    """The first row as the header."""
     header, *body = rows
     lines = [header, ["---"] * len(header), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

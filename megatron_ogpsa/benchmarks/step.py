@@ -20,7 +20,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import distributions
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, override
 
@@ -344,9 +345,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def versions() -> dict[str, str]:
     """Of what a step on a GPU is made of, where it is installed."""
-    names = ("torch", "triton", "megatron-core", "transformer-engine")
-    installed = {distribution.name: distribution.version for distribution in distributions()}
-    return {name: installed[name] for name in names if name in installed}
+    found = {}
+    for name in ("torch", "triton", "megatron-core", "transformer-engine"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def parser(prog: str = "torchrun -m megatron_ogpsa.benchmarks.step") -> argparse.ArgumentParser:

@@ -82,7 +82,9 @@ def test_the_authors_hooks_project_each_tensor() -> None:
     assert torch.equal(weight.grad, gradient)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("rule", "more"), [("", 0), ("--space update --mode conflict --no-authors", 1)])
+@pytest.mark.parametrize(
+    ("rule", "more"), [("", 0), ("--space update --mode conflict --no-authors", 1), ("--bf16 --basis-device cpu", 0)]
+)
 def test_a_step_is_timed(distributed: Callable[[int], WorkerGroup], rule: str, more: int) -> None:
     for figures in distributed(2).run("tests.benchmarks.cases:small_step", rule=rule):
         # Gradients, tokens, the norm and weights, and the loss's own over the vocabulary.
@@ -91,7 +93,8 @@ def test_a_step_is_timed(distributed: Callable[[int], WorkerGroup], rule: str, m
         assert figures["bytes of the basis"] == 4 * 2 * figures["elements of this rank's shard"]
         assert figures["ogpsa / plain"] > 0
         assert ("bytes of the authors' copies" in figures) == ("--no-authors" not in rule)
-        assert figures.get("bytes of the authors' copies", 0) in (0, 4 * 2 * figures["parameters"])
+        copies = (2 if "--bf16" in rule else 4) * 2 * figures["parameters"]
+        assert figures.get("bytes of the authors' copies", copies) == copies
 
 
 def test_gradients_are_summed_over_ranks(distributed: Callable[[int], WorkerGroup]) -> None:

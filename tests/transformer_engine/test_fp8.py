@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,10 +33,15 @@ def _checkpoints_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ALLOW_PICKLES, "1")
 
 
+@pytest.fixture(scope="module")
+def in_bf16() -> dict[str, Any]:
+    return {}
+
+
 @pytest.fixture
-def training(recipe: str, request: pytest.FixtureRequest, tmp_path: Path) -> Fp8Training:
+def training(recipe: str, request: pytest.FixtureRequest, tmp_path: Path, in_bf16: dict[str, Any]) -> Fp8Training:
     train: Train = request.getfixturevalue("train_te_blackwell" if recipe == "mxfp8" else "train_te")
-    return Fp8Training(train, tmp_path, tuple(MODEL), steps=4, fresh=False)
+    return Fp8Training(train, tmp_path, tuple(MODEL), steps=4, fresh=False, in_bf16=in_bf16)
 
 
 @pytest.mark.parametrize(("recipe", "variant"), NO_TRACE)

@@ -1,0 +1,113 @@
+"""What a profile says is what the device did; its page says what the data say."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ogpsa.benchmarks import gpu_report, profile, projection, step
+from megatron_ogpsa.errors import UserError
+
+FOLDER = Path(__file__).parents[2] / "docs" / "gpu"
+
+
+def event(name: str, start: float, stop: float, category: str = "kernel", stream: int = 7) -> dict[str, Any]:
+    """As the profiler exports it: microseconds."""
+    return {
+        "ph": "X",
+        "cat": category,
+        "name": name,
+        "ts": 5e6 + start,
+        "dur": stop - start,
+        "args": {"stream": stream},
+    }
+
+
+TRACE = {
+    "traceEvents": [
+        event("sm90_xmma_gemm_bf16", 0, 1000),
+        event("void at::native::elementwise_kernel", 1000, 1500),
+        event("Memcpy HtoD (Pinned -> Device)", 500, 2500, "gpu_memcpy", 20),
+        event("_dots", 1600, 2000),
+        event("_subtract", 2600, 3000),
+        event("void multi_tensor_apply_kernel<AdamFunctor>", 3000, 3400),
+        event("Memcpy DtoH (Device -> Pinned)", 3400, 3500, "gpu_memcpy"),
+        event("nvjet_hsh", 4000, 4000 + 1000),
+        {"cat": "cuda_runtime", "name": "cudaStreamSynchronize", "ts": 1.0, "dur": 5.0},
+        {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 2.0, "dur": 5.0},
+        {"cat": "cpu_op", "name": "aten::add", "ts": 3.0, "dur": 5.0},
+    ]
+}
+
+
+def test_an_account_adds_up_what_the_device_did() -> None:
+    figures = profile.account(TRACE, steps=1)
+    assert figures == pytest.approx(
+        {
+            "milliseconds": 5.0,
+            "milliseconds of matrix products": 2.0,
+            "milliseconds of other kernels": 0.6,
+            "milliseconds of projection": 0.8,
+            "milliseconds of optimizer": 0.4,
+            "milliseconds of copies from the host": 2.0,
+            # 500 to 1500 beside the products and the addition, 1600 to 2000 beside the dots
+            "milliseconds of copies beside kernels": 1.4,
+            "milliseconds idle": 0.1 + 0.5,
+            "kernels": 7.0,
+            "kernels of the projection": 2.0,
+            "waits of the host": 1.0,
+        }
+    )
+    assert profile.account(TRACE, steps=2)["milliseconds of projection"] == pytest.approx(0.4)
+
+
+def test_a_timeline_is_of_the_last_step() -> None:
+    timeline = profile.timeline(TRACE, steps=2)
+    assert timeline[profile.PRODUCTS] == [[1.5, 2.5]]
+    assert timeline[profile.PROJECTION] == [[0.1, 0.5]]
+    assert timeline[profile.OTHER] == [[0.9, 1.0]]
+    assert profile.timeline(TRACE, steps=1)[profile.COPIES] == [[0.5, 2.5]]
+
+
+def test_a_profile_without_a_device_is_told() -> None:
+    with pytest.raises(UserError, match="nothing on a GPU"):
+        profile.account({"traceEvents": [{"cat": "cpu_op", "name": "aten::add", "ts": 3.0, "dur": 5.0}]}, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"), [({}, "start it with torchrun"), ({"RANK": "0", "WORLD_SIZE": "1"}, "error: no GPU")]
+)
+def test_a_profile_is_refused_where_there_is_nothing_to_see(
+    environment: dict[str, str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert profile.main([]) != 0
+    assert said in capsys.readouterr().err
+
+
+def test_the_page_is_made_of_its_data() -> None:
+    page = gpu_report.as_markdown(gpu_report.Data.of(FOLDER))
+    assert page == FOLDER.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_the_pages_commands_are_commands() -> None:
+    data = gpu_report.Data.of(FOLDER)
+    for account in (data.projection, data.large):
+        args = projection._parser().parse_args(shlex.split(account["command"])[3:])
+        shown = {(result["elements"], result["rank"]) for result in account["results"]}
+        assert shown == {(int(elements), rank) for elements in args.elements for rank in args.rank}
+    args = profile._parser().parse_args(shlex.split(data.profile["command"])[5:])
+    assert args.steps == data.profile["steps"]
+    for line, one in zip(gpu_report.commands(data.steps).splitlines(), data.steps, strict=True):
+        made = {name: str(value) for name, value in vars(step.parser().parse_args(shlex.split(line)[5:])).items()}
+        assert made | {"json": one["arguments"]["json"]} == one["arguments"]
