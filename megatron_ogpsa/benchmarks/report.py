@@ -32,8 +32,8 @@ _PAGE = """# What projection costs
 
 Every figure here is a ratio, or stands beside one: medians over rounds in which the things that are compared take turns, so
 that a machine that is shared or changes its speed is fair to all of them. Made by
-`python -m megatron_ogpsa.benchmarks.report docs/performance` from the data in [performance](performance). No figure of a GPU
-is known yet: the benchmarks are written to run there too, which has not been tried.
+`python -m megatron_ogpsa.benchmarks.report docs/performance` from the data in [performance](performance). Those of a GPU have
+[a page of their own](gpu.md).
 
 ## The two passes
 
@@ -121,9 +121,8 @@ and kept in host memory, page-locked where there is a GPU. Nothing is read from 
 
 ## Not measured
 
-GPUs and FP8. What cheaper refreshes (fewer samples, longer intervals, references in turn) leave of the protection is measured
-in the [study](study/README.md). The Triton kernels are compiled for compute capability 9.0 by their tests and have run under
-Triton's interpreter alone.
+Whole runs on a GPU, and FP8. What cheaper refreshes (fewer samples, longer intervals, references in turn) leave of the
+protection is measured in the [study](study/README.md).
 """
 
 
