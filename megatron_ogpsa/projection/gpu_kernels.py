@@ -21,7 +21,7 @@ Shape legend as in :mod:`megatron_ogpsa.projection.pieces`; K = basis vectors, N
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import proxy
 
 import torch
@@ -39,10 +39,15 @@ _BYTES = 16
 """That are read at once."""
 _LINE = 64
 """Elements of fp32 in two lines of the cache, of 16 bits in one: where whole blocks begin."""
+_BLOCK = 1024
+"""Elements that a program of ``_subtract`` takes at a time."""
+_DOTS_BLOCK = 512
+"""The same of ``_dots``, with up to 15 rows."""
+_SHORTEST_BLOCK = 128
 _SUMS = 8192
 """Sums that a program of ``_dots`` holds at most, in fp64: 64 for each of its 128 threads."""
 _PRODUCTS = 2048
-_BLOCK = 1024
+"""Numbers in fp64 that programs of the other kernels hold: 16 for each thread."""
 _MOST_TABLES = 64
 """Of addresses that are kept: gradients, parameters, references and staging buffers stay where they are."""
 
@@ -410,8 +415,10 @@ class GpuKernels:
     def _products(self, parts: Iterable[tuple[_Part, _Part]], rows_KN: Rows, others_JN: Rows) -> Tensor:
         sums = [self._sums(others_JN.shape[0]) for _ in range(rows_KN.shape[0])]
         for part, other in parts:
-            for row_T, sums_PJ in zip(part.rows_KT, sums, strict=True):
-                self._add_up(self._where([row_T]), self._columns, other, sums_PJ, first_element=part.first_column)
+            rows = self._where(part.rows_KT.unbind())
+            for index, sums_PJ in enumerate(sums):
+                row = replace(rows, addresses=rows.addresses[index:])
+                self._add_up(row, self._columns, other, sums_PJ, first_element=part.first_column)
         tables = [self._sums_of_blocks(sums_PJ) for sums_PJ in sums]
         return torch.stack(tables, dim=1)[..., :-1]
 
@@ -453,7 +460,7 @@ class GpuKernels:
             sums_PJ,
             vector_type=VECTOR_TYPES[vectors.dtype],
             num_rows=num_rows,
-            block=min(max(_SUMS // triton.next_power_of_2(num_rows + 1), 128), _BLOCK // 2),
+            block=min(max(_SUMS // triton.next_power_of_2(num_rows + 1), _SHORTEST_BLOCK), _DOTS_BLOCK),
             line=_LINE,
             unit=self._unit(vectors, part),
         )

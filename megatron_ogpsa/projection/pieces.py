@@ -1,8 +1,8 @@
 """Tiles of a layout as tables of numbers, which is how compiled kernels want their work told.
 
 A *piece* is a run of elements of one block in one span. A tile with one segment is a piece, a tile of short segments is
-several. Kernels leave one row of sums for each piece; :func:`sums_of_blocks` adds the rows of each block in one order,
-whatever ran first, so that a step is bitwise reproducible on any number of threads.
+several. Kernels leave one row of sums for each piece; those of a block are added in one order, whatever ran first, so that a
+step is bitwise reproducible on any number of threads.
 
 Shape legend: P = pieces of a span or of all spans, B = blocks, J = sums.
 """
@@ -17,9 +17,6 @@ import torch
 from torch import Tensor
 
 from megatron_ogpsa.projection.segments import SegmentLayout, Tile
-
-LONGEST_RUN = 128
-"""Sums of pieces that are added one after the other."""
 
 
 @dataclass(frozen=True)
@@ -103,27 +100,16 @@ def _table(rows: Sequence[tuple[int, int, int, int, float]], span: int, device: 
 
 
 class BlockOrder:
-    """The order in which the sums of pieces are added to those of their blocks.
+    """The order in which the sums of pieces are added to those of their blocks, on CPU.
 
-    Adding them where they come, as ``index_add_`` does on a GPU, would give other bits in each run. Where a block has many
-    pieces, runs of :data:`LONGEST_RUN` are added first: a GPU gives each sum to one thread.
+    Adding them where they come would give other bits on another number of threads.
     """
 
     def __init__(self, blocks_P: Tensor, num_blocks: int) -> None:
         self._order_P = blocks_P.argsort(stable=True)
-        lengths_B = torch.bincount(blocks_P, minlength=num_blocks)
-        runs = [_cut(length, LONGEST_RUN) for length in lengths_B.tolist()]
-        self._runs = lengths_B.new_tensor([length for own in runs for length in own])
-        self._runs_B = lengths_B.new_tensor([len(own) for own in runs])
+        self._lengths_B = torch.bincount(blocks_P, minlength=num_blocks)
 
     def sums_of_blocks(self, sums_PJ: Tensor) -> Tensor:
         """fp64 [P, J] → [B, J]; zero for blocks without pieces."""
-        sums = sums_PJ[self._order_P]
-        for lengths in (self._runs, self._runs_B):
-            sums = torch.segment_reduce(sums, "sum", lengths=lengths, axis=0, initial=0.0, unsafe=True)
-        return sums
-
-
-def _cut(length: int, most: int) -> list[int]:
-    """``length`` in parts of ``most``, the last one shorter."""
-    return [min(most, length - begin) for begin in range(0, length, most)]
+        ordered = sums_PJ[self._order_P]
+        return torch.segment_reduce(ordered, "sum", lengths=self._lengths_B, axis=0, initial=0.0, unsafe=True)
