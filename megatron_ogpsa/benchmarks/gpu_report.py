@@ -47,8 +47,8 @@ since dots write nothing.
 
 {projection}
 
-The slowest is {slowest:.0%} of a copy; the bar is 80 %. It is the shortest of all: the pass takes {smallest:.2f} ms there, of
-which launching is a part. Before loads were joined (`_UNIT` in `megatron_ogpsa/projection/gpu_kernels.py`) the same runs
+The slowest is {slowest:.0%} of a copy; the bar is 80 %. It has the fewest bytes to read, in {smallest:.2f} ms, so that what
+two launches take weighs most. Before loads were joined (`_UNIT` in `megatron_ogpsa/projection/gpu_kernels.py`) the same runs
 gave 37 to 100 % for dots and 30 to 88 % for subtraction.
 
 ## A training step
@@ -65,10 +65,10 @@ micro-batch.
 {steps}
 
 The two passes read and write {pass_bytes:.1f} GB, for which a copy's bandwidth takes {pass_floor:.1f} ms; they add
-{added:.1f} ms to `optimizer.step()`, {added_share:.1%} of a step. The whole step grew by {grown:.1%}, and the profile below
-has the rest of that as time in which the GPU was idle. The host waited twice more in a projected step, each wait uses up
-its lead, and with {kernels:.0f} launches in a step it takes a while to be ahead again. Since this was measured the host
-waits for the step's numbers while the GPU subtracts, and no longer to hand over the norm; that was not measured again.
+{added:.1f} ms to `optimizer.step()`, {added_share:.1%} of a step. The whole step grew by {grown:.1%}; the profile below has
+most of the rest as time in which the GPU was idle. The host waited twice more in a projected step, each wait uses up its
+lead, and with {kernels:.0f} launches in a step it takes a while to be ahead again. Since this was measured the host waits
+for the step's numbers while the GPU subtracts, and no longer to hand over the norm; that was not measured again.
 
 Memory: the highest that the allocator gave out, and by how many bytes for each element it is above a plain step. In a refresh
 the new references stand beside the basis in use. The authors' copies, {copies:.1f} bytes an element, are in host memory.
@@ -88,7 +88,7 @@ memory, {basis:.1f} GB in fp32, which each of the two passes brings to the GPU i
 
 ![What the GPU does during the last step of each setting](gpu/profile.png)
 
-* **Beside the gradient**, the projection is {beside_kernels:.0f} kernels and {beside_ms:.1f} ms.
+* **Beside the gradient**, the two passes are {beside_kernels:.0f} launches and {beside_ms:.1f} ms.
 * **In host memory**, a step grows by what the bus takes for two passes, at {host_gbs:.0f} GB/s. Of {copied:.0f} ms of copies
   {hidden:.0f} run beside kernels: those of the projection take a {bus_ratio:.0f}th of the time of the copies, and forward and
   backward passes hide the first two tiles of a step alone. A basis in bf16 takes half.
