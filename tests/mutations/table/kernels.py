@@ -94,7 +94,7 @@ KERNELS = (
         "megatron_ogpsa/host_memory.py",
         "        if self._free:\n            self.wait()\n",
         "",
-        ("tests/core/test_host_memory.py",),
+        ("tests/core/test_host_memory.py::test_memory_serves_again_once_no_view_has_it",),
         "memory of an old basis is written while copies of it to the GPU are under way",
     ),
     Mutation(
@@ -102,7 +102,7 @@ KERNELS = (
         "megatron_ogpsa/host_memory.py",
         "        while self._free:\n            self.unregister(_address(self._free.pop()))\n",
         "",
-        ("tests/core/test_host_memory.py",),
+        ("tests/core/test_host_memory.py::test_memory_that_does_not_fit_is_given_back_first",),
         "every size that references ever took stays locked",
     ),
 )
