@@ -18,8 +18,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from megatron_ogpsa.errors import UserError
-
 _WASTE = 1.25
 """How much larger than what is asked for memory may be that serves again."""
 
@@ -43,7 +41,7 @@ class HostMemory:
         """uint8 [``num_bytes``], whose memory comes back when no tensor has it any more.
 
         Raises:
-            UserError: the memory cannot be had, or not be locked.
+            RuntimeError: the memory cannot be had, or not be locked, which this rank may be alone with.
         """
         mapping = self._fitting(num_bytes) or self._new(num_bytes)
         view = memoryview(mapping)
@@ -68,7 +66,7 @@ class HostMemory:
             mapping.madvise(mmap.MADV_DONTFORK)
             self.register(_address(mapping), num_bytes)
         except (OSError, RuntimeError) as error:
-            raise UserError(
+            raise RuntimeError(
                 f"--ogpsa-basis-device cpu: {num_bytes / 1e9:.1f} GB of host memory cannot be had and locked ({error}): "
                 "use --ogpsa-basis-dtype bf16, fewer references, or a node with more memory"
             ) from None

@@ -202,7 +202,7 @@ def host_rows(num_rows: int, num_elements: int, dtype: torch.dtype, device: torc
     """Memory for rows that stream to ``device``: page-locked where that is an accelerator.
 
     Raises:
-        UserError: the memory cannot be had, or not be locked.
+        RuntimeError: the memory cannot be had, or not be locked.
     """
     num_bytes = num_rows * num_elements * dtype.itemsize
     if device.type != "cuda" or not num_bytes:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from megatron_ogpsa import host_memory
-from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.host_memory import HostMemory
 from megatron_ogpsa.streaming import host_rows
 
@@ -70,7 +69,7 @@ def test_memory_that_does_not_fit_is_given_back_first() -> None:
 
 
 def test_memory_that_cannot_be_locked_is_told() -> None:
-    with pytest.raises(UserError, match=r"--ogpsa-basis-device cpu: 0\.0 GB .* \(out of memory\): use"):
+    with pytest.raises(RuntimeError, match=r"--ogpsa-basis-device cpu: 0\.0 GB .* \(out of memory\): use"):
         Driver(limit=10).memory().take(4000)
 
 
