@@ -4,9 +4,11 @@ Each program takes one piece of up to 2¹⁵ elements, some hundred at a time, a
 PyTorch writes fp64 copies of the operands to memory first. The sums of pieces are added in one order, without atomics, so
 that a step is bitwise reproducible.
 
-A thread reads 16 bytes at once wherever spans, columns and rows lie at multiples of them, as Megatron's buffers do; element
-by element, basis and gradient take up to three times as long. What is read at once decides the order of a piece's sums, so
-that it is one for a layout, wherever its basis lies.
+A thread reads as many neighbours at once, up to 16 bytes, as spans, columns and rows lie at multiples of; one by one, basis
+and gradient take up to three times as long. Shards of Megatron's distributed optimizer lie at multiples of eight elements
+with up to 16 data-parallel ranks, of four with 32, of two with 64, and with any number of them under
+``--ddp-pad-buckets-for-high-nccl-busbw`` (``bucket_end_divisor`` in megatron/core/optimizer/param_layout.py). What is read at
+once decides the order of a piece's sums, so that it is one for a layout, wherever its basis lies.
 
 Spans lie anywhere in memory, in an update as many as there are parameters: kernels find them in a table of addresses, so
 that a pass is one launch. A basis in host memory comes tile by tile, a launch for each, and the sums are those of a basis
@@ -20,6 +22,7 @@ Shape legend as in :mod:`megatron_ogpsa.projection.pieces`; K = basis vectors, N
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from weakref import proxy
@@ -33,10 +36,10 @@ from megatron_ogpsa.projection.pieces import Pieces, in_columns, in_memory, num_
 from megatron_ogpsa.projection.segments import Rows, SegmentLayout, tiles_of
 
 LONGEST_PIECE = 2**15
-_UNIT = 8
-"""Elements that are read at once where all addresses allow it: 16 bytes of 16 bits, twice that of 32."""
 _BYTES = 16
-"""That are read at once."""
+"""That are read at once, where all addresses allow it."""
+_UNIT = 8
+"""Elements that these are, of 16 bits; of 32, twice as many bytes are read one half after the other."""
 _LINE = 64
 """Elements of fp32 in two lines of the cache, of 16 bits in one: where whole blocks begin."""
 _BLOCK = 1024
@@ -130,6 +133,7 @@ def _dots(
     block: tl.constexpr,
     line: tl.constexpr,
     unit: tl.constexpr,
+    vector_bytes: tl.constexpr,
 ) -> None:
     """sums[p, k] = weight_p·Σ g·q_k over the piece p; sums[p, K] = weight_p·Σ g²."""
     piece = first_piece + tl.program_id(0)
@@ -137,9 +141,8 @@ def _dots(
     stop = tl.load(stops + piece)
     vector = tl.load(addresses + tl.load(spans + piece)).to(tl.pointer_type(vector_type)) - first_element
     rows += tl.multiple_of(tl.load(columns + piece) - first_column - start, unit)
-    row_stride = tl.multiple_of(row_stride, unit)
-    if unit > 1:
-        vector = tl.multiple_of(vector, 16)
+    row_stride = row_stride // unit * unit  # what is said of an argument itself goes unheard
+    vector = tl.multiple_of(vector, vector_bytes)
     found = tl.tuple([])
     for _ in tl.static_range(num_rows + 1):
         found += (tl.zeros((block,), dtype=tl.float64),)
@@ -216,6 +219,7 @@ def _subtract(
     block: tl.constexpr,
     line: tl.constexpr,
     unit: tl.constexpr,
+    vector_bytes: tl.constexpr,
 ) -> None:
     """g ← g − Σ_k r_bk·q_k over a piece, in the order of k for every element, wherever it lies."""
     piece = first_piece + tl.program_id(0)
@@ -223,9 +227,8 @@ def _subtract(
     stop = tl.load(stops + piece)
     vector = tl.load(addresses + tl.load(spans + piece)).to(tl.pointer_type(vector_type))
     rows += tl.multiple_of(tl.load(columns + piece) - first_column - start, unit)
-    row_stride = tl.multiple_of(row_stride, unit)
-    if unit > 1:
-        vector = tl.multiple_of(vector, 16)
+    row_stride = row_stride // unit * unit  # what is said of an argument itself goes unheard
+    vector = tl.multiple_of(vector, vector_bytes)
     own = coefficients + tl.load(blocks + piece) * num_rows
     first, number = _whole_blocks(start, stop, line, block, unit)
     for index in range(number):
@@ -296,12 +299,12 @@ class _Vectors:
 
     Attributes:
         addresses: a table on the device, int64.
-        are_aligned: each begins where :data:`_UNIT` elements can be read at once.
+        unit: elements that can be read at once of each.
     """
 
     addresses: Tensor
     dtype: torch.dtype
-    are_aligned: bool
+    unit: int
 
 
 class GpuKernels:
@@ -320,14 +323,8 @@ class GpuKernels:
         lengths_B = torch.bincount(self._columns.blocks_P, minlength=layout.num_blocks)
         self._firsts = torch.nn.functional.pad(lengths_B.cumsum(0), (1, 0))
         # Tiles count although a basis beside the gradient has none: its sums are to be those of one in host memory.
-        self._is_aligned = not any(
-            number % _UNIT
-            for number in (
-                layout.num_elements,
-                layout.limits.tile,
-                *(n for t in layout.tiles for n in (t.start, t.column)),
-            )
-        )
+        places = [number for tile in layout.tiles for number in (tile.start, tile.column)]
+        self._unit = math.gcd(_UNIT, layout.num_elements, layout.limits.tile, *places)
         self._addresses: dict[tuple[int, ...], Tensor] = {}
 
     def dots(self, spans: Sequence[Tensor], rows_KN: Rows) -> Tensor:
@@ -374,7 +371,7 @@ class GpuKernels:
                 num_rows=len(part.rows_KT),
                 block=_BLOCK,
                 line=_LINE,
-                unit=self._unit(vectors, part),
+                **self._at_once(vectors, part),
                 enable_fp_fusion=False,
             )
 
@@ -462,14 +459,16 @@ class GpuKernels:
             num_rows=num_rows,
             block=min(max(_SUMS // triton.next_power_of_2(num_rows + 1), _SHORTEST_BLOCK), _DOTS_BLOCK),
             line=_LINE,
-            unit=self._unit(vectors, part),
+            **self._at_once(vectors, part),
         )
 
-    def _unit(self, vectors: _Vectors, part: _Part) -> int:
-        """Elements that may be read at once: one where any address is odd."""
+    def _at_once(self, vectors: _Vectors, part: _Part) -> dict[str, int]:
+        """``unit``: elements that may be read at once; ``vector_bytes``: what vectors' addresses are multiples of, then."""
         rows_KT = part.rows_KT
-        places = (rows_KT.data_ptr(), rows_KT.stride(0) * rows_KT.element_size())
-        return _UNIT if self._is_aligned and vectors.are_aligned and not any(n % _BYTES for n in places) else 1
+        size = rows_KT.element_size()
+        of_rows = _elements_at_once(size, rows_KT.data_ptr(), rows_KT.stride(0) * size)
+        unit = min(self._unit, vectors.unit, of_rows)
+        return {"unit": unit, "vector_bytes": min(_BYTES, unit * vectors.dtype.itemsize)}
 
     def _parts(self, rows_KN: Rows) -> Iterator[_Part]:
         """The rows as they lie, or tile by tile, each with its pieces; none without pieces."""
@@ -489,4 +488,11 @@ class GpuKernels:
             if len(self._addresses) == _MOST_TABLES:
                 self._addresses.clear()
             self._addresses[found] = torch.tensor(found, dtype=torch.int64).to(self._layout.device)
-        return _Vectors(self._addresses[found], vectors[0].dtype, not any(address % _BYTES for address in found))
+        dtype = vectors[0].dtype
+        return _Vectors(self._addresses[found], dtype, _elements_at_once(dtype.itemsize, *found))
+
+
+def _elements_at_once(size: int, *places: int) -> int:
+    """Up to :data:`_UNIT`, of ``size`` bytes each, that all ``places``, in bytes, are multiples of."""
+    num_bytes = math.gcd(_BYTES, *places)
+    return _UNIT if num_bytes == _BYTES else max(num_bytes // size, 1)

@@ -44,9 +44,15 @@ ALIGNED = [
     [Segment(LONG, 0, True), Segment(64, 1, True), Segment(8, 2, False), Segment(1000, 1, True)],
     [Segment(24, 2, True), Segment(8, 3, True), Segment(2000, 3, True), Segment(64, 0, False)],
 ]
-"""As Megatron's buffers are: what is read several elements at a time."""
+"""As Megatron's buffers are: eight elements are read at a time."""
 
-LAYOUTS = (SPANS, ALIGNED)
+LAYOUTS = {
+    1: SPANS,
+    2: [[Segment(LONG + 2, 0, True), Segment(1030, 1, True)], ALIGNED[1]],
+    4: [[Segment(LONG + 4, 0, True), Segment(1028, 1, True)], ALIGNED[1]],
+    8: ALIGNED,
+}
+"""Elements that can be read at a time → spans."""
 
 
 def compare(device: torch.device) -> None:
@@ -116,7 +122,7 @@ def compare_streamed(device: torch.device) -> None:
     """Rows in host memory give the bits of rows on the device, in each pass."""
     from megatron_ogpsa.projection.gpu_kernels import GpuKernels
 
-    for dtype, segments in product((torch.float32, torch.bfloat16), LAYOUTS):
+    for dtype, segments in product((torch.float32, torch.bfloat16), (SPANS, ALIGNED)):
         layout = SegmentLayout(segments, NUM_BLOCKS, device, LIMITS)
         found = []
         for is_far in (False, True):
@@ -239,22 +245,33 @@ def compile_for_a_gpu() -> None:
     kernels = {name: Compiled(getattr(gpu_kernels, name)) for name in ("_dots", "_add_pieces", "_subtract", "_combine")}
     for name, kernel in kernels.items():
         setattr(gpu_kernels, name, kernel)
-    for segments in LAYOUTS:
-        compile_passes(SegmentLayout(segments, NUM_BLOCKS, torch.device("cpu")))
+    for unit, segments in LAYOUTS.items():
+        layout = SegmentLayout(segments, NUM_BLOCKS, torch.device("cpu"))
+        _require(gpu_kernels.GpuKernels(layout)._unit == unit, f"{unit} elements cannot be read at a time")
+        compile_passes(layout)
     for name, kernel in kernels.items():
         print(f"{name}: {len(kernel.assembly)} variants")
         _require(len(kernel.assembly) >= 4, f"{name} was hardly launched")
         for key, assembly in kernel.assembly.items():
             _require("i32" not in key, f"{name} is given an integer of 32 bits: {key}")
             _require(name == "_dots" or "fma." not in assembly, f"{name} fuses a product with a sum: {key}")
-            joins = len(re.findall(r"ld\.global\S*\.v[24]\.", assembly))
-            least = 1 if "'num_rows': 0" in key else 2
-            _require(
-                "'unit': 8" not in key or joins >= least, f"{name} joins {joins} loads where all is aligned: {key}"
-            )
-            _require(
-                "'unit': 1" not in key or joins == 0, f"{name} joins {joins} loads, which may not be aligned: {key}"
-            )
+            if "'unit'" in key:
+                found = {int(number) for number in re.findall(r"ld\.global\S*\.v(\d)\.", assembly)}
+                _require(found == widths(key), f"{name} reads {found} words at a time: {key}")
+
+
+def widths(key: str) -> set[int]:
+    """Words of 32 bits that a thread reads at once, where that is more than one, of gradient and basis."""
+    unit, block, num_rows = (
+        int(found[1])
+        for found in (re.search(rf"'{name}': (\d+)", key) for name in ("unit", "block", "num_rows"))
+        if found
+    )
+    sizes = [4 if "language.float32" in key else 2]
+    if num_rows:
+        sizes.append(2 if "'*bf16', 'i64'" in key else 4)
+    at_once = min(unit, block // 128)  # threads of a program
+    return {min(at_once * size // 4, 4) for size in sizes} - {0, 1}
 
 
 def compile_passes(layout: SegmentLayout) -> None:

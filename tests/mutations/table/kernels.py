@@ -68,8 +68,8 @@ KERNELS = (
     Mutation(
         "triton-fuses-what-it-writes",
         "megatron_ogpsa/projection/gpu_kernels.py",
-        "                unit=self._unit(vectors, part),\n                enable_fp_fusion=False,\n",
-        "                unit=self._unit(vectors, part),\n",
+        "                **self._at_once(vectors, part),\n                enable_fp_fusion=False,\n",
+        "                **self._at_once(vectors, part),\n",
         (TRITON,),
         "products and sums are fused on a GPU, and a basis in host memory gives other bits",
     ),
