@@ -31,7 +31,7 @@ from megatron_ogpsa.errors import UnsupportedError
 from megatron_ogpsa.precision.loss_scale import FIRST_SCALE
 from megatron_ogpsa.projection.basis import orthonormalise
 from megatron_ogpsa.projection.conflict import Cone
-from megatron_ogpsa.projection.passes import combine, dots, gram, products
+from megatron_ogpsa.projection.passes import combine, dots, gram, products, slow_reading
 from megatron_ogpsa.projection.segments import Rows
 from megatron_ogpsa.sharding.gradients import GradientShard
 from megatron_ogpsa.spaces import SPACES, Basis, GradientSpace, some_of
@@ -84,6 +84,8 @@ class OGPSA:
         self.reference_loss_scale = FIRST_SCALE
         self._optimizer = optimizer
         self._shard = GradientShard(optimizer, chunks, by_tensor=config.granularity == "tensor")
+        if (told := slow_reading(self._shard.layout)) and dist.get_rank() == 0:
+            logger.warning(told)
         self._space = SPACES[config.space](optimizer, self._shard, check_leak=config.check_leak)
         self._captured_names: list[str] | None = None
         self._captured_KN: Tensor | None = None

@@ -323,8 +323,7 @@ class GpuKernels:
         lengths_B = torch.bincount(self._columns.blocks_P, minlength=layout.num_blocks)
         self._firsts = torch.nn.functional.pad(lengths_B.cumsum(0), (1, 0))
         # Tiles count although a basis beside the gradient has none: its sums are to be those of one in host memory.
-        places = [number for tile in layout.tiles for number in (tile.start, tile.column)]
-        self._unit = math.gcd(_UNIT, layout.num_elements, layout.limits.tile, *places)
+        self._unit = math.gcd(_UNIT, layout.multiple)
         self._addresses: dict[tuple[int, ...], Tensor] = {}
 
     def dots(self, spans: Sequence[Tensor], rows_KN: Rows) -> Tensor:

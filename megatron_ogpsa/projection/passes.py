@@ -103,6 +103,16 @@ def combine(layout: SegmentLayout, rows_KN: Rows, weights_BKJ: Tensor, out_JN: T
         combine_rows(layout, rows_KN, weights_BKJ, out_JN)
 
 
+def slow_reading(layout: SegmentLayout) -> str:
+    """What to do where a GPU must read element by element; empty where it need not."""
+    if layout.device.type != "cuda" or layout.num_elements < COMPILED_FROM or layout.multiple % 2 == 0:
+        return ""
+    return (
+        "shards lie where the GPU must read the basis element by element, which takes up to three times as long: add "
+        "--ddp-pad-buckets-for-high-nccl-busbw, which pads Megatron's buffers"
+    )
+
+
 def _kernels(layout: SegmentLayout, vectors: Sequence[Rows], tables: Sequence[Rows]) -> Kernels | None:
     """Those that can work on these, made for the layout once.
 

@@ -14,6 +14,7 @@ gradient of 1M elements back into the protected subspace, fp64 leaves 1e-7.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -116,6 +117,12 @@ class SegmentLayout:
             columns = [0, *accumulate(self.span_lengths)][: len(spans)]
         for index, (span, column) in enumerate(zip(spans, columns, strict=True)):
             self.tiles.extend(self._cut(index, _merged(span), column))
+
+    @property
+    def multiple(self) -> int:
+        """What tiles, columns and rows begin at multiples of, in elements: as many can be read at once."""
+        places = (number for tile in self.tiles for number in (tile.start, tile.column))
+        return math.gcd(self.num_elements, self.limits.tile, *places)
 
     def _cut(self, span: int, segments: Sequence[Segment], column: int) -> Iterator[Tile]:
         """Long segments become tiles of their own, runs of short ones are packed together."""

@@ -253,6 +253,14 @@ def test_an_old_triton_is_told_of_once(
     passes._has_triton.cache_clear()
 
 
+@pytest.mark.parametrize(("length", "device", "is_slow"), [(1, "cuda", True), (2, "cuda", False), (1, "cpu", False)])
+def test_where_a_gpu_must_read_element_by_element_is_told(length: int, device: str, is_slow: bool) -> None:
+    """A shard of so many elements more than a multiple of 64; its rows lie one behind the other."""
+    layout = SegmentLayout([[Segment(2**21 + length, 0, True)]], 1, torch.device(device, 0))
+    assert layout.multiple == length
+    assert ("--ddp-pad-buckets-for-high-nccl-busbw" in passes.slow_reading(layout)) == is_slow
+
+
 @pytest.mark.gpu
 def test_what_lies_on_a_gpu_goes_through_triton() -> None:
     """As in training, where a layout's device is a gradient's."""
