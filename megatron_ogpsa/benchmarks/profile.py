@@ -227,6 +227,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(
                 "it profiles one rank: start it with torchrun --nproc-per-node 1 -m megatron_ogpsa.benchmarks.profile"
             )
+        if args.steps < 1:
+            raise UserError(f"--steps {args.steps}: use 1 or more")
+        step.check(args)
         if not torch.cuda.is_available():
             raise UserError("no GPU: torch.cuda.is_available() is False, and a CPU has nothing that copies run beside")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

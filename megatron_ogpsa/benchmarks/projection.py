@@ -34,7 +34,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TRIAD_BYTES, COPY_BYTES = 12, 8
 REPEAT_ON_GPU = 20
 PADDING = 64
-"""Elements (``megatron/core/distributed/param_and_grad_buffer.py``)."""
+"""Elements (``pad_param_start`` in megatron/core/optimizer/param_layout.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, override
 
@@ -33,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_ogpsa.benchmarks.authors_hooks import AuthorsHooks
 from megatron_ogpsa.benchmarks.memory import peak_bytes
 from megatron_ogpsa.benchmarks.timing import in_turn, median_ratio, wait
+from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
 
 if TYPE_CHECKING:
@@ -320,6 +322,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if "RANK" not in os.environ:
         sys.exit("start it with torchrun: torchrun --nproc-per-node 2 -m megatron_ogpsa.benchmarks.step")
+    try:
+        check(args)
+    except UserError as error:
+        sys.exit(f"error: {error}")
     backend = "nccl" if _has_gpu() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -342,6 +348,18 @@ def main(argv: list[str] | None = None) -> int:
                 file.write(json.dumps({**figures, "arguments": {k: str(v) for k, v in vars(args).items()}}) + "\n")
     dist.destroy_process_group()
     return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be measured here.
+
+    Raises:
+        UserError: layers of a Transformer Engine that is not there.
+    """
+    if args.transformer_impl == "transformer_engine" and find_spec("transformer_engine") is None:
+        raise UserError(
+            "--transformer-impl transformer_engine: it is not installed: use local, or install it (docs/fp8.md)"
+        )
 
 
 def versions() -> dict[str, str]:

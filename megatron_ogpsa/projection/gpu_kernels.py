@@ -194,6 +194,7 @@ def _subtract_some(
     vector_type: tl.constexpr,
     num_rows: tl.constexpr,
 ) -> None:
+    """g ← g − Σ_k r_k·q_k for some elements of one block."""
     value = _loaded(vector + offsets, inside).to(tl.float32)
     total = tl.zeros_like(value)
     for k in tl.static_range(num_rows):

@@ -95,6 +95,17 @@ def test_a_profile_is_refused_where_there_is_nothing_to_see(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", ["--steps 0", "--transformer-impl transformer_engine"])
+def test_a_wrong_flag_is_told_by_its_name(
+    flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(step, "find_spec", lambda _: None)
+    assert profile.main(flags.split()) != 0
+    assert f"error: {flags}: " in capsys.readouterr().err
+
+
 def test_the_page_is_made_of_its_data() -> None:
     page = gpu_report.as_markdown(gpu_report.Data.of(FOLDER))
     assert page == FOLDER.with_suffix(".md").read_text(encoding="utf-8")
