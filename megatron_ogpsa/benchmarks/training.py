@@ -31,10 +31,10 @@ from typing import Any
 import yaml
 
 from megatron_ogpsa.benchmarks import trl_training
+from megatron_ogpsa.commands import Command, run_commands
 from megatron_ogpsa.data.sources import open_source, require_source
-from megatron_ogpsa.demo.results import read_curves
-from megatron_ogpsa.demo.run import Step, run_steps
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.training_log import read_curves
 
 COMMAND = [sys.executable, "-m", "megatron_ogpsa.cli.main"]
 PLAIN = "plain"
@@ -179,7 +179,7 @@ def measure(args: argparse.Namespace, stages: Sequence[str]) -> list[dict[str, A
         rows = [row for _, row in islice(open_source(str(getattr(args, stage))).rows(), ROWS[stage])]
         _data(args, stage).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     convert = [*COMMAND, "convert", str(args.model), str(_start(args))]
-    steps = [Step("to Megatron", convert, args.out / "convert.log", 30.0, _start(args).exists())]
+    steps = [Command("to Megatron", convert, args.out / "convert.log", 30.0, _start(args).exists())]
     settings = [*SETTINGS, *(TRL_SETTINGS if args.trl else ())]
     speeds: dict[tuple[str, str], list[Path]] = {(stage, name): [] for stage in stages for name in settings}
     for round_number in range(1, args.rounds + 1):
@@ -188,9 +188,9 @@ def measure(args: argparse.Namespace, stages: Sequence[str]) -> list[dict[str, A
             command, told_in = (
                 _trl_run(args, stage, name, log) if name in TRL_SETTINGS else _run(args, stage, name, log)
             )
-            steps.append(Step(f"{stage} {name}, round {round_number}", command, log, SECONDS))
+            steps.append(Command(f"{stage} {name}, round {round_number}", command, log, SECONDS))
             files.append(told_in)
-    run_steps(steps)
+    run_commands(steps)
     refreshed = [*range(1, args.steps + 1, _interval(args))]
     found = {
         (stage, name): [

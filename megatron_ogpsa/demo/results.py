@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from megatron_ogpsa.demo.recipes import Variant
 from megatron_ogpsa.demo.scoring import Recovered, Scores, tax_recovered
-
-_ITERATION = re.compile(r"\biteration\s+(\d+)/\s*\d+ \|(.*)")
-_FIELD = re.compile(r"\s*([A-Za-z][^:|]*?):\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?|nan|inf)\s*(?=\||$)")
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One number of the training log over steps."""
-
-    steps: list[int] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
+from megatron_ogpsa.training_log import Curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +65,3 @@ class Results:
             return accuracy, self.estimate(name, lambda scores: scores.general_loss).mean
 
         return tax_recovered(means(start), means(description.against), means(variant))
-
-
-def read_curves(log: Path) -> dict[str, Curve]:
-    """Every number that Megatron's training log prints with each iteration, by its name in the log."""
-    curves: dict[str, Curve] = {}
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        iteration = _ITERATION.search(line)
-        if iteration is None:
-            continue
-        for name, value in (found.groups() for found in map(_FIELD.match, iteration[2].split("|")) if found):
-            curve = curves.setdefault(name, Curve())
-            curve.steps.append(int(iteration[1]))
-            curve.values.append(float(value))
-    return curves

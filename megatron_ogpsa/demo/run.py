@@ -6,24 +6,19 @@ import argparse
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_ogpsa.commands import Command, run_commands
 from megatron_ogpsa.demo.benchmark import BenchmarkSpec, write_benchmark
 from megatron_ogpsa.demo.recipes import START, DemoSizes, Recipe, Variant, write_config
 from megatron_ogpsa.demo.report import terminal_table, write_report
-from megatron_ogpsa.demo.results import Results, Run, read_curves
+from megatron_ogpsa.demo.results import Results, Run
 from megatron_ogpsa.demo.scoring import Scores
 from megatron_ogpsa.errors import UserError
-
-LOG_TAIL = 15
-"""Lines of a failed step's log that are shown."""
+from megatron_ogpsa.training_log import read_curves
 
 START_UP = 12.0
 """Seconds that a job of two ranks takes to start on two cores."""
@@ -32,30 +27,6 @@ TRAIN = [sys.executable, "-m", "megatron_ogpsa.cli.main", "train", "--nnodes", "
 
 STEP_SECONDS = {"base": 0.085, "sft": 0.1, "dpo": 0.15, "protected": 0.1}
 """Of one training step on two cores, and what the refreshes add to it."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One process of the demo.
-
-    Attributes:
-        seconds: what it takes on two cores, for the first ETA; measured steps correct it.
-        is_done: whether an earlier run has left its result.
-        stamp: (config, copy): the copy says that the step was done with that config.
-    """
-
-    title: str
-    command: list[str]
-    log: Path
-    seconds: float
-    is_done: bool = False
-    stamp: tuple[Path, Path] | None = None
-
-
-class DemoFailed(UserError):
-    """A step ended with an error; the end of its log has been shown."""
-
-    exit_code = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Train, fine-tune for each seed, evaluate, report.
 
     Raises:
-        DemoFailed: a step failed, after the end of its log was printed.
+        CommandFailed: a step failed, after the end of its log was printed.
         UserError: the output folder cannot be written, or no seed.
     """
     started = time.monotonic()
@@ -85,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         recipes = [make_recipe(args, out, seed) for seed in range(args.seed, args.seed + args.seeds)]
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error}): choose another folder") from None
-    run_steps([step for recipe in recipes for step in plan_steps(recipe, fresh=args.fresh, seeds=args.seeds)])
+    run_commands([step for recipe in recipes for step in plan_steps(recipe, fresh=args.fresh, seeds=args.seeds)])
     results = Results(
         variants={START: None, **recipes[0].variants},
         runs=[read_run(recipe) for recipe in recipes],
@@ -145,7 +116,7 @@ def notes(args: argparse.Namespace, sizes: DemoSizes, seconds: float) -> tuple[s
     )
 
 
-def plan_steps(recipe: Recipe, *, fresh: bool, seeds: int = 1) -> list[Step]:
+def plan_steps(recipe: Recipe, *, fresh: bool, seeds: int = 1) -> list[Command]:
     """Write the configs and say how to run them; the starting model is kept if its config is what it was trained with."""
     out = recipe.out
     prefix = f"seed {recipe.seed}, " if seeds > 1 else ""
@@ -154,14 +125,14 @@ def plan_steps(recipe: Recipe, *, fresh: bool, seeds: int = 1) -> list[Step]:
         shutil.rmtree(out / name, ignore_errors=True)
         write_config(out / f"{name}.yaml", settings)
     steps += [
-        Step(f"{prefix}{variant.title}", [*TRAIN, *arguments], out / f"{name}.log", seconds * _slower(recipe))
+        Command(f"{prefix}{variant.title}", [*TRAIN, *arguments], out / f"{name}.log", seconds * _slower(recipe))
         for name, variant, arguments, seconds in _fine_tuning(recipe)
     ]
     named = {START: str(recipe.base)} | {name: str(v.checkpoint(out)) for name, v in recipe.variants.items()}
     return [*steps, evaluation_step(recipe, named, out / "scores.json", title=f"{prefix}evaluation", seconds=16)]
 
 
-def base_step(recipe: Recipe, *, fresh: bool, prefix: str = "") -> Step:
+def base_step(recipe: Recipe, *, fresh: bool, prefix: str = "") -> Command:
     """Training of the starting model; what an earlier run has left is done, if it had the same config."""
     out = recipe.out
     trained_with = out / "base-trained.yaml"
@@ -172,10 +143,10 @@ def base_step(recipe: Recipe, *, fresh: bool, prefix: str = "") -> Step:
         trained_with.unlink(missing_ok=True)
     seconds = (START_UP + recipe.sizes.base_steps * STEP_SECONDS["base"]) * _slower(recipe)
     command = [*TRAIN, str(config)]
-    return Step(f"{prefix}starting model", command, out / "base.log", seconds, is_done, (config, trained_with))
+    return Command(f"{prefix}starting model", command, out / "base.log", seconds, is_done, (config, trained_with))
 
 
-def evaluation_step(recipe: Recipe, named: dict[str, str], result: Path, *, title: str, seconds: float) -> Step:
+def evaluation_step(recipe: Recipe, named: dict[str, str], result: Path, *, title: str, seconds: float) -> Command:
     """Scores of checkpoints into ``result``.
 
     Args:
@@ -185,7 +156,7 @@ def evaluation_step(recipe: Recipe, named: dict[str, str], result: Path, *, titl
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(recipe.num_ranks)]
     job = ["-m", "megatron_ogpsa.demo.evaluate", str(config), str(recipe.benchmark.folder), str(result)]
     command = [*launch, *job, *(f"{name}={checkpoint}" for name, checkpoint in named.items())]
-    return Step(title, command, result.with_suffix(".log"), seconds * _slower(recipe))
+    return Command(title, command, result.with_suffix(".log"), seconds * _slower(recipe))
 
 
 def _slower(recipe: Recipe) -> float:
@@ -208,66 +179,3 @@ def _fine_tuning(recipe: Recipe) -> Iterator[tuple[str, Variant, list[str], floa
             yield name, variant, [config, "--stage", variant.stage], of_sft if variant.stage == "sft" else of_dpo
         elif variant.stage == "dpo":
             yield name, variant, [config], of_sft + of_dpo
-
-
-def run_steps(steps: Sequence[Step], clock: Callable[[], float] = time.monotonic) -> None:
-    """Run the steps that are left, with one line that says which, and when all will be done.
-
-    Raises:
-        DemoFailed: a step's exit code was not 0.
-    """
-    pace = 1.0  # measured seconds over expected ones, of the steps so far
-    for index, step in enumerate(steps):
-        if step.is_done:
-            continue
-        rest = sum(later.seconds for later in steps[index + 1 :] if not later.is_done)
-        begun = clock()
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with step.log.open("w", encoding="utf-8") as log, _raising_when_told_to_end():
-            process = subprocess.Popen(step.command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-            try:
-                while process.poll() is None:
-                    elapsed = clock() - begun
-                    left = max(step.seconds * pace - elapsed, 1.0) + rest * pace
-                    _show(f"[{index + 1}/{len(steps)}] {step.title}: {elapsed:3.0f} s, about {left:3.0f} s to go")
-                    time.sleep(0.5)
-            finally:
-                if process.poll() is None:  # Ctrl-C or SIGTERM: torchrun ends its ranks when it is told to
-                    process.terminate()
-                    process.wait()
-        pace = (clock() - begun) / step.seconds
-        _show("")
-        if process.returncode != 0:
-            _fail(step)
-        if step.stamp:
-            shutil.copyfile(*step.stamp)
-
-
-@contextmanager
-def _raising_when_told_to_end() -> Iterator[None]:
-    """SIGTERM unwinds this process, as Ctrl-C does, in place of ending it where it stands and leaving its step behind."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _fail(step: Step) -> None:
-    lines = step.log.read_text(encoding="utf-8", errors="replace").splitlines()
-    print("\n".join(lines[-LOG_TAIL:]), file=sys.stderr)
-    raise DemoFailed(
-        f"the step '{step.title}' failed; the end of {step.log} stands above, mend its cause and run again"
-    )
-
-
-def _show(text: str) -> None:
-    """Rewrite the progress line; without a terminal each text stands on a line of its own, and only when it is new."""
-    if sys.stdout.isatty():
-        print(f"\r\033[K{text}", end="", flush=True)
-    elif text and text.split(":")[0] not in _shown:
-        _shown.add(text.split(":")[0])
-        print(text, flush=True)
-
-
-_shown: set[str] = set()

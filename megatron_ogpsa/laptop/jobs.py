@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_ogpsa.demo.run import Step
+from megatron_ogpsa.commands import Command
 from megatron_ogpsa.laptop.recipe import Recipe
 from megatron_ogpsa.study.settings import Setting
 
@@ -67,7 +67,7 @@ class Job:
         """A copy of the configuration, which stands for what was done with it."""
         return self.result.with_suffix(".trained.yaml")
 
-    def steps(self) -> Iterator[Step]:
+    def steps(self) -> Iterator[Command]:
         """Training, the scores of its checkpoints, and the removal of all but the last of them."""
         sizes, training = self.recipe.sizes, self.recipe.training(self.name)
         scored = list(sizes.steps())
@@ -77,11 +77,11 @@ class Job:
             refreshes = max(len(scored) + 1, steps // sizes.refresh_interval)
             seconds += refreshes * sizes.references * SECONDS["reference"]
         log = self.recipe.folder / f"{self.name}.log"
-        yield Step(self.title, [*COMMAND, "train", str(self.config)], log, seconds, self.is_done)
+        yield Command(self.title, [*COMMAND, "train", str(self.config)], log, seconds, self.is_done)
         evaluate = [*COMMAND, "evaluate", str(self.config), "--load", str(training / "dpo"), *_scored(self.recipe)]
         for stage, step in scored[:-1]:
             evaluate += ["--compare", f"{training / stage}@{step}"]
-        yield Step(
+        yield Command(
             f"{self.title}: scores",
             [*evaluate, *_written(self.result)],
             self.result.with_suffix(".log"),
@@ -90,21 +90,21 @@ class Job:
             (self.config, self.trained_with),
         )
         left = [str(training / stage / f"iter_{step:07d}") for stage, step in scored[:-1]]
-        yield Step(f"{self.title}: tidying", ["rm", "-rf", *left], log.with_suffix(".tidy.log"), 1.0, self.is_done)
+        yield Command(f"{self.title}: tidying", ["rm", "-rf", *left], log.with_suffix(".tidy.log"), 1.0, self.is_done)
 
 
-def starting_steps(job: Job, model: Path) -> Iterator[Step]:
+def starting_steps(job: Job, model: Path) -> Iterator[Command]:
     """The model in Megatron's format, and its scores, in the configuration of any job."""
     recipe = job.recipe
     result = start_result(recipe)
-    yield Step(
+    yield Command(
         "to Megatron",
         [*COMMAND, "convert", str(model), str(recipe.start)],
         recipe.out / "to-megatron.log",
         SECONDS["start"],
         (recipe.start / "latest_checkpointed_iteration.txt").exists(),
     )
-    yield Step(
+    yield Command(
         "scores of the model as it came",
         [*COMMAND, "evaluate", str(job.config), "--load", str(recipe.start), *_scored(recipe), *_written(result)],
         result.with_suffix(".log"),
@@ -118,11 +118,11 @@ def start_result(recipe: Recipe) -> Path:
     return recipe.out / f"start.{recipe.sizes.seq_length}-{'bf16' if recipe.sizes.bf16 else 'fp32'}.scores.json"
 
 
-def chatting_steps(jobs: Sequence[Job], model: Path, log: Path) -> Iterator[Step]:
+def chatting_steps(jobs: Sequence[Job], model: Path, log: Path) -> Iterator[Command]:
     """Each job's model as a Hugging Face folder, and the answers of all, the model as it came first."""
     for job in jobs:
         tuned, exported = job.recipe.training(job.name) / "dpo", job.recipe.exported(job.name)
-        yield Step(
+        yield Command(
             f"{job.title}: back to Hugging Face",
             [*COMMAND, "convert", str(tuned), str(exported), "--hf", str(model), "--dtype", "fp32"],
             job.recipe.folder / f"{job.name}.to-huggingface.log",
@@ -130,7 +130,7 @@ def chatting_steps(jobs: Sequence[Job], model: Path, log: Path) -> Iterator[Step
             (exported / "config.json").exists(),
         )
     folders = [str(model), *(str(job.recipe.exported(job.name)) for job in jobs)]
-    yield Step(
+    yield Command(
         "chat",
         [sys.executable, "-m", "megatron_ogpsa.laptop.chat", *folders],
         log,

@@ -8,8 +8,8 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
+from megatron_ogpsa.commands import run_commands
 from megatron_ogpsa.data.sources import require_source
-from megatron_ogpsa.demo.run import run_steps
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.laptop.jobs import Job, chatting_steps, start_result, starting_steps
 from megatron_ogpsa.laptop.recipe import Recipe, Sizes, keep_model
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     """Convert, then train and score each setting, convert back, chat, report.
 
     Raises:
-        DemoFailed: a step failed, after the end of its log was printed.
+        CommandFailed: a step failed, after the end of its log was printed.
         UserError: no such model or data, a number that cannot be, or the output folder holds a run with other data or from
             another model.
     """
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out}: cannot be written ({error.strerror}): choose another folder") from None
     asked = [job for job in jobs if job.recipe is recipes[0]]
     out, sizes = recipes[0].out, recipes[0].sizes
-    run_steps(
+    run_commands(
         [
             *starting_steps(jobs[0], model),
             *(step for job in jobs for step in job.steps()),

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_ogpsa.commands import Command, run_commands
 from megatron_ogpsa.demo.benchmark import BenchmarkSpec, write_benchmark
 from megatron_ogpsa.demo.recipes import DemoSizes, Recipe, write_config
 from megatron_ogpsa.demo.recipes import Settings as Flags
-from megatron_ogpsa.demo.run import START_UP, STEP_SECONDS, TRAIN, Step, base_step, evaluation_step, run_steps
+from megatron_ogpsa.demo.run import START_UP, STEP_SECONDS, TRAIN, base_step, evaluation_step
 from megatron_ogpsa.demo.scoring import Scores
 from megatron_ogpsa.demo.tasks import GENERAL_TASKS
 from megatron_ogpsa.errors import UserError
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         UserError: an unknown setting, no seed, or a folder that cannot be written.
-        DemoFailed: a step failed, after the end of its log was printed.
+        CommandFailed: a step failed, after the end of its log was printed.
     """
     names = chosen_settings(args.settings)
     if args.seeds < 1:
@@ -63,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
         recipes = [make_recipe(out, seed, reduced=args.reduced) for seed in range(1, args.seeds + 1)]
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error}): choose another folder") from None
-    run_steps([base_step(recipe, fresh=False, prefix=f"seed {recipe.seed}, ") for recipe in recipes])
-    run_steps([step for name in names for recipe in recipes for step in steps_of(recipe, name)])
+    run_commands([base_step(recipe, fresh=False, prefix=f"seed {recipe.seed}, ") for recipe in recipes])
+    run_commands([step for name in names for recipe in recipes for step in steps_of(recipe, name)])
     curves = {name: {recipe.seed: curve_of(recipe, name) for recipe in recipes} for name in names}
     paths = write_report(curves, out / "report")
     if args.report:
@@ -102,7 +103,7 @@ def make_recipe(out: Path, seed: int, *, reduced: bool) -> Recipe:
     return Recipe(benchmark=write_benchmark(folder / "data", spec), sizes=sizes, out=folder, num_ranks=2, seed=seed)
 
 
-def steps_of(recipe: Recipe, name: str) -> Iterator[Step]:
+def steps_of(recipe: Recipe, name: str) -> Iterator[Command]:
     """Training with one setting, and the scores of its checkpoints."""
     setting, result = SETTINGS[name], scores_path(recipe, name)
     settings = config_of(recipe, name)
@@ -114,7 +115,7 @@ def steps_of(recipe: Recipe, name: str) -> Iterator[Step]:
         result.unlink(missing_ok=True)
     title = f"seed {recipe.seed}, {setting.title}"
     seconds = expected_seconds(setting, settings)
-    yield Step(title, [*TRAIN, str(config)], recipe.out / f"{name}.log", seconds, is_done)
+    yield Command(title, [*TRAIN, str(config)], recipe.out / f"{name}.log", seconds, is_done)
     interval = setting_interval(recipe, setting)
     steps = dict.fromkeys([*range(interval, recipe.sizes.sft_steps, interval), recipe.sizes.sft_steps])
     named = {START: str(recipe.base)} | {str(step): f"{recipe.out / name}@{step}" for step in steps}

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_ogpsa.benchmarks import training, trl_training
 from megatron_ogpsa.cli.config_file import ConfigFile
-from megatron_ogpsa.demo.run import Step
+from megatron_ogpsa.commands import Command
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.arguments import build_parser, parse_flags
 
@@ -28,9 +28,9 @@ def command(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "model"), *sources, f"--out={tmp_path / 'out'}", "--steps=6", "--rounds=2", "--rows=4"]
 
 
-def write_log(step: Step) -> None:
+def write_log(step: Command) -> None:
     """As a run of six steps leaves it; the first two are slow, and the first and the fourth begin with a refresh."""
-    config = next(Path(part) for part in step.command if part.endswith(".yaml"))
+    config = next(Path(part) for part in step.argv if part.endswith(".yaml"))
     stage, setting = config.stem.split("-")
     data = config.with_name(f"{stage}.jsonl")
     lines = [f"data {data}: 40 samples in 10 rows of 512 positions, 50.0% tokens, 50.0% padding"]
@@ -49,14 +49,14 @@ def test_settings_take_turns_and_ratios_count_refreshes(
 ) -> None:
     titles, commands = [], []
 
-    def run_steps(steps: Sequence[Step]) -> None:
+    def run_commands(steps: Sequence[Command]) -> None:
         for step in steps:
             titles.append(step.title)
-            commands.append(step.command)
-            if "train" in step.command:
+            commands.append(step.argv)
+            if "train" in step.argv:
                 write_log(step)
 
-    monkeypatch.setattr(training, "run_steps", run_steps)
+    monkeypatch.setattr(training, "run_commands", run_commands)
     flags = ["--train-flags", "--transformer-impl local --no-masked-softmax-fusion"]
     assert training.main([*command, *flags, "--json", str(tmp_path / "figures.json")]) == 0
     assert commands[1][-3:] == ["--transformer-impl", "local", "--no-masked-softmax-fusion"]
@@ -76,10 +76,10 @@ def test_settings_take_turns_and_ratios_count_refreshes(
 def test_trls_trainers_take_their_turns(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of theirs: 800 tokens in 2 s; every third of six begins with a refresh."""
 
-    def run_steps(steps: Sequence[Step]) -> None:
+    def run_commands(steps: Sequence[Command]) -> None:
         for step in steps:
-            if trl_training.__name__ in step.command:
-                args = trl_training.parser().parse_args(step.command[3:])
+            if trl_training.__name__ in step.argv:
+                args = trl_training.parser().parse_args(step.argv[3:])
                 assert (args.tokens_per_step, args.steps, args.refresh_interval) == (4 * 512, 6, 3)
                 refresh = 6.0 if args.rule == "authors" else 0.0
                 told = [
@@ -87,10 +87,10 @@ def test_trls_trainers_take_their_turns(command: list[str], tmp_path: Path, monk
                     for number in range(6)
                 ]
                 args.json.write_text(json.dumps({"steps": told}), encoding="utf-8")
-            elif "train" in step.command:
+            elif "train" in step.argv:
                 write_log(step)
 
-    monkeypatch.setattr(training, "run_steps", run_steps)
+    monkeypatch.setattr(training, "run_commands", run_commands)
     assert training.main([*command, "--trl", "--json", str(tmp_path / "figures.json")]) == 0
     account = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     found = {(result["stage"], result["setting"]): result for result in account["results"]}

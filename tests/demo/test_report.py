@@ -13,15 +13,17 @@ from pathlib import Path
 import pytest
 
 from megatron_ogpsa.cli.config_file import ConfigFile
+from megatron_ogpsa.commands import Command, CommandFailed, run_commands
 from megatron_ogpsa.demo.benchmark import Benchmark, BenchmarkSpec, read_conversations, write_benchmark
 from megatron_ogpsa.demo.recipes import START, VARIANTS, DemoSizes, Recipe
 from megatron_ogpsa.demo.report import terminal_table, write_report
-from megatron_ogpsa.demo.results import Curve, Results, Run, read_curves
-from megatron_ogpsa.demo.run import DemoFailed, Step, plan_steps, run_steps
+from megatron_ogpsa.demo.results import Results, Run
+from megatron_ogpsa.demo.run import plan_steps
 from megatron_ogpsa.demo.scoring import Scores, score, tax_recovered
 from megatron_ogpsa.demo.tasks import GENERAL_TASKS
 from megatron_ogpsa.integration.arguments import build_parser, parse_flags
 from megatron_ogpsa.pipeline.plan import plan_stages
+from megatron_ogpsa.training_log import Curve, read_curves
 
 START_SCORES = Scores(
     unsafe_refused=0.0,
@@ -141,9 +143,9 @@ def test_curves_come_from_megatrons_log(tmp_path: Path) -> None:
 
 def test_a_failed_step_shows_the_end_of_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = "import sys; print('the cause'); sys.exit(3)"
-    step = Step("a step", [sys.executable, "-c", code], tmp_path / "a.log", seconds=1.0)
-    with pytest.raises(DemoFailed, match="'a step' failed"):
-        run_steps([step])
+    step = Command("a step", [sys.executable, "-c", code], tmp_path / "a.log", seconds=1.0)
+    with pytest.raises(CommandFailed, match="'a step' failed"):
+        run_commands([step])
     assert "the cause" in capsys.readouterr().err
 
 
@@ -152,7 +154,7 @@ def test_told_to_end_it_ends_the_step_first(tmp_path: Path) -> None:
     code = "import os, signal, time; print(os.getpid(), flush=True); os.kill(os.getppid(), signal.SIGTERM); time.sleep(600)"
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
-        run_steps([Step("a step", [sys.executable, "-c", code], tmp_path / "a.log", seconds=1.0)])
+        run_commands([Command("a step", [sys.executable, "-c", code], tmp_path / "a.log", seconds=1.0)])
     assert ended.value.code == 128 + signal.SIGTERM
     assert not Path(f"/proc/{(tmp_path / 'a.log').read_text(encoding='utf-8').strip()}").exists()
     assert signal.getsignal(signal.SIGTERM) is before

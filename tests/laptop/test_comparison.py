@@ -97,10 +97,10 @@ def test_every_checkpoint_but_the_last_is_scored_by_number_and_removed(recipe: R
     assert list(SIZES.steps()) == [("sft", 2), ("sft", 4), ("dpo", 2), ("dpo", 3)]
     train, score, tidy = Job.of(recipe, PLAIN, SETTINGS[PLAIN]).steps()
     folder = recipe.training(PLAIN)
-    given = [score.command[i + 1] for i, word in enumerate(score.command) if word in ("--compare", "--load")]
+    given = [score.argv[i + 1] for i, word in enumerate(score.argv) if word in ("--compare", "--load")]
     assert given == [f"{folder}/dpo", f"{folder}/sft@2", f"{folder}/sft@4", f"{folder}/dpo@2"]
-    assert [*train.command[-2:], *tidy.command[:2]] == ["train", str(folder.with_suffix(".yaml")), "rm", "-rf"]
-    assert tidy.command[2:] == [
+    assert [*train.argv[-2:], *tidy.argv[:2]] == ["train", str(folder.with_suffix(".yaml")), "rm", "-rf"]
+    assert tidy.argv[2:] == [
         f"{folder}/sft/iter_0000002",
         f"{folder}/sft/iter_0000004",
         f"{folder}/dpo/iter_0000002",

@@ -136,7 +136,7 @@ def test_checkpoints_add_no_refresh(recipe: Recipe, name: str) -> None:
 def test_a_setting_that_checkpoints_would_change_is_scored_at_the_end(recipe: Recipe) -> None:
     whole = replace(recipe, sizes=SIZES)
     *_, evaluation = steps_of(whole, "update-interval-100")
-    assert evaluation.command[-2:] == [f"start={recipe.base}", f"120={recipe.out / 'update-interval-100'}@120"]
+    assert evaluation.argv[-2:] == [f"start={recipe.base}", f"120={recipe.out / 'update-interval-100'}@120"]
     ended = [START, replace(START, step=120, unsafe_refused=1.0, general_loss=0.3)]
     plain = {1: curve((0.5, 0.3), (1.0, 0.7))}
     assert compare({1: ended}, plain, 0.5) is None
