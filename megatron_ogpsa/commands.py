@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from megatron_ogpsa.errors import UserError
 
 LOG_TAIL = 15
 """Lines of a failed command's log that are shown."""
+
+GRACE = 15.0
+"""Seconds in which a command that is interrupted may end by itself."""
 
 
 @dataclass(frozen=True)
@@ -44,36 +48,68 @@ class CommandFailed(UserError):
 
 
 def run_commands(commands: Sequence[Command], clock: Callable[[], float] = time.monotonic) -> None:
-    """Run those that are left, with one line that says which, and when all will be done.
+    """Run those that are left; the first that fails is the last.
 
     Raises:
         CommandFailed: an exit code was not 0.
+    """
+    for command, exit_code in in_turn(commands, clock):
+        if exit_code != 0:
+            show_end(command)
+            raise CommandFailed(
+                f"the step '{command.title}' failed; the end of {command.log} stands above, mend its cause and run again"
+            )
+        if command.stamp:
+            shutil.copyfile(*command.stamp)
+
+
+def in_turn(
+    commands: Sequence[Command], clock: Callable[[], float] = time.monotonic, *, until: float = math.inf
+) -> Iterator[tuple[Command, int | None]]:
+    """Run those that are left, with one line that says which, and when all will be done; each with its exit code.
+
+    Args:
+        until: of the clock. What runs then is interrupted, as by Ctrl-C, and gives None; what is left is not begun.
     """
     pace = 1.0  # measured seconds over expected ones, of the last command
     for index, command in enumerate(commands):
         if command.is_done:
             continue
+        if clock() >= until:
+            return
         rest = sum(later.seconds for later in commands[index + 1 :] if not later.is_done)
         begun = clock()
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with command.log.open("w", encoding="utf-8") as log, _raising_when_told_to_end():
             process = subprocess.Popen(command.argv, stdout=log, stderr=subprocess.STDOUT, env=environment)
             try:
-                while process.poll() is None:
+                while process.poll() is None and clock() < until:
                     elapsed = clock() - begun
-                    left = max(command.seconds * pace - elapsed, 1.0) + rest * pace
+                    left = min(max(command.seconds * pace - elapsed, 1.0) + rest * pace, until - clock())
                     _show(f"[{index + 1}/{len(commands)}] {command.title}: {elapsed:3.0f} s, about {left:3.0f} s to go")
                     time.sleep(0.5)
+                if was_cut := process.poll() is None:
+                    _interrupt(process)
             finally:
                 if process.poll() is None:  # Ctrl-C or SIGTERM: torchrun ends its ranks when it is told to
                     process.terminate()
                     process.wait()
         pace = (clock() - begun) / command.seconds
         _show("")
-        if process.returncode != 0:
-            _fail(command)
-        if command.stamp:
-            shutil.copyfile(*command.stamp)
+        yield command, None if was_cut else process.returncode
+
+
+def show_end(command: Command) -> None:
+    """Print the last lines of its log, to standard error."""
+    lines = command.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    print("\n".join(lines[-LOG_TAIL:]), file=sys.stderr)
+
+
+def _interrupt(process: subprocess.Popen[bytes]) -> None:
+    """SIGINT, after which pytest still writes what it has found."""
+    process.send_signal(signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
 
 
 @contextmanager
@@ -84,14 +120,6 @@ def _raising_when_told_to_end() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _fail(command: Command) -> None:
-    lines = command.log.read_text(encoding="utf-8", errors="replace").splitlines()
-    print("\n".join(lines[-LOG_TAIL:]), file=sys.stderr)
-    raise CommandFailed(
-        f"the step '{command.title}' failed; the end of {command.log} stands above, mend its cause and run again"
-    )
 
 
 def _show(text: str) -> None:

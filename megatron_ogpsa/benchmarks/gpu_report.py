@@ -2,7 +2,9 @@
 
 The folder holds ``projection.json`` and ``large.json`` (:mod:`megatron_ogpsa.benchmarks.projection`), ``steps.jsonl``
 (:mod:`megatron_ogpsa.benchmarks.step`, a line for each setting) and ``profile.json``
-(:mod:`megatron_ogpsa.benchmarks.profile`).
+(:mod:`megatron_ogpsa.benchmarks.profile`); and where they were made, ``narrow.json`` as the first two, ``training.json``
+(:mod:`megatron_ogpsa.benchmarks.training`) and what pytest wrote of the tests, ``kernels.xml`` and ``fp8.xml``.
+:mod:`megatron_ogpsa.benchmarks.on_gpu` makes them all.
 """
 
 from __future__ import annotations
@@ -10,14 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from megatron_ogpsa.benchmarks import profile
-from megatron_ogpsa.benchmarks.report import Json, commands, in_markdown
+from megatron_ogpsa.benchmarks.gpu_tests import TestRun, by_recipe, failures, fp8_rows, in_words, read_tests
+from megatron_ogpsa.benchmarks.report import Json, commands, in_markdown, training_rows
+from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.precision.fp8_support import AVAILABILITY
 
 _DPI = 130
 _COLOURS = {
@@ -33,6 +38,17 @@ _PAGE = """# On a GPU
 
 One {device}, {date}; {versions}.
 Made by `python -m megatron_ogpsa.benchmarks.gpu_report docs/gpu` from the data in [gpu](gpu).
+
+On a GPU of your own, in the folder of these sources with the extra `test` and Transformer Engine installed
+([fp8.md](fp8.md)), everything on this page and the tests that want a GPU, in the time that you give it:
+
+```bash
+python -m megatron_ogpsa.benchmarks.on_gpu measured --minutes 20 --model smollm2 \\
+    --sft sft.jsonl --dpo pairs.jsonl --reference general.jsonl
+python -m megatron_ogpsa.benchmarks.gpu_report measured
+```
+
+Without `--model` no whole runs are measured. What there was no time for is left to the next call.
 
 ## The two passes
 
@@ -102,15 +118,41 @@ memory, {basis:.1f} GB in fp32, which each of the two passes brings to the GPU i
 Page-locked memory of exact size (`megatron_ogpsa/host_memory.py`) takes 0.6 s a GiB to lock; copies from it run at 54 GB/s,
 from PyTorch's own at 55.
 
-## Tests
+{further}
+"""
+
+
+_TESTS_SO_FAR = """## Tests
 
 `python -m pytest tests/core -m gpu` passed: the kernels against PyTorch, to the bit where bits can be the same; rows in host
 memory; page-locked memory. `python -m pytest tests/gpu -n 12` (FP8) was stopped by a time limit when ten tests had passed and
 two had failed; which ones, and why, was lost with its output. [fp8.md](fp8.md) says what is known of FP8.
+"""
 
-## Not measured
+_TESTS = """## Tests
 
-Several GPUs, whole runs, FP8.
+{outcomes}
+"""
+
+_FP8 = """## FP8
+
+Runs of a small model, 6 steps where bits are compared, 20 where losses are; reference gradients of the first refresh, per
+parameter, beside those of a run in bf16 (`python -m pytest tests/gpu`, [fp8.md](fp8.md)).
+
+{fp8}
+"""
+
+_TRAINING = """## Whole runs
+
+```bash
+{command}
+```
+
+SFT and DPO of one model on the same data, as `megatron-ogpsa train` runs them on packed rows, and as TRL's trainers do, which
+pad, plain and with the authors' rule; in bf16, tokens of the data per second. *With refreshes* spreads one over the paper's
+intervals.
+
+{training}
 """
 
 
@@ -122,29 +164,80 @@ class Data:
     large: Json
     steps: Sequence[Json]
     profile: Json
+    narrow: Json | None = None
+    training: Json | None = None
+    kernels: Sequence[TestRun] = ()
+    fp8: Sequence[TestRun] = ()
 
     @classmethod
     def of(cls, folder: Path) -> Data:
-        """All files of ``folder``."""
+        """All files of ``folder``.
+
+        Raises:
+            UserError: one that the page needs is not there.
+        """
 
         def text(name: str) -> str:
+            if not (folder / name).exists():
+                raise UserError(
+                    f"{folder / name}: not measured yet: python -m megatron_ogpsa.benchmarks.on_gpu {folder}"
+                )
             return (folder / name).read_text(encoding="utf-8")
+
+        def optional(name: str) -> Json | None:
+            return json.loads(text(name)) if (folder / name).exists() else None
+
+        def tests(name: str) -> Sequence[TestRun]:
+            return read_tests(folder / name) if (folder / name).exists() else ()
 
         return cls(
             projection=json.loads(text("projection.json")),
             large=json.loads(text("large.json")),
             steps=[json.loads(line) for line in text("steps.jsonl").splitlines()],
             profile=json.loads(text("profile.json")),
+            narrow=optional("narrow.json"),
+            training=optional("training.json"),
+            kernels=tests("kernels.xml"),
+            fp8=tests("fp8.xml"),
         )
 
 
 def as_markdown(data: Data) -> str:
     """The page."""
-    return _PAGE.format(**_of_the_passes(data), **_of_steps(data), **_of_the_profile(data))
+    further = "\n".join(_further_sections(data))
+    return _PAGE.format(**_of_the_passes(data), **_of_steps(data), **_of_the_profile(data), further=further)
+
+
+def _further_sections(data: Data) -> Iterator[str]:
+    """What may not be measured yet, and at the end that it is not."""
+    missing = ["Several GPUs"]
+    if data.training:
+        yield _TRAINING.format(
+            command=data.training["command"], training=in_markdown(training_rows(data.training["results"]))
+        )
+    else:
+        missing.append("whole runs")
+    if data.fp8:
+        yield _FP8.format(fp8=in_markdown(fp8_rows(by_recipe(data.fp8, [*AVAILABILITY]))))
+    else:
+        missing.append("FP8")
+    if data.kernels or data.fp8:
+        yield _TESTS.format(outcomes="\n".join(_outcomes({"tests/core": data.kernels, "tests/gpu": data.fp8})))
+    else:
+        yield _TESTS_SO_FAR
+    yield f"## Not measured\n\n{', '.join(missing)}."
+
+
+def _outcomes(folders: Mapping[str, Sequence[TestRun]]) -> Iterator[str]:
+    for folder, tests in folders.items():
+        if tests:
+            told = [in_words(tests), *(f"failed: {name}" for name in failures(tests))]
+            yield f"* `python -m pytest {folder} -m gpu`: {'; '.join(told)}."
 
 
 def _of_the_passes(data: Data) -> Json:
-    results = [*data.projection["results"], *data.large["results"]]
+    accounts = [data.projection, data.large, *([data.narrow] if data.narrow else [])]
+    results = [result for account in accounts for result in account["results"]]
     slowest = min(
         (result["passes"][name] for result in results for name in _PASSES), key=lambda speed: float(speed["of_copy"])
     )
@@ -152,7 +245,7 @@ def _of_the_passes(data: Data) -> Json:
         "device": data.profile["device"],
         "date": data.profile["date"],
         "versions": ", ".join(f"{name} {version}" for name, version in data.profile["versions"].items()),
-        "projection_commands": "\n".join(account["command"] for account in (data.projection, data.large)),
+        "projection_commands": "\n".join(account["command"] for account in accounts),
         "projection": in_markdown(_projection_rows(results)),
         "slowest": slowest["of_copy"],
         "smallest": slowest["milliseconds"],
@@ -273,7 +366,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_ogpsa.benchmarks.gpu_report")
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args(argv).folder
-    data = Data.of(folder)
+    try:
+        data = Data.of(folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     plot(data.profile, folder / "profile.png")
     folder.with_suffix(".md").write_text(as_markdown(data), encoding="utf-8")
     return 0

@@ -205,7 +205,7 @@ def _of_training(training: Json) -> Json:
     tokens = [f"{one['tokens of a step']:.0f}" for one in training["results"] if one["setting"] == "plain"]
     intervals = {f"{one['stage']}_interval": one["steps from one refresh to the next"] for one in training["results"]}
     return {
-        "training": in_markdown(_training_rows(training["results"])),
+        "training": in_markdown(training_rows(training["results"])),
         "training_command": training["command"],
         "training_date": training["date"],
         "training_cores": training["cores"],
@@ -321,7 +321,8 @@ def commands(lines: Iterable[Json]) -> str:
     return "\n".join(commands)
 
 
-def _training_rows(results: Iterable[Json]) -> list[list[str]]:
+def training_rows(results: Iterable[Json]) -> list[list[str]]:
+    """Of :mod:`megatron_ogpsa.benchmarks.training`: a line for each stage and setting."""
     titles = ["stage", "setting", "of positions are tokens", "tokens/s", "of plain", "a refresh"]
     rows = [[*titles, "of plain, with refreshes"]]
     for result in results:

@@ -28,6 +28,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from megatron_ogpsa.benchmarks import trl_training
@@ -325,6 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "command": "python -m megatron_ogpsa.benchmarks.training " + " ".join(given),
             "date": time.strftime("%Y-%m-%d"),
             "cores": os.cpu_count(),
+            **({"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
             "reference samples": args.reference_samples,
             "results": results,
         }

@@ -6,6 +6,7 @@ model, over an emulation of Transformer Engine's kernels: tests/transformer_engi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,16 @@ def in_bf16() -> dict[str, Any]:
 
 
 @pytest.fixture
-def training(train: Train, tmp_path: Path, recipe: str, in_bf16: dict[str, Any]) -> Fp8Training:
+def training(
+    train: Train, tmp_path: Path, recipe: str, in_bf16: dict[str, Any], record_property: Callable[[str, object], None]
+) -> Fp8Training:
     """Skips the test where the GPU does not have the recipe."""
     pytest.importorskip("transformer_engine.pytorch", exc_type=ImportError)
     from megatron.core.fp8_utils import FP8GlobalStateManager
 
     if reason := reason_against(recipe, FP8GlobalStateManager):
         pytest.skip(f"{recipe}: {reason}")
-    return Fp8Training(train, tmp_path, MODEL, STEPS, fresh=True, in_bf16=in_bf16)
+    return Fp8Training(train, tmp_path, MODEL, STEPS, fresh=True, in_bf16=in_bf16, record=record_property)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ class Fp8Training:
         steps: of a run.
         fresh: on a GPU, in new processes: CUDA does not outlive a fork.
         in_bf16: what runs in bf16 gave, which all recipes are compared with; shared by the tests of a process.
+        record: takes what is measured, by name; pytest's ``record_property``.
     """
 
     train: Train
@@ -69,6 +71,7 @@ class Fp8Training:
     steps: int
     fresh: bool
     in_bf16: dict[str, Any]
+    record: Callable[[str, object], None]
 
     def run(self, name: str, *flags: str, **how: object) -> Outcome:
         """A run that saves at its end into ``name``, with its figures in ``name-log``."""
@@ -136,10 +139,13 @@ class Fp8Training:
                 if one.any()
             }
             worst = min(cosines, key=lambda name: cosines[name])
+            mean = sum(cosines.values()) / len(cosines)
             print(
                 f"{recipe}: {reference}: lowest cosine {cosines[worst]:.4f} ({worst}), of {len(cosines)} parameters; "
-                f"mean {sum(cosines.values()) / len(cosines):.4f}"
+                f"mean {mean:.4f}"
             )
+            self.record(f"{reference}: lowest cosine", cosines[worst])
+            self.record(f"{reference}: mean cosine", mean)
             lowest = min(lowest, cosines[worst])
         return lowest
 
@@ -170,6 +176,8 @@ class Fp8Training:
             self.in_bf16[stage] = self.mean_loss("bf16", stage, [])
         in_bf16, in_fp8 = self.in_bf16[stage], self.mean_loss("fp8", stage, fp8(recipe))
         print(f"{recipe}: {stage}: mean loss {in_fp8:.4f}, in bf16 {in_bf16:.4f}")
+        self.record("mean loss", in_fp8)
+        self.record("mean loss in bf16", in_bf16)
         return in_fp8, in_bf16
 
     def _pairs(self) -> list[str]:

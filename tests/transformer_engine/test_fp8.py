@@ -6,6 +6,7 @@ Some recipes with some variants; all of them, in 5 minutes, with ``OGPSA_TEST_AL
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,15 @@ def in_bf16() -> dict[str, Any]:
 
 
 @pytest.fixture
-def training(recipe: str, request: pytest.FixtureRequest, tmp_path: Path, in_bf16: dict[str, Any]) -> Fp8Training:
+def training(
+    recipe: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    in_bf16: dict[str, Any],
+    record_property: Callable[[str, object], None],
+) -> Fp8Training:
     train: Train = request.getfixturevalue("train_te_blackwell" if recipe == "mxfp8" else "train_te")
-    return Fp8Training(train, tmp_path, tuple(MODEL), steps=4, fresh=False, in_bf16=in_bf16)
+    return Fp8Training(train, tmp_path, tuple(MODEL), steps=4, fresh=False, in_bf16=in_bf16, record=record_property)
 
 
 @pytest.mark.parametrize(("recipe", "variant"), NO_TRACE)
