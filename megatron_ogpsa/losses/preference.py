@@ -29,7 +29,8 @@ class PreferenceLossConfig:
 
     kind: PreferenceLossKind = "sigmoid"
     """``sigmoid``: −(1−ε)·log σ(βh) − ε·log σ(−βh) (DPO, arXiv:2305.18290, eq. 7; label smoothing ε as in cDPO).
-    ``hinge``: max(0, 1 − βh) (arXiv:2309.06657). ``ipo``: (h − 1/(2β))² (arXiv:2310.12036)."""
+    ``hinge``: max(0, 1 − βh) (arXiv:2309.06657). ``ipo``: (h − 1/(2β))² (arXiv:2310.12036), of means over an answer's
+    tokens: as TRL has it, since the target 1/(2β) does not grow with the answers."""
 
     beta: float = 0.2
     """Strength of the tie to the reference policy (0.2 in arXiv:2602.07892)."""
@@ -38,10 +39,15 @@ class PreferenceLossConfig:
     """ε, the share of pairs whose order is taken to be wrong; sigmoid only."""
 
     length_normalised: bool = False
-    """Log-probabilities are means over an answer's tokens, not sums."""
+    """Log-probabilities are means over an answer's tokens, not sums; ``ipo`` always takes means."""
 
     nll_weight: float = 0.0
     """α of RPO (arXiv:2404.19733, eq. 1): adds α times the chosen answer's mean token loss."""
+
+    @property
+    def takes_means(self) -> bool:
+        """Whether log-probabilities are divided by the answers' lengths."""
+        return self.length_normalised or self.kind == "ipo"
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -125,7 +131,7 @@ def summed_pair_loss(
     log_probs_BP2 = answer_log_probs(token_loss, loss_mask, document_ids, num_pairs)
     lengths_BP2 = answer_lengths(loss_mask, document_ids, num_pairs)
     gain_BP2 = log_probs_BP2 - reference_log_probs
-    if config.length_normalised:
+    if config.takes_means:
         gain_BP2 = gain_BP2 / lengths_BP2
     margin_BP = gain_BP2[..., 0] - gain_BP2[..., 1]
     loss_BP = margin_loss(margin_BP, config)

@@ -30,9 +30,9 @@ CASES = {
     "sigmoid": PreferenceLossConfig(beta=BETA),
     "sigmoid_norm": PreferenceLossConfig(beta=BETA, length_normalised=True),
     "hinge": PreferenceLossConfig(kind="hinge", beta=BETA),
-    "ipo": PreferenceLossConfig(kind="ipo", beta=BETA, length_normalised=True),
+    "ipo": PreferenceLossConfig(kind="ipo", beta=BETA),
 }
-"""By TRL's name. Its IPO is always normalised by length, and it smooths no labels."""
+"""By TRL's name. It smooths no labels."""
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,7 @@ def test_the_loss_is_its_definition_summed_over_pairs(
     config = PreferenceLossConfig(**(vars(config) | {"length_normalised": length_normalised}))
     expected, rewards = 0.0, []
     for w, l, ref_w, ref_l, n_w, n_l in pairs_by_eye(rows):  # noqa: E741
-        n_w, n_l = (n_w, n_l) if length_normalised else (1, 1)
+        n_w, n_l = (n_w, n_l) if length_normalised or name == "ipo" else (1, 1)
         rewards.append((0.7 * (w - ref_w) / n_w, 0.7 * (l - ref_l) / n_l))
         expected += definition((w - ref_w) / n_w - (l - ref_l) / n_l)
     loss, number, report = run(rows, config)
