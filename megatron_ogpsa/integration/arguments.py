@@ -32,10 +32,13 @@ def add_ogpsa_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Our flags, and the defaults that fine-tuning wants of Megatron's.
 
-    Checkpoints of a fine-tuning run are few, and worth a manifest and the time to let them resume in any layout.
+    Checkpoints of a fine-tuning run are few, and worth a manifest and the time to let them resume in any layout. Dropout,
+    which Megatron sets to 0.1, would thin out a model that was mostly trained without, and references with it.
     """
     add_ogpsa_arguments(parser)
     parser.set_defaults(
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
         calculate_per_token_loss=True,
         eval_interval=1000,
         verify_integrity=True,
@@ -128,7 +131,8 @@ def _add_preference_arguments(group: argparse._ArgumentGroup) -> None:
         "--ogpsa-dpo-loss",
         choices=("sigmoid", "hinge", "ipo"),
         default="sigmoid",
-        help="Loss on the margin between the chosen and the rejected answer (default: sigmoid).",
+        help="Loss on the margin between the chosen and the rejected answer; ipo takes means over their tokens (default: "
+        "sigmoid).",
     )
     group.add_argument(
         "--ogpsa-dpo-beta",
