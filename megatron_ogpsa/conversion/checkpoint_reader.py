@@ -15,17 +15,10 @@ from megatron_ogpsa.checkpoints import examine
 from megatron_ogpsa.checkpoints.survey import TRACKER_FILE, survey
 from megatron_ogpsa.conversion.model import CONTENT, Piece
 from megatron_ogpsa.errors import UserError, one_line
+from megatron_ogpsa.integration.model_arguments import MODEL_ARGUMENTS
 
 _REMEDY = "name with --hf the Hugging Face folder that the training began with"
 _OF_THE_MODEL = ("decoder.", "embedding.", "output_layer.")
-_SAME_IN_TRAINING = (
-    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels swiglu normalization "
-    "layernorm_epsilon position_embedding_type rotary_base rotary_percent rotary_seq_len_interpolation_factor "
-    "use_rope_scaling rope_scaling_factor window_size qk_layernorm num_experts moe_ffn_hidden_size moe_router_topk "
-    "moe_router_pre_softmax moe_router_score_function moe_router_topk_scaling_factor moe_router_group_topk "
-    "rotary_interleaved no_rope_freq window_attn_skip_freq softmax_type layernorm_zero_centered_gamma"
-).split()
-"""Arguments that say what a model computes, not how it is trained; a checkpoint's tensors tell the rest."""
 
 
 def is_checkpoint_folder(folder: Path) -> bool:
@@ -120,7 +113,7 @@ class Checkpoint:
         Raises:
             UserError: naming the first one that differs.
         """
-        for name in _SAME_IN_TRAINING:
+        for name in MODEL_ARGUMENTS:
             trained = getattr(self.arguments, name, getattr(expected, name))
             if trained != getattr(expected, name):
                 raise UserError(
@@ -131,7 +124,7 @@ class Checkpoint:
 
 def saved_arguments(args: Namespace) -> Namespace:
     """What a converted checkpoint says of itself: the model, and that there is no state of a training run."""
-    model = {name: getattr(args, name) for name in _SAME_IN_TRAINING}
+    model = {name: getattr(args, name) for name in MODEL_ARGUMENTS}
     return Namespace(
         **model,
         add_position_embedding=args.add_position_embedding,

@@ -1,7 +1,8 @@
 """Where this project acts within Megatron's training loop.
 
-``megatron.training`` has no callbacks, so two functions of its loop are wrapped: ``train_step`` (hooks act before it and
-add figures after it) and ``save_checkpoint_and_time`` (hooks act after it). A :class:`LoopHook` knows nothing of the
+``megatron.training`` has no callbacks, so three functions of its loop are wrapped: ``train_step`` (hooks act before it and
+add figures after it), ``save_checkpoint_and_time`` (hooks act after it) and ``evaluate_and_print_results``, which a run that
+has taken all its steps calls without a step before. A :class:`LoopHook` knows nothing of the
 wrapping.
 """
 
@@ -30,6 +31,9 @@ class LoopHook(Protocol):
 
     def before_step(self, model: list[Any], optimizer: Any, forward_backward: Callable[..., Any], step: int) -> None:
         """Before each step; ``step`` counts the steps already taken."""
+
+    def before_evaluation(self, step: int) -> None:
+        """Before each evaluation; of a run that has taken all its steps, :meth:`start` was not called."""
 
     def figures(self) -> dict[str, torch.Tensor]:
         """What the log line and TensorBoard gain after a step, in the form of Megatron's reduced losses."""
@@ -101,6 +105,20 @@ def _with_hooks(original: Callable[..., Any]) -> Callable[..., Any]:
     return train_step
 
 
+def _told_of_evaluation(original: Callable[..., Any]) -> Callable[..., Any]:
+    _require_parameters(original, "prefix forward_step_func data_iterator model iteration")
+
+    @wraps(original)
+    def evaluate_and_print_results(
+        prefix: Any, forward_step_func: Any, data_iterator: Any, model: Any, iteration: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        for hook in _hooks:
+            hook.before_evaluation(iteration)
+        return original(prefix, forward_step_func, data_iterator, model, iteration, *args, **kwargs)
+
+    return evaluate_and_print_results
+
+
 def _saving_state(original: Callable[..., Any]) -> Callable[..., Any]:
     _require_parameters(original, "iteration model optimizer opt_param_scheduler")
 
@@ -144,5 +162,10 @@ _LOOP_PATCHES = (
         target="megatron.training.training:save_checkpoint_and_time",
         reason="Megatron 0.19's loop has no callback after a checkpoint; a resumed run refreshes there, so we must too",
         replace=_saving_state,
+    ),
+    Patch(
+        target="megatron.training.training:evaluate_and_print_results",
+        reason="Megatron 0.19 evaluates after a loop of no steps, when what a loss needs has not been read yet",
+        replace=_told_of_evaluation,
     ),
 )

@@ -75,6 +75,9 @@ class ProjectionRun:
         if self._args.ogpsa_authors_leak:
             print_rank_0(LEAK_NOTICE)
 
+    def before_evaluation(self, step: int) -> None:
+        """Nothing: evaluations are not projected."""
+
     def before_step(self, model: list[Any], optimizer: Any, forward_backward: Callable[..., Any], step: int) -> None:
         """Refresh the basis if one is due."""
         assert self._ogpsa is not None

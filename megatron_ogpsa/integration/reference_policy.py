@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, override
@@ -21,6 +22,7 @@ from megatron_ogpsa.integration.agreement import agreed
 from megatron_ogpsa.integration.batch import Batch
 from megatron_ogpsa.integration.checkpoints import read_state
 from megatron_ogpsa.integration.forward import make_forward_step
+from megatron_ogpsa.integration.model_arguments import MODEL_ARGUMENTS, PRECISION_ARGUMENTS, described, difference
 from megatron_ogpsa.losses.output import LossFunction
 from megatron_ogpsa.losses.preference import PreferenceLossConfig, answer_log_probs, summed_pair_loss
 from megatron_ogpsa.references import PROGRESS_DELAY_SECONDS
@@ -34,6 +36,8 @@ LOG_PROBS_FILE = "reference_log_probs.safetensors"
 """Beside the checkpoints."""
 
 _SIGNED = ("rewards/", "log-probs/")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -116,20 +120,32 @@ class ReferencePolicy:
             UserError: on all ranks alike: what is stored belongs to other weights or data, is damaged, or is missing where
                 training goes on.
         """
-        from megatron.training import print_rank_0
-
         found = self._found()
         if iteration > 0:
-            self._log_probs = agreed(lambda: self._resumed(found, iteration)).log_probs
+            self._take(agreed(lambda: self._resumed(found, iteration)).log_probs)
         else:
             with progress.during("reference log-probabilities"):
-                self._log_probs = self._computed(found, model, forward_backward)
-        assert self._log_probs is not None
-        self._table_N2 = self._log_probs.values_N2
-        print_rank_0(f"DPO: reference log-probabilities of {self._num_pairs} pairs, weights {self._log_probs.weights}")
+                self._take(self._computed(found, model, forward_backward))
+
+    def _take(self, log_probs: LogProbs) -> None:
+        from megatron.training import print_rank_0
+
+        self._log_probs = log_probs
+        self._table_N2 = log_probs.values_N2
+        print_rank_0(f"DPO: reference log-probabilities of {self._num_pairs} pairs, weights {log_probs.weights}")
 
     def before_step(self, model: list[Any], optimizer: Any, forward_backward: Callable[..., Any], step: int) -> None:
         """Nothing: the reference policy stays what it was."""
+
+    def before_evaluation(self, step: int) -> None:
+        """Read the log-probabilities, if no step has wanted them yet.
+
+        Raises:
+            UserError: as :meth:`start` where training goes on.
+        """
+        if self._log_probs is None:
+            found = self._found()
+            self._take(agreed(lambda: self._resumed(found, step)).log_probs)
 
     def figures(self) -> dict[str, Tensor]:
         """None of its own: rewards and margins come with the loss."""
@@ -145,8 +161,9 @@ class ReferencePolicy:
         """Nothing: the log-probabilities are kept already."""
 
     def state(self) -> dict[str, Any]:
-        """Which weights the reference policy has."""
-        return {"reference policy": self._log_probs.weights if self._log_probs is not None else None}
+        """Which weights the reference policy has, and the loss."""
+        weights = self._log_probs.weights if self._log_probs is not None else None
+        return {"reference policy": weights, "preference loss": asdict(self._config)}
 
     @property
     def _own_path(self) -> Path | None:
@@ -179,7 +196,10 @@ class ReferencePolicy:
                 "checkpoint with --pretrained-checkpoint (or --finetune) and a new --save"
             )
         self._check_data(found)
-        expected = read_state(self._args, iteration).get("reference policy")
+        self._check_settings(found, MODEL_ARGUMENTS)
+        before = read_state(self._args, iteration)
+        self._compare_loss(before.get("preference loss"))
+        expected = before.get("reference policy")
         if expected is not None and expected != found.log_probs.weights:
             raise UserError(
                 f"{found.path} is of weights {found.log_probs.weights}, the checkpoint's run began with {expected}: "
@@ -190,12 +210,31 @@ class ReferencePolicy:
         self._keep(found)
         return found
 
+    def _compare_loss(self, before: object) -> None:
+        """Say what of the loss is another now; going on is the user's choice."""
+        if dist.get_rank() != 0 or not isinstance(before, dict):
+            return
+        for name, value in asdict(self._config).items():
+            if name in before and before[name] != value:
+                logger.warning("DPO: %s is %s, in the checkpoint's run it was %s", name, value, before[name])
+
     def _keep(self, found: Found) -> None:
         """Beside the checkpoints to come, from which a run may go on that knows no other folder."""
         from megatron_ogpsa.reference_policy.store import write_log_probs
 
         if dist.get_rank() == 0 and self._own_path is not None and found.path != self._own_path:
             write_log_probs(self._own_path, found.log_probs)
+
+    @property
+    def _settings(self) -> dict[str, str]:
+        """What log-probabilities depend on beside weights and data."""
+        return described(self._args, (*MODEL_ARGUMENTS, *PRECISION_ARGUMENTS))
+
+    def _check_settings(self, found: Found, names: Sequence[str]) -> None:
+        if different := difference(found.log_probs.settings, {name: self._settings[name] for name in names}):
+            raise UserError(
+                f"{found.path} was computed with {different}: use that again, delete the file and start DPO anew"
+            )
 
     def _check_data(self, found: Found) -> None:
         if found.log_probs.data != tuple(self._datasets):
@@ -216,6 +255,7 @@ class ReferencePolicy:
         if found is not None:
             known = found
             agreed(lambda: self._check_data(known))
+            agreed(lambda: self._check_settings(known, (*MODEL_ARGUMENTS, *PRECISION_ARGUMENTS)))
             if found.log_probs.weights != weights:
                 raise UserError(
                     f"{found.path} is of weights {found.log_probs.weights}, the model has {weights}: delete it, or use "
@@ -228,7 +268,7 @@ class ReferencePolicy:
         log_probs = (
             found.log_probs
             if found is not None
-            else LogProbs.unknown(self._num_pairs, weights=weights, data=tuple(self._datasets))
+            else LogProbs.unknown(self._num_pairs, weights=weights, data=tuple(self._datasets), settings=self._settings)
         )
         is_first = dist.get_rank() == 0
         rows: Any = ConcatDataset(list(self._datasets.values()))

@@ -124,7 +124,6 @@ def _check_dpo(args: argparse.Namespace) -> None:
             raise UnsupportedError(
                 f"{flag} with --ogpsa-stage dpo is not supported: it counts tokens, not pairs; set it to 0"
             )
-    if args.skip_train:
-        raise UnsupportedError(
-            "--skip-train with --ogpsa-stage dpo: the reference policy is known after a first step only"
-        )
+    if args.skip_train or args.train_iters == 0:
+        flag = "--skip-train" if args.skip_train else "--train-iters 0"
+        raise UnsupportedError(f"{flag} with --ogpsa-stage dpo: the reference policy is known after a first step only")

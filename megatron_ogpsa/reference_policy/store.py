@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.files import write_atomically
 
-_FORMAT = "1"
+_FORMAT = "2"
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,20 @@ class LogProbs:
         is_known_N: bool; the others are still to be computed.
         weights: fingerprint of the reference policy's weights.
         data: fingerprint of each data set (content, tokenizer, template, sequence length).
+        settings: what else they depend on, by name: what the model computes with its weights, and in which precision.
     """
 
     values_N2: Tensor
     is_known_N: Tensor
     weights: str
     data: tuple[str, ...]
+    settings: Mapping[str, str]
 
     @classmethod
-    def unknown(cls, num_pairs: int, *, weights: str, data: tuple[str, ...]) -> LogProbs:
+    def unknown(cls, num_pairs: int, *, weights: str, data: tuple[str, ...], settings: Mapping[str, str]) -> LogProbs:
         """Nothing computed yet."""
         values = torch.zeros(num_pairs, 2, dtype=torch.float64)
-        return cls(values, torch.zeros(num_pairs, dtype=torch.bool), weights, data)
+        return cls(values, torch.zeros(num_pairs, dtype=torch.bool), weights, data, settings)
 
     def with_round(self, values_N2: Tensor, is_new_N: Tensor) -> LogProbs:
         """These and the log-probabilities of one more round."""
@@ -59,6 +62,7 @@ def write_log_probs(path: Path, log_probs: LogProbs) -> None:
     """
     tensors = {"log_probs": log_probs.values_N2, "is_known": log_probs.is_known_N.to(torch.uint8)}
     metadata = {"format": _FORMAT, "weights": log_probs.weights, "data": json.dumps(log_probs.data)}
+    metadata["settings"] = json.dumps(dict(log_probs.settings))
     metadata["sha256"] = _digest(metadata, tensors)
     try:
         write_atomically(path, save(tensors, metadata))
@@ -84,12 +88,15 @@ def read_log_probs(path: Path) -> LogProbs | None:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
         weights, data = metadata["weights"], tuple(json.loads(metadata["data"]))
+        settings = dict(json.loads(metadata.get("settings", "{}")))  # absent from format 1
     except (SafetensorError, OSError, MemoryError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{damaged} ({error})") from None
     digest = metadata.pop("sha256", "")
-    if not _are_log_probs(tensors) or digest != _digest(metadata, tensors) or metadata.get("format") != _FORMAT:
+    if not _are_log_probs(tensors) or digest != _digest(metadata, tensors):
         raise UserError(damaged)
-    return LogProbs(tensors["log_probs"], tensors["is_known"].bool(), weights, data)
+    if metadata.get("format") != _FORMAT:
+        raise UserError(f"{path} was written by another version of megatron-ogpsa: delete it, and start DPO anew")
+    return LogProbs(tensors["log_probs"], tensors["is_known"].bool(), weights, data, settings)
 
 
 def _are_log_probs(tensors: dict[str, Tensor]) -> bool:

@@ -91,14 +91,20 @@ def test_the_result_of_fine_tuning_is_the_reference_policy(train: Train, tmp_pat
     figures = scalars(tmp_path / "dpo-log", "dpo loss", "learning-rate")
     assert figures["dpo loss"][1] == pytest.approx(math.log(2), rel=1e-6)
     assert [*figures["dpo loss"]] == [1, 2, 3, 4, 5, 6]  # a schedule of its own
-    further = train(*flags, "--train-iters", "8", "--override-opt-param-scheduler", config=CONFIG.with_name("dpo.yaml"))
+    more = ("--train-iters", "8", "--override-opt-param-scheduler", "--ogpsa-dpo-beta", "0.3")
+    further = train(*flags, *more, config=CONFIG.with_name("dpo.yaml"))
     assert further.exit_code == 0, further.output[-3000:]
+    assert further.output.count("DPO: beta is 0.3, in the checkpoint's run it was 0.2") == 1
     assert "successfully loaded checkpoint from dpo" in further.output
     assert sorted(scalars(tmp_path / "dpo-log", "dpo loss")["dpo loss"]) == [*range(1, 9)]
     log_probs = read_log_probs(tmp_path / "dpo" / LOG_PROBS_FILE)
     assert log_probs is not None
     state = json.loads((tmp_path / "dpo/iter_0000008/ogpsa.json").read_text(encoding="utf-8"))
     assert state["reference policy"] == log_probs.weights
+    pairs = flags[flags.index("--ogpsa-train-data") + 1]
+    done = train(*flags, *more, "--ogpsa-valid-data", pairs, "--eval-iters", "1", config=CONFIG.with_name("dpo.yaml"))
+    assert done.exit_code == 0, done.output[-3000:]  # no step is left, and Megatron evaluates all the same
+    assert "validation loss at iteration 8" in done.output
 
 
 def test_twenty_steps_are_those_of_one_process_in_every_layout(train: Train, tmp_path: Path) -> None:
@@ -144,7 +150,7 @@ def test_the_reference_policy_goes_on_where_it_stopped_and_knows_its_data(train:
     complete = read_log_probs(path)
     assert complete is not None
     assert complete.is_complete
-    half = type(complete).unknown(41, weights=complete.weights, data=complete.data)
+    half = type(complete).unknown(41, weights=complete.weights, data=complete.data, settings=complete.settings)
     known = half.is_known_N.clone()
     known[:20] = True
     write_log_probs(path, half.with_round(complete.values_N2, known))
@@ -158,6 +164,8 @@ def test_the_reference_policy_goes_on_where_it_stopped_and_knows_its_data(train:
     for change, message in (
         (("--seq-length", "120"), "other data, tokenizer, chat template or --seq-length"),
         (("--seed", "7"), "delete it, or use another --save"),
+        (("--rotary-base", "500000"), "was computed with --rotary-base 10000, not 500000"),
+        (("--bf16",), "was computed with --bf16 False, not True"),
     ):
         refused = train(*dpo_flags(tmp_path, "dp2", "run", *short, *change))
         assert refused.exit_code == 2, refused.output[-3000:]

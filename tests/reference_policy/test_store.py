@@ -15,7 +15,9 @@ from megatron_ogpsa.reference_policy.store import LogProbs, read_log_probs, writ
 def log_probs() -> LogProbs:
     values = torch.randn(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     known = torch.arange(50) < 30
-    return LogProbs.unknown(50, weights="ab" * 16, data=("first", "second")).with_round(values, known)
+    return LogProbs.unknown(
+        50, weights="ab" * 16, data=("first", "second"), settings={"rotary_base": "10000"}
+    ).with_round(values, known)
 
 
 def test_what_was_written_is_read(log_probs: LogProbs, tmp_path: Path) -> None:
@@ -26,7 +28,7 @@ def test_what_was_written_is_read(log_probs: LogProbs, tmp_path: Path) -> None:
     assert again is not None
     assert again.values_N2.equal(log_probs.values_N2)
     assert again.is_known_N.equal(log_probs.is_known_N)
-    assert (again.weights, again.data) == (log_probs.weights, log_probs.data)
+    assert (again.weights, again.data, again.settings) == (log_probs.weights, log_probs.data, log_probs.settings)
     assert not again.is_complete
     assert again.with_round(torch.ones(50, 2, dtype=torch.float64), ~again.is_known_N).is_complete
     assert [file.name for file in path.parent.iterdir()] == [path.name]

@@ -139,7 +139,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
     datasets.Dataset.from_list(ROWS * 5).save_to_disk(saved)
     template = written("template.jinja", b"{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     model = build_sentencepiece_model(folder)
-    log_probs = LogProbs.unknown(9, weights="ab" * 8, data=("one", "two"))
+    log_probs = LogProbs.unknown(9, weights="ab" * 8, data=("one", "two"), settings={"bf16": "True"})
     write_log_probs(
         folder / "log_probs.safetensors", log_probs.with_round(torch.ones(9, 2).double(), torch.arange(9) < 4)
     )

@@ -59,7 +59,7 @@ def test_a_flipped_bit_in_any_byte_of_a_record_is_noticed(stage: Stage) -> None:
 def store(tmp_path: Path) -> Path:
     path = tmp_path / "log_probs.safetensors"
     values = torch.randn(12, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    unknown = LogProbs.unknown(12, weights="ab" * 16, data=("first",))
+    unknown = LogProbs.unknown(12, weights="ab" * 16, data=("first",), settings={})
     write_log_probs(path, unknown.with_round(values, torch.ones(12, dtype=torch.bool)))
     return path
 
