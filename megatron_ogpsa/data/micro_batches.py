@@ -40,13 +40,19 @@ def deal_out(rows: Sequence[Row], *, micro_batch_size: int, rank: int, size: int
     Returns:
         collated rows, [micro-batch, ...] each.
     """
-    filler = {name: tensor.clone() for name, tensor in rows[0].items()}
-    filler["loss_mask"].zero_()
-    if "pair_ids" in filler:
-        filler["pair_ids"].fill_(-1)
+    filler = filler_like(rows[0])
     num_fillers = -len(rows) % (micro_batch_size * size * multiple)
     mine = [*rows, *[filler] * num_fillers][rank::size]
     return [
         {name: torch.stack([row[name] for row in mine[start : start + micro_batch_size]]) for name in filler}
         for start in range(0, len(mine), micro_batch_size)
     ]
+
+
+def filler_like(row: Row) -> Row:
+    """A row without a supervised token and without a pair, of the shape of ``row``."""
+    filler = {name: tensor.clone() for name, tensor in row.items()}
+    filler["loss_mask"].zero_()
+    if "pair_ids" in filler:
+        filler["pair_ids"].fill_(-1)
+    return filler

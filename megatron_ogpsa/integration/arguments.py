@@ -11,6 +11,9 @@ from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.cpu_arguments import set_cpu_defaults
 from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
 
+WHOLE_SET = -1
+"""Of ``--eval-iters``, our default: as many as the validation data have batches. Megatron's is 100, whatever they have."""
+
 REFERENCE_LOSSES = ("nll", "nll_chosen", "nll_pair", "dpo")
 
 
@@ -41,6 +44,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         hidden_dropout=0.0,
         calculate_per_token_loss=True,
         eval_interval=1000,
+        eval_iters=WHOLE_SET,
         verify_integrity=True,
         dist_ckpt_optim_fully_reshardable=True,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable, Sized
 from functools import cache
 from pathlib import Path
@@ -14,12 +15,15 @@ from torch.utils.data import Dataset
 
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.agreement import agreed
-from megatron_ogpsa.integration.sampling import EpochStream
+from megatron_ogpsa.integration.arguments import WHOLE_SET
+from megatron_ogpsa.integration.sampling import EpochStream, EvaluationStream
 
 if TYPE_CHECKING:
     from megatron_ogpsa.data import ChatTokenizer, TokenizedChatDataset, TokenizedPreferenceDataset
 
 Rows = Dataset[dict[str, torch.Tensor]]
+
+logger = logging.getLogger(__name__)
 
 
 def make_datasets_provider(load: Callable[[str], Rows]) -> Callable[..., tuple[Any, Any, None]]:
@@ -35,9 +39,11 @@ def make_datasets_provider(load: Callable[[str], Rows]) -> Callable[..., tuple[A
         from megatron.training import get_args
 
         args = get_args()
-        num_train, num_valid, _ = num_samples
+        num_train, *_ = num_samples
         train = load(args.ogpsa_train_data)
         agreed(lambda: check_enough_samples(args, train, "--ogpsa-train-data", args.micro_batch_size))
+        if dist.get_rank() == 0 and (told := balancing_told(args, train)):
+            logger.warning(told)
         if args.dataloader_type == "cyclic":  # Megatron's random sampler counts epochs by itself
             train_stream: Any = train
         else:
@@ -50,12 +56,55 @@ def make_datasets_provider(load: Callable[[str], Rows]) -> Callable[..., tuple[A
             return train_stream, None, None
         valid = load(args.ogpsa_valid_data)
         agreed(lambda: check_enough_samples(args, valid, "--ogpsa-valid-data", args.eval_micro_batch_size))
-        # A run that goes on with fewer or rarer evaluations has consumed more than it asks for now.
-        length = args.consumed_valid_samples + num_valid
-        return train_stream, EpochStream(valid, length=length, seed=None, split=Split.valid), None
+        return train_stream, _evaluations(args, valid), None
 
     datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron: call me on every rank
     return datasets_provider
+
+
+def balancing_told(args: argparse.Namespace, train: Rows) -> str:
+    """How much stronger than its coefficient a loss that balances experts is, if that is much; empty otherwise.
+
+    Megatron multiplies it by a batch's positions, padding and prompts among them, and divides all gradients by the tokens
+    that the loss counts (``core/transformer/moe/router.py``, ``attach_and_log_load_balancing_loss``).
+    """
+    flags = [name for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff") if _is_on(getattr(args, name))]
+    supervised = getattr(train, "num_supervised_tokens", 0)
+    if not args.num_experts or not flags or not supervised:
+        return ""
+    factor = _length(train) * args.seq_length / supervised
+    if factor < _MUCH_STRONGER:
+        return ""
+    packing = "" if args.ogpsa_packing else "pack rows with --ogpsa-packing, and "
+    return (
+        f"--{flags[0].replace('_', '-')} acts {factor:.1f} times as strongly as it says: Megatron weighs it by all "
+        f"positions, of which 1 in {factor:.1f} is learnt here: {packing}divide it by what is left of that"
+    )
+
+
+_MUCH_STRONGER = 1.5
+
+
+def _is_on(coefficient: float | list[float] | None) -> bool:
+    return any(coefficient) if isinstance(coefficient, list) else bool(coefficient)
+
+
+def _evaluations(args: argparse.Namespace, valid: Rows) -> EvaluationStream:
+    """As many as there may be from here on; by default each takes the whole set."""
+    from megatron.core.datasets.utils import Split
+    from megatron.training import print_rank_0
+
+    batch, rows = args.eval_global_batch_size, _length(valid)
+    if args.eval_iters == WHOLE_SET:
+        args.eval_iters = -(-rows // batch)
+        args.consumed_valid_samples = max(
+            args.consumed_valid_samples, 0
+        )  # of a checkpoint without it Megatron multiplies
+    window = args.eval_iters * batch
+    print_rank_0(f"validation: {min(window, rows)} of {rows} rows at each evaluation, the same ones")
+    evaluations = (args.train_iters or 0) // (args.eval_interval or args.train_iters or 1) + 2
+    length = args.consumed_valid_samples + evaluations * window
+    return EvaluationStream(valid, window=window, length=length, split=Split.valid)
 
 
 @cache

@@ -1,9 +1,11 @@
-"""A finite data set as the endless, reshuffled stream that Megatron's sequential sampler reads."""
+"""A finite data set as the endless stream that Megatron's sequential sampler reads: reshuffled, or the same at each turn."""
 
 from __future__ import annotations
 
 import torch
 from torch.utils.data import Dataset
+
+from megatron_ogpsa.data.micro_batches import filler_like
 
 
 class EpochStream(Dataset[dict[str, torch.Tensor]]):
@@ -15,13 +17,11 @@ class EpochStream(Dataset[dict[str, torch.Tensor]]):
     Args:
         dataset: a non-empty map-style data set.
         length: samples to offer; Megatron's ``train_iters`` × ``global_batch_size``.
-        seed: of the order; ``None`` keeps the data set's own order in each epoch, as validation wants it.
+        seed: of the order.
         split: Megatron's ``Split`` of this data set, by which its loader chooses the batch size.
     """
 
-    def __init__(
-        self, dataset: Dataset[dict[str, torch.Tensor]], *, length: int, seed: int | None, split: object
-    ) -> None:
+    def __init__(self, dataset: Dataset[dict[str, torch.Tensor]], *, length: int, seed: int, split: object) -> None:
         self.dataset = dataset
         self.split = split
         self._length = length
@@ -35,8 +35,37 @@ class EpochStream(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         epoch, position = divmod(index, self._epoch_length)
-        if self._seed is not None and epoch != self._order_epoch:
+        if epoch != self._order_epoch:
             generator = torch.Generator().manual_seed(self._seed + epoch)
             self._order = torch.randperm(self._epoch_length, generator=generator)
             self._order_epoch = epoch
         return self.dataset[int(self._order[position])]
+
+
+class EvaluationStream(Dataset[dict[str, torch.Tensor]]):
+    """The first ``window`` samples over and over: one evaluation after the other takes the same ones.
+
+    Megatron goes on in the validation data where the last evaluation stopped, so that its loss moves with the data; here a
+    run that goes on, with another window too, has whole turns of the same samples. Beyond the end of the data set come rows
+    that count nothing.
+
+    Args:
+        dataset: a non-empty map-style data set.
+        window: samples of an evaluation, a multiple of the batch.
+        length: samples to offer.
+        split: Megatron's ``Split`` of this data set, by which its loader chooses the batch size.
+    """
+
+    def __init__(self, dataset: Dataset[dict[str, torch.Tensor]], *, window: int, length: int, split: object) -> None:
+        self.dataset = dataset
+        self.split = split
+        self._window = window
+        self._length = length
+        self._num_samples = len(dataset)  # type: ignore[arg-type]  # Dataset does not declare __len__
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        position = index % self._window
+        return self.dataset[position] if position < self._num_samples else filler_like(self.dataset[0])

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from megatron_ogpsa.errors import UnsupportedError, UserError
+from megatron_ogpsa.integration.arguments import WHOLE_SET
 from megatron_ogpsa.integration.context_parallel import check_context_parallel
 from megatron_ogpsa.integration.datasets import load_conversations, load_pairs, make_datasets_provider
 from megatron_ogpsa.integration.forward import ForwardStep, make_forward_step
@@ -82,6 +83,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     if not args.calculate_per_token_loss:
         raise UserError(
             "--calculate-per-token-loss is off, so short answers would weigh more than long ones: switch it on"
+        )
+    if args.eval_iters < WHOLE_SET:
+        raise UserError(
+            f"--eval-iters {args.eval_iters}: use a number of batches, or leave it out to take the whole set"
         )
     check_loop_arguments(args)
     check_context_parallel(args)

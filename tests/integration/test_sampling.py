@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_ogpsa.integration.batch import document_boundaries
-from megatron_ogpsa.integration.sampling import EpochStream
+from megatron_ogpsa.integration.sampling import EpochStream, EvaluationStream
 
 
 class Numbers(Dataset[dict[str, torch.Tensor]]):
@@ -14,7 +14,7 @@ class Numbers(Dataset[dict[str, torch.Tensor]]):
         return 7
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"tokens": torch.tensor(index)}
+        return {"tokens": torch.tensor(index), "loss_mask": torch.ones(1)}
 
 
 def drawn(stream: EpochStream, start: int = 0) -> list[int]:
@@ -34,11 +34,22 @@ def test_a_resumed_stream_goes_on_where_the_first_stopped_also_within_an_epoch()
         assert drawn(EpochStream(Numbers(), length=21, seed=5, split=None), start=consumed) == whole[consumed:]
 
 
-def test_the_seed_decides_the_order_and_validation_keeps_the_files() -> None:
+def test_the_seed_decides_the_order() -> None:
     assert drawn(EpochStream(Numbers(), length=7, seed=5, split=None)) != drawn(
         EpochStream(Numbers(), length=7, seed=6, split=None)
     )
-    assert drawn(EpochStream(Numbers(), length=10, seed=None, split=None)) == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
+
+
+def test_every_evaluation_takes_the_same_samples() -> None:
+    stream = EvaluationStream(Numbers(), window=4, length=12, split=None)
+    assert drawn(stream) == [0, 1, 2, 3] * 3
+    assert sorted(drawn(stream, start=6)[:4]) == [0, 1, 2, 3]  # of a run that goes on after half of one
+
+
+def test_an_evaluation_of_the_whole_set_counts_each_sample_once() -> None:
+    stream = EvaluationStream(Numbers(), window=8, length=16, split=None)
+    counted = [int(stream[index]["tokens"]) for index in range(16) if stream[index]["loss_mask"].any()]
+    assert counted == [*range(7)] * 2
 
 
 def test_documents_end_with_their_row_and_padding_is_one_of_them() -> None:
