@@ -137,6 +137,8 @@ class ConfigFile:
                 flags += _as_flags(entry, action, parser)
             except ValueError as error:
                 raise UserError(f"{entry.place}: {entry.key}: {error}") from None
+            except argparse.ArgumentError as error:
+                raise UserError(f"{entry.place}: {entry.key}: {error.message}") from None
         return flags + overrides
 
 
@@ -257,12 +259,18 @@ def _as_flags(entry: Entry, action: argparse.Action, parser: argparse.ArgumentPa
         raise ValueError(f"takes a value, not {str(value).lower()}")
     if isinstance(action, argparse._AppendAction):
         items = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else _as_list(value)
-        return [part for item in items for part in (option, _no_flag(item))]
+        return [part for item in items for part in (option, _checked(_no_flag(item), action, parser))]
     if isinstance(value, dict):
         raise ValueError("takes a value, not a mapping")
     if isinstance(value, list) and action.nargs is None:
         raise ValueError("takes one value, not a list")
-    return [option, *(_no_flag(item) for item in _as_list(value))]
+    return [option, *(_checked(_no_flag(item), action, parser) for item in _as_list(value))]
+
+
+def _checked(text: str, action: argparse.Action, parser: argparse.ArgumentParser) -> str:
+    """The text of a value that its flag takes; argparse would say so too, but not where it stands."""
+    parser._check_value(action, parser._get_value(action, text))
+    return text
 
 
 def _no_flag(value: Any) -> str:

@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 
-from megatron_ogpsa.cluster.failures import record_failure
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.telling import ERRORS_VARIABLE as ERRORS_VARIABLE
 from megatron_ogpsa.telling import tell_once
@@ -29,28 +29,58 @@ VERBS = {
 """Verb → module with ``add_arguments(parser)`` and ``run(args) -> int``, and what ``--help`` says of it."""
 
 
+TAKE_FLAGS = ("train", "evaluate", "plan", "doctor")
+"""Verbs that take a configuration and any of Megatron's flags and ours after it."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, or 2 for a mistake of the user's, which is told in one line.
 
     (Ranks that hang end with 3, without coming here: see :mod:`megatron_ogpsa.watchdog`.)
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if _asks_for_flags(argv):
+        return _show_flags()
     summary = "Safety post-training on Megatron-Core with orthogonal gradient projection (OGPSA)."
     parser = argparse.ArgumentParser(prog="megatron-ogpsa", description=summary)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('megatron-ogpsa')}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, (_, summary) in VERBS.items():
         verb_parser = verbs.add_parser(name, help=summary, description=summary)
         if argv[:1] == [name]:  # the others are not even imported
             import_module(VERBS[name][0]).add_arguments(verb_parser)
-    args = parser.parse_args(argv)
+            if name in TAKE_FLAGS:
+                verb_parser.epilog = f"megatron-ogpsa {name} CONFIG.yaml --help lists all flags, --ogpsa-* at its end."
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        first = ": give CONFIG.yaml first, and flags after it" if args.verb in TAKE_FLAGS else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{first}")
     try:
         return int(import_module(VERBS[args.verb][0]).run(args))
     except UserError as error:
         tell_once(str(error))
         return error.exit_code
     except Exception as error:
+        from megatron_ogpsa.cluster.failures import record_failure  # which imports torch: --help does without
+
         record_failure(error)
         raise
+
+
+def _asks_for_flags(argv: Sequence[str]) -> bool:
+    """``train CONFIG.yaml --help``; ``train --help`` is the verb's own."""
+    names_a_file = len(argv) > 1 and argv[0] in TAKE_FLAGS and not argv[1].startswith("-")
+    return names_a_file and not {"-h", "--help"}.isdisjoint(argv)
+
+
+def _show_flags() -> int:
+    from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+
+    install_if_no_gpu()
+    from megatron_ogpsa.integration.arguments import build_parser
+
+    build_parser().print_help()
+    return 0
 
 
 if __name__ == "__main__":

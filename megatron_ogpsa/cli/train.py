@@ -34,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for key, (values, meaning) in FLAGS.items():
         group.add_argument(f"--{key}", metavar=values, help=meaning)
     parser.add_argument("--stage", metavar="NAME", help="of a file with stages: run this one alone")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="--flag value", help="flags that win over the file")
+    flags = parser.add_argument(
+        "flags", nargs=argparse.REMAINDER, metavar="--flag value", help="flags that win over the file"
+    )
+    flags.required = False  # argparse would name them as missing where the configuration is
 
 
 def run(args: argparse.Namespace) -> int:
@@ -187,10 +190,13 @@ def _run_single(config: ConfigFile, overrides: list[str]) -> int:
     from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
 
     install_if_no_gpu()
-    from megatron_ogpsa.integration.arguments import build_parser
+    from megatron_ogpsa.integration.arguments import build_parser, parse_flags
     from megatron_ogpsa.integration.program import run_training
+    from megatron_ogpsa.integration.stages import require_data
 
-    run_training(config.as_flags(build_parser(), overrides))
+    flags = config.as_flags(build_parser(), overrides)
+    require_data(parse_flags(flags))
+    run_training(flags)
     return 0
 
 

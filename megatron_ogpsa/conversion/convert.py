@@ -172,7 +172,7 @@ def _known(dtype: torch.dtype | None) -> torch.dtype:
 def _written_whole(target: Path, num_bytes: int) -> Iterator[Path]:
     """A folder beside ``target`` that takes its place when all is written, and is removed if not."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target}: is not an empty folder: name another one, or remove it")
+        raise UserError(f"{target}: is not an empty folder: name one that is, or a new one")
     partial = target.absolute().with_name(f".{target.name}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)

@@ -101,12 +101,13 @@ class Stage:
     def _validate(self) -> Iterator[Finding]:
         from megatron_ogpsa.doctor.environment import installed_version
         from megatron_ogpsa.integration.cpu_arguments import check_supported_on_cpu
-        from megatron_ogpsa.integration.loop_arguments import check_before_validation
+        from megatron_ogpsa.integration.loop_arguments import check_before_validation, require_flags
         from megatron_ogpsa.planning.arguments import megatron_arguments
 
         if self._generation is None:
             check_supported_on_cpu(self._early)
         check_before_validation(self._early)
+        require_flags(self._early, for_training=True)
         try:
             self._args = megatron_arguments(self._flags, self._ranks)
         except UserError as error:

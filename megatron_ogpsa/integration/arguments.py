@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -69,6 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = _QuietParser(prog="megatron-ogpsa train", allow_abbrev=False)
     add_megatron_arguments(parser)
+    for action in parser._actions:  # one of Megatron's has a bare '10%', which argparse takes for a field
+        action.help = _BARE_PERCENT.sub("%%", action.help) if action.help else action.help
     return add_training_arguments(parser)
 
 
@@ -90,6 +93,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """``", did you mean X?"`` for the known name that is most like ``name``, or nothing if none is."""
     matches = difflib.get_close_matches(name, known, n=1)
     return f", did you mean {matches[0]}?" if matches else ""
+
+
+_BARE_PERCENT = re.compile(r"(?<!%)%(?![%(])")
 
 
 class _QuietParser(argparse.ArgumentParser):

@@ -222,12 +222,31 @@ def _told_in_one_line(args: argparse.Namespace, load_arg: str) -> Iterator[None]
         raise UserError(f"{flag}: Megatron has not loaded a checkpoint ({why})") from None
     except Exception as error:
         # A broken connection is another rank's failure, which that rank tells.
+        if remedy := _other_schedule(error):
+            raise UserError(f"{flag}: {remedy}") from error
         if not isinstance(error, CheckpointingException) and "checkpoint" not in where(error):
             raise
         raise UserError(f"{flag}: Megatron cannot load this checkpoint into this run: {one_line(error)}") from error
     except CheckpointException as error:  # not an Exception to torch
         first = next(iter(error.failures.values()))[0]
         raise UserError(f"{flag}: torch cannot read this checkpoint: {type(first).__name__}: {first}") from error
+
+
+def _other_schedule(error: Exception) -> str:
+    """What to do where learning rate or schedule are not those of the checkpoint's run; empty for other errors."""
+    text = one_line(error)
+    if isinstance(error, AssertionError) and text.startswith("OptimizerParamScheduler: "):
+        return (
+            f"{text.removeprefix('OptimizerParamScheduler: ').replace('checkpointvalue', 'checkpoint value')}: give what "
+            "its run had, or add --override-opt-param-scheduler for the new schedule"
+        )
+    is_no_group = isinstance(error, KeyError) and error.args and isinstance(error.args[0], tuple)
+    if is_no_group or "Could not find parameter group" in text:
+        return (
+            "--lr, --min-lr or --weight-decay are not what the checkpoint's optimizer had: give those again, or begin anew "
+            "from its weights, with --pretrained-checkpoint in place of --load and another --save"
+        )
+    return ""
 
 
 _PATCHES = (

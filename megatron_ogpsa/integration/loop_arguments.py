@@ -7,6 +7,13 @@ from collections.abc import Iterator
 
 from megatron_ogpsa.errors import UnsupportedError, UserError
 
+_OF_THE_MODEL = "num_layers hidden_size num_attention_heads max_position_embeddings".split()
+_WANTED = {
+    "seq_length": "positions of a row, such as 2048",
+    "micro_batch_size": "rows that a rank computes at once, such as 1",
+}
+_WANTED_IN_TRAINING = {"lr": "the highest learning rate, such as 1e-6"}
+
 _PLACES = "save load pretrained_checkpoint non_persistent_global_ckpt_dir".split()
 
 
@@ -30,6 +37,30 @@ def check_before_validation(args: argparse.Namespace, *, is_here: bool = True) -
             "--non-persistent-ckpt-type local saves the optimizer's state as it lies: add "
             "--no-dist-ckpt-optim-fully-reshardable, or use --non-persistent-ckpt-type global"
         )
+
+
+def require_flags(args: argparse.Namespace, *, for_training: bool) -> None:
+    """Ask for what Megatron cannot do without, which it would miss in an assertion or a TypeError.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if not args.use_checkpoint_args:
+        for name in _OF_THE_MODEL:
+            if getattr(args, name) is None:
+                raise UserError(f"--{_flag(name)} is missing: give it, or 'model: FOLDER' of a converted model")
+    for name, meaning in (_WANTED | (_WANTED_IN_TRAINING if for_training else {})).items():
+        if getattr(args, name) is None:
+            raise UserError(f"--{_flag(name)} is missing: {meaning}")
+    if for_training and args.train_samples is None and (args.train_iters is None or args.train_iters < 1):
+        given = "is missing" if args.train_iters is None else str(args.train_iters)
+        raise UserError(f"--train-iters {given}: give the number of optimizer steps")
+    if args.save_interval is not None and args.save_interval < 1:
+        raise UserError(f"--save-interval {args.save_interval}: use 1 or more, or leave it out")
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def check_places(args: argparse.Namespace) -> None:

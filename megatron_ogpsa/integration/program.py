@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
+import os
 import sys
 import traceback
 
@@ -13,9 +15,11 @@ from megatron_ogpsa.errors import UserError, one_line
 from megatron_ogpsa.integration.arguments import add_training_arguments, parse_flags
 from megatron_ogpsa.integration.cpu_arguments import check_supported_on_cpu
 from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
-from megatron_ogpsa.integration.loop_arguments import check_before_validation
+from megatron_ogpsa.integration.loop_arguments import check_before_validation, require_flags
 from megatron_ogpsa.integration.stages import build_stage
 from megatron_ogpsa.integration.training import prepare_megatron, run_loop
+
+logger = logging.getLogger(__name__)
 
 
 def run_training(flags: list[str]) -> None:
@@ -28,7 +32,9 @@ def run_training(flags: list[str]) -> None:
         UserError: a mistake in flags or data, on every rank alike.
     """
     prepare_megatron()
-    args = validated_arguments(flags)
+    args = validated_arguments(flags, for_training=True)
+    if not args.save and os.environ.get("RANK", "0") == "0":
+        logger.warning("no --save: nothing will be kept of this run")
     stage = build_stage(args)
 
     from megatron.core.enums import ModelType
@@ -38,6 +44,8 @@ def run_training(flags: list[str]) -> None:
     ends_alike = True
     try:
         run_loop(stage.hooks, config, stage.datasets_provider, ModelType.encoder_or_decoder, stage.forward_step)
+        if args.train_iters and args.iteration >= args.train_iters and dist.get_rank() == 0:
+            print(f"nothing was left to train: --load {args.load} is at step {args.iteration} of {args.train_iters}")
     except UserError:
         raise
     except Exception:  # of this rank alone: it must not wait for the others before it has told why
@@ -48,7 +56,7 @@ def run_training(flags: list[str]) -> None:
             dist.destroy_process_group()
 
 
-def validated_arguments(flags: list[str]) -> argparse.Namespace:
+def validated_arguments(flags: list[str], *, for_training: bool = False) -> argparse.Namespace:
     """Parse, check and let Megatron validate ``flags``; Megatron's globals (arguments, tokenizer, timers) are set."""
     from megatron.training.arguments import parse_and_validate_args
 
@@ -58,6 +66,7 @@ def validated_arguments(flags: list[str]) -> argparse.Namespace:
     if install_if_no_gpu():
         check_supported_on_cpu(early)
     check_before_validation(early)
+    require_flags(early, for_training=for_training)
     if early.tokenizer_type is None:
         raise UserError("--tokenizer-type is missing: HuggingFaceTokenizer or SentencePieceTokenizer")
     # Megatron builds its tokenizer from the same flags, but reports what is wrong with them in a traceback.

@@ -22,12 +22,13 @@ def cluster_arguments(flags: list[str], world_size: int) -> argparse.Namespace:
         UserError: a wrong flag, or a layout that does not come out even, with the nearest that does.
         UnsupportedError: a model that is no GPT, or a flag with which projection is refused.
     """
-    from megatron_ogpsa.integration.loop_arguments import check_before_validation
+    from megatron_ogpsa.integration.loop_arguments import check_before_validation, require_flags
     from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
     from megatron_ogpsa.integration.stages import check_arguments
 
     early = parse_flags(flags)
     check_before_validation(early, is_here=False)
+    require_flags(early, for_training=False)
     if not early.ogpsa_reference:
         raise UserError("--ogpsa-reference is missing: without references there is nothing to plan")
     if early.hybrid_layer_pattern or early.spec:

@@ -56,6 +56,9 @@ def test_mistakes_are_told_in_one_line(train: Train, tmp_path: Path, case: str) 
         ("bf16: 3", "bf16: is a switch: write true or false"),
         ("lr:", "lr: has no value"),
         ("lr: [1, 2]", "lr: takes one value, not a list"),
+        ("lr: abc", "lr: invalid float value: 'abc'"),
+        ("tokenizer-type: Mine", "tokenizer-type: invalid choice: 'Mine'"),
+        ("ogpsa-reference: general.jsonl", "ogpsa-reference: "),
         ("use-distributed-optimizer: [", "not YAML"),
     ],
 )
@@ -155,3 +158,55 @@ def test_flags_that_the_loop_would_drop_or_fail_with_late(flags: str, expected: 
     with pytest.raises(UserError) as raised:
         check(flags)
     assert str(raised.value).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("lr 1 train-iters 5 micro-batch-size 1 seq-length 8", "--num-layers is missing: give it, or 'model: FOLDER'"),
+        ("model lr 1 train-iters 5 micro-batch-size 1", "--seq-length is missing: positions of a row"),
+        ("model lr 1 train-iters 5 seq-length 8", "--micro-batch-size is missing: rows that"),
+        ("model train-iters 5 micro-batch-size 1 seq-length 8", "--lr is missing: the highest learning rate"),
+        ("model lr 1 micro-batch-size 1 seq-length 8", "--train-iters is missing: give the number of optimizer steps"),
+        ("model lr 1 train-iters -5 micro-batch-size 1 seq-length 8", "--train-iters -5: give the number of optimizer"),
+        (
+            "model lr 1 train-iters 5 micro-batch-size 1 seq-length 8 save-interval 0",
+            "--save-interval 0: use 1 or more",
+        ),
+    ],
+)
+def test_what_megatron_misses_in_an_assertion_is_asked_for(flags: str, expected: str) -> None:
+    from megatron_ogpsa.errors import UserError
+    from megatron_ogpsa.integration.arguments import parse_flags
+    from megatron_ogpsa.integration.loop_arguments import require_flags
+
+    model = "num-layers 2 hidden-size 8 num-attention-heads 2 max-position-embeddings 8"
+    words = flags.replace("model", model).split()
+    given = [f"--{word}" if number % 2 == 0 else word for number, word in enumerate(words)]
+    with pytest.raises(UserError) as raised:
+        require_flags(parse_flags(given), for_training=True)
+    assert str(raised.value).startswith(expected)
+
+
+def test_a_run_that_goes_on_with_another_schedule_is_told_how(train: Train, tmp_path: Path) -> None:
+    """Longer, with another learning rate, longer as Megatron wants to be told, and with nothing left to train."""
+    flags = "--nproc-per-node 1 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --save run --load run"
+    assert train(*flags.split(), "--train-iters", "3").exit_code == 0
+    longer = train(*flags.split(), "--train-iters", "4")
+    assert longer.exit_code == 2, longer.output[-3000:]
+    assert (
+        "--load run: class input value 32 and checkpoint value 24 for total number of iterations do not match"
+        in (longer.error_lines[0])
+    )
+    assert "add --override-opt-param-scheduler" in longer.error_lines[0]
+    faster = train(*flags.split(), "--train-iters", "3", "--lr", "2e-3")
+    assert faster.exit_code == 2, faster.output[-3000:]
+    assert (
+        "--load run: --lr, --min-lr or --weight-decay are not what the checkpoint's optimizer had"
+        in (faster.error_lines[0])
+    )
+    overridden = train(*flags.split(), "--train-iters", "4", "--override-opt-param-scheduler")
+    assert overridden.exit_code == 0, overridden.output[-3000:]
+    again = train(*flags.split(), "--train-iters", "4", "--override-opt-param-scheduler")
+    assert again.exit_code == 0, again.output[-3000:]
+    assert "nothing was left to train: --load run is at step 4 of 4" in again.output
