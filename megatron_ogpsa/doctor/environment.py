@@ -93,8 +93,8 @@ def check_transformer_engine(*, has_gpu: bool) -> Finding:
     if installed is None:
         return warn(
             name,
-            "not installed: Megatron's default layers, FP8 and context parallelism are its own",
-            "pip install 'transformer-engine[pytorch]', or train with --transformer-impl local",
+            "not installed: layers are Megatron's own, without FP8, context parallelism and packed rows of one kernel",
+            "pip install 'transformer-engine[pytorch]'",
         )
     try:
         importlib.import_module("transformer_engine.pytorch")
@@ -113,7 +113,7 @@ def check_apex() -> Finding:
     """
     spec = importlib.util.find_spec("apex")
     if spec is None:
-        return ok("Apex", "not installed; not needed")
+        return ok("Apex", "not installed: gradients of weights are added up after each product, not within it")
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     shown = installed_version("apex") or "of unknown version"
     place = folders[0] if folders else spec.origin

@@ -8,9 +8,12 @@ import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+import torch
+
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.cpu_arguments import set_cpu_defaults
 from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+from megatron_ogpsa.integration.gpu_arguments import set_gpu_defaults
 
 WHOLE_SET = -1
 """Of ``--eval-iters``, our default: as many as the validation data have batches. Megatron's is 100, whatever they have."""
@@ -21,8 +24,8 @@ REFERENCE_LOSSES = ("nll", "nll_chosen", "nll_pair", "dpo")
 def add_ogpsa_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add this project's flags to Megatron's parser.
 
-    For ``parse_and_validate_args(extra_args_provider=add_ogpsa_arguments)``. On a machine without a GPU the defaults of
-    Megatron's own flags change to what runs there.
+    For ``parse_and_validate_args(extra_args_provider=add_ogpsa_arguments)``. The defaults of Megatron's own flags change to
+    what runs on this machine: without a GPU, or without Apex or Transformer Engine.
     """
     _add_data_arguments(parser.add_argument_group("ogpsa data", "What is trained, and on what"))
     _add_preference_arguments(parser.add_argument_group("ogpsa dpo", "The loss on preference pairs"))
@@ -30,6 +33,8 @@ def add_ogpsa_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     _add_watch_arguments(parser.add_argument_group("ogpsa watch", "Ranks that hang"))
     if install_if_no_gpu():  # before Megatron validates: it asks the GPU for its generation
         set_cpu_defaults(parser)
+    elif torch.cuda.is_available():
+        set_gpu_defaults(parser)
     return parser
 
 

@@ -191,7 +191,7 @@ CASES = {
         prepare=a_torn_checkpoint_after_a_whole_one,
     ),
     "checkpoint to be overwritten": Case(
-        warns={"last checkpoint": "-> say --load runs/sft"}, prepare=a_whole_checkpoint
+        warns={"last checkpoint": "-> say --load runs/sft"}, prepare=a_whole_checkpoint, config=Path("anew.yaml")
     ),
     "torn checkpoint, and the step before is asked for": Case(
         "--load runs/sft --ckpt-step 3", prepare=a_torn_checkpoint_after_a_whole_one
@@ -248,7 +248,9 @@ CASES = {
 def test_what_is_wrong_is_told_and_nothing_else(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     text = SFT.read_text(encoding="utf-8").replace("launch:\n  nproc-per-node: 4", "")
     Path("unlaunched.yaml").write_text(text, encoding="utf-8")
-    text = SFT.read_text(encoding="utf-8").replace("nproc-per-node: 4", "nproc-per-node: 4\n  max-restarts: 3")
+    anew = "".join(line for line in SFT.open(encoding="utf-8") if not line.startswith("load:"))
+    Path("anew.yaml").write_text(anew, encoding="utf-8")
+    text = anew.replace("nproc-per-node: 4", "nproc-per-node: 4\n  max-restarts: 3")
     Path("restarted.yaml").write_text(text, encoding="utf-8")
     Path("typo.yaml").write_text("lrr: 1.0\n", encoding="utf-8")
     case.prepare(monkeypatch)
