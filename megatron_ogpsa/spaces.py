@@ -192,7 +192,10 @@ class Space(ABC):
     def figures_on(self, device: torch.device | int) -> dict[str, Tensor]:
         """``figures`` as fp32 tensors of one element, without waiting for the device."""
         return {
-            name: torch.as_tensor(value, dtype=torch.float32, device=device).reshape(1)
+            # Filled there: a number that is copied from the host would make it wait.
+            name: value.to(device, torch.float32).reshape(1)
+            if isinstance(value, Tensor)
+            else torch.full((1,), value, dtype=torch.float32, device=device)
             for name, value in self.figures.items()
         }
 

@@ -1,8 +1,8 @@
 """The page of what was measured on a GPU, from its data: ``python -m megatron_ogpsa.benchmarks.gpu_report docs/gpu``.
 
 The folder holds ``projection.json`` and ``large.json`` (:mod:`megatron_ogpsa.benchmarks.projection`), ``steps.jsonl``
-(:mod:`megatron_ogpsa.benchmarks.step`, a line for each setting) and ``profile.json``
-(:mod:`megatron_ogpsa.benchmarks.profile`); and where they were made, ``narrow.json`` as the first two, ``training.json``
+(:mod:`megatron_ogpsa.benchmarks.step`, the paper's rule) and ``profile.json`` (:mod:`megatron_ogpsa.benchmarks.profile`); and
+where they were made, ``narrow.json`` as the first two, ``default_step.jsonl`` as the third, ``training.json``
 (:mod:`megatron_ogpsa.benchmarks.training`) and what pytest wrote of the tests, ``kernels.xml`` and ``fp8.xml``.
 :mod:`megatron_ogpsa.benchmarks.on_gpu` makes them all.
 """
@@ -193,7 +193,11 @@ class Data:
         return cls(
             projection=json.loads(text("projection.json")),
             large=json.loads(text("large.json")),
-            steps=[json.loads(line) for line in text("steps.jsonl").splitlines()],
+            steps=[
+                json.loads(line)
+                for name in ("steps.jsonl", "default_step.jsonl")
+                for line in (text(name).splitlines() if name == "steps.jsonl" or (folder / name).exists() else ())
+            ],
             profile=json.loads(text("profile.json")),
             narrow=optional("narrow.json"),
             training=optional("training.json"),
@@ -298,15 +302,28 @@ def _of_steps(data: Data) -> Json:
 
 
 def _step_rows(steps: Iterable[Json]) -> list[list[str]]:
-    rows = [["plain step", "OGPSA / plain", "authors / plain", "optimizer.step()", "collectives", "beside passes"]]
+    rows = [
+        [
+            "space",
+            "mode",
+            "plain step",
+            "OGPSA / plain",
+            "authors / plain",
+            "optimizer.step()",
+            "collectives",
+            "beside passes",
+        ]
+    ]
     for one in steps:
         names = ("plain", "ogpsa")
         milliseconds = " → ".join(f"{one[f'milliseconds of optimizer.step(), {name}']:.1f}" for name in names)
         rows.append(
             [
+                one["arguments"]["space"],
+                one["arguments"]["mode"],
                 f"{one['seconds of a plain step']:.3f} s",
                 f"{one['ogpsa / plain']:.3f}",
-                f"{one['authors / plain']:.2f}",
+                f"{one['authors / plain']:.2f}" if "authors / plain" in one else "–",
                 f"{milliseconds} ms",
                 " → ".join(str(one[f"collectives of a step, {name}"]) for name in names),
                 f"{one['refresh: share beside its passes']:.1%} of a refresh, "

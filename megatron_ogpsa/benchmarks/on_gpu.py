@@ -72,6 +72,13 @@ def measurements(args: argparse.Namespace) -> list[Measurement]:
         Measurement("tests of the kernels", "kernels.xml", "--junit-xml", (*_PYTEST, "tests/core"), 60),
         Measurement("tests of FP8", "fp8.xml", "--junit-xml", (*_PYTEST, *side_by_side, "tests/gpu"), 330),
         Measurement("a training step", "steps.jsonl", "--json", (*_TORCHRUN, f"{__package__}.step", *_MODEL_1B), 80),
+        Measurement(
+            "a training step, the default rule",
+            "default_step.jsonl",
+            "--json",
+            (*_TORCHRUN, f"{__package__}.step", *_MODEL_1B, "--space", "update", "--mode", "conflict", "--no-authors"),
+            60,
+        ),
         Measurement("its profile", "profile.json", "--json", (*_TORCHRUN, f"{__package__}.profile", *_MODEL_1B), 70),
         Measurement("the passes", "projection.json", "--json", (_PASSES, "--elements", "1e8"), 15),
         Measurement(

@@ -5,10 +5,10 @@ python -m megatron_ogpsa.benchmarks.trl_training MODEL_FOLDER --stage sft --data
 ```
 
 One process, as people run TRL on one GPU: samples padded to the longest of their micro-batch, reference log-probabilities
-of DPO computed first, no recomputation of activations. A step takes as many whole micro-batches as fill
-``--tokens-per-step`` on average. With ``--rule authors`` the gradient of the references' next-token loss is computed like
-any batch's, copied to host memory, and removed from every micro-batch's gradient, tensor by tensor
-(:mod:`megatron_ogpsa.benchmarks.authors_hooks`).
+of DPO computed first, no recomputation of activations. A micro-batch has as many samples as a packed row of Megatron's holds
+on average, and a step as many whole micro-batches as fill ``--tokens-per-step``. With ``--rule authors`` the gradient of the
+references' next-token loss is computed like any batch's, copied to host memory (in bf16 under ``--bf16``), and removed from
+every micro-batch's gradient, tensor by tensor (:mod:`megatron_ogpsa.benchmarks.authors_hooks`).
 
 :mod:`megatron_ogpsa.benchmarks.training` starts it, in turn with Megatron. It needs ``trl`` (setup.cfg, extra ``test``).
 """
@@ -61,13 +61,21 @@ class Clock:
     Args:
         reference_batches: micro-batches with ``input_ids``, ``attention_mask`` and ``labels``; none leaves steps plain.
         interval: steps from one refresh to the next.
+        dtype: of the references in host memory.
     """
 
-    def __init__(self, device: torch.device, reference_batches: Sequence[Batch], interval: int) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        reference_batches: Sequence[Batch],
+        interval: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.steps: list[StepTimes] = []
         self._device = device
         self._batches = reference_batches
         self._interval = interval
+        self._dtype = dtype
         self._hooks: AuthorsHooks | None = None
         self._started = 0.0
 
@@ -97,7 +105,8 @@ class Clock:
             loss = model(**{name: tensor.to(self._device) for name, tensor in batch.items()}).loss
             (loss / len(self._batches)).backward()
         trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        copies = [[parameter.grad.detach().to("cpu", copy=True)] for parameter in trained if parameter.grad is not None]
+        gradients = [parameter.grad.detach() for parameter in trained if parameter.grad is not None]
+        copies = [[gradient.to("cpu", self._dtype, copy=True)] for gradient in gradients]
         model.zero_grad()
         self._hooks = AuthorsHooks(trained, copies)
         self._hooks.attach()
@@ -127,7 +136,9 @@ def measure(args: argparse.Namespace) -> list[StepTimes]:
         tokenizer.pad_token = tokenizer.eos_token
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    clock = Clock(device, _reference_batches(args, protected, tokenizer), args.refresh_interval)
+    samples, micro_batch = _sizes(args, rows, tokenizer)
+    batches = _reference_batches(protected, tokenizer, micro_batch, args.seq_length)
+    clock = Clock(device, batches, args.refresh_interval, torch.bfloat16 if args.bf16 else torch.float32)
 
     class Timed(TrainerCallback):
         def on_step_begin(self, *_: object, **of_trainer: Any) -> None:
@@ -136,13 +147,22 @@ def measure(args: argparse.Namespace) -> list[StepTimes]:
         def on_step_end(self, *_: object, **__: object) -> None:
             clock.end()
 
-    trainer = _trainer(args, rows, model, tokenizer, clock)
+    trainer = _trainer(args, rows, model, tokenizer, clock, samples=samples, micro_batch=micro_batch)
     trainer.add_callback(Timed())
     trainer.train()
     return clock.steps
 
 
-def _trainer(args: argparse.Namespace, rows: list[dict[str, Any]], model: Any, tokenizer: Any, clock: Clock) -> Any:
+def _trainer(
+    args: argparse.Namespace,
+    rows: list[dict[str, Any]],
+    model: Any,
+    tokenizer: Any,
+    clock: Clock,
+    *,
+    samples: int,
+    micro_batch: int,
+) -> Any:
     try:
         from datasets import Dataset
         from trl.trainer.dpo_config import DPOConfig
@@ -151,8 +171,6 @@ def _trainer(args: argparse.Namespace, rows: list[dict[str, Any]], model: Any, t
         from trl.trainer.sft_trainer import SFTTrainer
     except ImportError as error:
         raise UserError(f"trl cannot be imported ({error}): pip install 'megatron-ogpsa[test]'") from None
-    samples = _samples_per_step(args, rows, tokenizer)
-    micro_batch = min(args.micro_batch_size, samples)
     settings = {
         "output_dir": str(args.out),
         "max_steps": args.steps,
@@ -193,8 +211,8 @@ def _rows(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     return found
 
 
-def _samples_per_step(args: argparse.Namespace, rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> int:
-    """How many fill ``args.tokens_per_step`` on average."""
+def _sizes(args: argparse.Namespace, rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> tuple[int, int]:
+    """Samples that fill ``args.tokens_per_step`` on average, and how many of them a micro-batch takes."""
     lengths = []
     for row in rows:
         texts = (
@@ -203,7 +221,9 @@ def _samples_per_step(args: argparse.Namespace, rows: Sequence[Mapping[str, Any]
             else [row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]]
         )
         lengths.append(sum(min(len(_token_ids(tokenizer, text)), args.seq_length) for text in texts))
-    return max(1, round(args.tokens_per_step * len(lengths) / sum(lengths)))
+    mean = sum(lengths) / len(lengths)
+    samples = max(1, round(args.tokens_per_step / mean))
+    return samples, min(samples, args.micro_batch_size or max(1, round(args.seq_length / mean)))
 
 
 def _token_ids(tokenizer: Any, messages: object) -> list[int]:
@@ -211,11 +231,11 @@ def _token_ids(tokenizer: Any, messages: object) -> list[int]:
 
 
 def _reference_batches(
-    args: argparse.Namespace, rows: Iterable[Mapping[str, Any]], tokenizer: Any
+    rows: Iterable[Mapping[str, Any]], tokenizer: Any, micro_batch: int, seq_length: int
 ) -> list[dict[str, Tensor]]:
     """Padded micro-batches; the loss is of every token but padding."""
-    found = [torch.tensor(_token_ids(tokenizer, row["messages"])[: args.seq_length]) for row in rows]
-    return [_padded(found[i : i + args.micro_batch_size]) for i in range(0, len(found), args.micro_batch_size)]
+    found = [torch.tensor(_token_ids(tokenizer, row["messages"])[:seq_length]) for row in rows]
+    return [_padded(found[i : i + micro_batch]) for i in range(0, len(found), micro_batch)]
 
 
 def _padded(samples: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -227,6 +247,7 @@ def _padded(samples: Iterable[Tensor]) -> dict[str, Tensor]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, and write each step's times as JSON."""
     args = parser().parse_args(argv)
+    _see_one_gpu()
     try:
         steps = measure(args)
     except UserError as error:
@@ -235,6 +256,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     account = {"threads": torch.get_num_threads(), "steps": [asdict(step) for step in steps]}
     args.json.write_text(json.dumps(account, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _see_one_gpu() -> None:
+    """TRL refuses to run one process on several."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    os.environ["CUDA_VISIBLE_DEVICES"] = first
 
 
 def parser() -> argparse.ArgumentParser:
@@ -250,11 +277,11 @@ def parser() -> argparse.ArgumentParser:
         ("refresh-interval", 4),
         ("steps", 8),
         ("tokens-per-step", 2048),
-        ("micro-batch-size", 4),
         ("seq-length", 512),
         ("threads", os.cpu_count() or 1),
     ):
         made.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
+    made.add_argument("--micro-batch-size", type=int, metavar="N", help="samples (as many as fill --seq-length)")
     made.add_argument("--bf16", action="store_true", help="autocast, with weights in fp32")
     made.add_argument("--out", type=Path, default=Path("runs/trl"), help="(runs/trl)")
     made.add_argument("--json", type=Path, required=True, metavar="FILE", help="where each step's times go")

@@ -170,7 +170,7 @@ class ProjectionRun:
         if self._args.ogpsa_energy < 1.0 and self._ogpsa is not None:
             values["ogpsa energy"] = self._ogpsa.kept_energy
         figures["ogpsa rank"] = metrics["rank"]
-        figures |= {name: torch.tensor([value], device=device) for name, value in values.items()}
+        figures |= {name: torch.full((1,), float(value), device=device) for name, value in values.items()}
         if self._args.ogpsa_authors_leak:
             figures["ogpsa leaked"] = metrics.get("added", torch.zeros(1, device=device))
         return figures

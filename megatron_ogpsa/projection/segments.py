@@ -96,6 +96,7 @@ class SegmentLayout:
         device: where the spans live.
         limits: how to cut; by default what suits the device.
         columns: of the basis, where each span begins; by default spans follow each other.
+        num_columns: of the basis, of which some may belong to no span; by default all do.
     """
 
     def __init__(
@@ -105,13 +106,14 @@ class SegmentLayout:
         device: torch.device,
         limits: TileLimits | None = None,
         columns: Sequence[int] | None = None,
+        num_columns: int | None = None,
     ) -> None:
         self.num_blocks = num_blocks
         self.device = device
         self.limits = limits or TileLimits.for_device(device)
         self.span_lengths = [sum(segment.length for segment in span) for span in spans]
         self.num_elements = sum(self.span_lengths)
-        self.num_counted = sum(s.length for span in spans for s in span if s.counted)
+        self._num_columns = self.num_elements if num_columns is None else num_columns
         self.tiles: list[Tile] = []
         if columns is None:
             columns = [0, *accumulate(self.span_lengths)][: len(spans)]
@@ -120,9 +122,9 @@ class SegmentLayout:
 
     @property
     def multiple(self) -> int:
-        """What tiles, columns and rows begin at multiples of, in elements: as many can be read at once."""
+        """The largest number of elements that every tile, column and row begins at a multiple of: their alignment."""
         places = (number for tile in self.tiles for number in (tile.start, tile.column))
-        return math.gcd(self.num_elements, self.limits.tile, *places)
+        return math.gcd(self._num_columns, self.limits.tile, *places)
 
     def _cut(self, span: int, segments: Sequence[Segment], column: int) -> Iterator[Tile]:
         """Long segments become tiles of their own, runs of short ones are packed together."""

@@ -142,6 +142,7 @@ class GradientShard:
             len(self.block_names),
             self.layout.device,
             columns=list(self._columns()),
+            num_columns=self.layout.num_elements,
         )
 
     @property

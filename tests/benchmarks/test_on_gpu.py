@@ -79,7 +79,7 @@ def test_each_command_is_one(tmp_path: Path) -> None:
             args = PARSERS[module]().parse_args(given)
             assert args.json == one.unfinished(tmp_path)
             known += 1
-    assert known == 6
+    assert known == 7
 
 
 def test_the_pages_commands_are_commands() -> None:
@@ -88,7 +88,7 @@ def test_the_pages_commands_are_commands() -> None:
     assert [arguments(*shlex.split(command)).folder.name for command in commands] == ["measured", "measured"]
 
 
-@pytest.mark.parametrize(("flags", "number"), [((), 7), (("--model", "folder", "--reference", "r", "--sft", "s"), 8)])
+@pytest.mark.parametrize(("flags", "number"), [((), 8), (("--model", "folder", "--reference", "r", "--sft", "s"), 9)])
 def test_whole_runs_want_a_model(flags: tuple[str, ...], number: int, tmp_path: Path) -> None:
     assert len(on_gpu.measurements(arguments(str(tmp_path), *flags))) == number
 
