@@ -84,6 +84,8 @@ micro-batch.
 
 {steps}
 
+{default_rule}
+
 The two passes read and write {pass_bytes:.1f} GB, for which a copy's bandwidth takes {pass_floor:.1f} ms; they add
 {added:.1f} ms to `optimizer.step()`, {added_share:.1%} of a step. The whole step grew by {grown:.1%}; the profile below has
 most of the rest as time in which the GPU was idle. The host waited twice more in a projected step, each wait uses up its
@@ -121,6 +123,11 @@ from PyTorch's own at 55.
 {further}
 """
 
+
+_DEFAULT_RULE = (
+    "The default rule, `--ogpsa-space update --ogpsa-mode conflict`, reads the basis three times a step, where the paper's "
+    "reads it twice, and the gradient once more."
+)
 
 _TESTS_SO_FAR = """## Tests
 
@@ -281,6 +288,8 @@ def _of_steps(data: Data) -> Json:
         "tensors": first["tensors"],
         **{name: first["arguments"][name] for name in ("micro_batch_size", "seq_length", "accumulate", "rank")},
         "steps": in_markdown(_step_rows(data.steps)),
+        "default_rule": _DEFAULT_RULE
+        + ("" if len(data.steps) > 1 else " It was not measured yet: all here is the paper's."),
         "pass_bytes": pass_bytes,
         "pass_floor": 1e3 * pass_bytes / copy,
         "added": added,

@@ -103,6 +103,9 @@ class Fp8Training:
         self.run("whole", *flags, *halves)
         self.run("resumed", *flags, *halves, "--exit-interval", half)
         self.run("resumed", *flags, *halves, "--load", "resumed")
+        figures = ("lm loss", "grad-norm", "ogpsa removed length")
+        undisturbed = scalars(self.folder / "whole-log", *figures)
+        assert scalars(self.folder / "resumed-log", *figures) == undisturbed
         assert self._differences("whole", "resumed") == []
 
     def _differences(self, one: str, other: str) -> list[str]:
