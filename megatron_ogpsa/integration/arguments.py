@@ -41,8 +41,8 @@ def add_ogpsa_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Our flags, and the defaults that fine-tuning wants of Megatron's.
 
-    Checkpoints of a fine-tuning run are few, and worth a manifest and the time to let them resume in any layout. Dropout,
-    which Megatron sets to 0.1, would thin out a model that was mostly trained without, and references with it.
+    Checkpoints of a fine-tuning run are few, and worth a manifest. Dropout, which Megatron sets to 0.1, would thin out a
+    model that was mostly trained without, and references with it.
     """
     add_ogpsa_arguments(parser)
     parser.set_defaults(
@@ -52,17 +52,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         eval_interval=1000,
         eval_iters=WHOLE_SET,
         verify_integrity=True,
-        dist_ckpt_optim_fully_reshardable=True,
     )
-    for flag, help_text in (
-        ("--no-verify-integrity", "Neither write manifests of checkpoints nor verify those that are loaded."),
-        (
-            "--no-dist-ckpt-optim-fully-reshardable",
-            "Save the distributed optimizer's state as it lies: faster, but the run resumes in its own TP and PP only.",
-        ),
-    ):
-        dest = flag.removeprefix("--no-").replace("-", "_")
-        parser.add_argument(flag, dest=dest, action="store_false", help=help_text)
+    parser.add_argument(
+        "--no-verify-integrity",
+        dest="verify_integrity",
+        action="store_false",
+        help="Neither write manifests of checkpoints nor verify those that are loaded.",
+    )
     return parser
 
 

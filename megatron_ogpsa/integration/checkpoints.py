@@ -226,7 +226,11 @@ def _told_in_one_line(args: argparse.Namespace, load_arg: str) -> Iterator[None]
             raise UserError(f"{flag}: {remedy}") from error
         if not isinstance(error, CheckpointingException) and "checkpoint" not in where(error):
             raise
-        raise UserError(f"{flag}: Megatron cannot load this checkpoint into this run: {one_line(error)}") from error
+        layout = "; to go on in another layout, save with --dist-ckpt-optim-fully-reshardable"
+        remedy = layout if "(TP, PP) mismatch" in one_line(error) else ""
+        raise UserError(
+            f"{flag}: Megatron cannot load this checkpoint into this run: {one_line(error)}{remedy}"
+        ) from error
     except CheckpointException as error:  # not an Exception to torch
         first = next(iter(error.failures.values()))[0]
         raise UserError(f"{flag}: torch cannot read this checkpoint: {type(first).__name__}: {first}") from error

@@ -34,8 +34,8 @@ def check_before_validation(args: argparse.Namespace, *, is_here: bool = True) -
         _require_nvrx()
     if args.non_persistent_ckpt_type == "local" and args.dist_ckpt_optim_fully_reshardable:
         raise UserError(
-            "--non-persistent-ckpt-type local saves the optimizer's state as it lies: add "
-            "--no-dist-ckpt-optim-fully-reshardable, or use --non-persistent-ckpt-type global"
+            "--non-persistent-ckpt-type local saves the optimizer's state as it lies: leave "
+            "--dist-ckpt-optim-fully-reshardable out, or use --non-persistent-ckpt-type global"
         )
 
 

@@ -151,6 +151,7 @@ def _refusals(args: argparse.Namespace) -> Iterator[Refusal]:
         ("--perform-rl-step", args.perform_rl_step, "references have no rollouts"),
         ("--moe-single-grouped-weight", args.moe_single_grouped_weight, "blocks would hold several experts"),
         ("--moe-paged-stash", args.moe_paged_stash, "its buffers would be sized for reference passes"),
+        ("--hybrid-context-parallel", args.hybrid_context_parallel, "its schedule reads Megatron's own packed data"),
         (
             "--fine-grained-activation-offloading",
             args.fine_grained_activation_offloading,

@@ -86,6 +86,15 @@ def memory(projection: Projection, shard: ShardSize) -> Memory:
     )
 
 
+def checkpoint_host_bytes(shard: ShardSize, data_parallel: int, *, gathers: bool) -> int:
+    """Host memory that a rank takes while a checkpoint is saved or loaded, beside what passes through.
+
+    Where the distributed optimizer's state is to be resharded, each data-parallel rank holds that of all of them: fp32 main
+    parameters and two moments (``core/optimizer/distrib_optimizer.py``, ``get_parameter_state_dp_zero``).
+    """
+    return 3 * FP32 * shard.elements * data_parallel if gathers else 0
+
+
 def step_traffic(projection: Projection, shard: ShardSize) -> int:
     """Bytes that a projected step reads and writes in a rank's memory: Q twice, the gradient twice, and once written.
 

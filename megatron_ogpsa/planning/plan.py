@@ -65,6 +65,13 @@ class Plan:
         projection = costs.Projection(**(vars(self.projection) | {"basis_bytes": basis_bytes, "on_host": on_host}))
         return costs.memory(projection, self.largest)
 
+    @property
+    def checkpoint_host_bytes(self) -> int:
+        """See :func:`megatron_ogpsa.planning.costs.checkpoint_host_bytes`; of the largest rank."""
+        args = self.args
+        gathers = args.save and args.use_distributed_optimizer and args.dist_ckpt_optim_fully_reshardable
+        return costs.checkpoint_host_bytes(self.largest, args.data_parallel_size, gathers=bool(gathers))
+
     def as_json(self) -> dict[str, Any]:
         """All figures; bytes and elements are whole numbers."""
         memory = costs.memory(self.projection, self.largest)
@@ -86,6 +93,7 @@ class Plan:
             "accelerator_bytes_per_rank": memory.accelerator,
             "host_bytes_per_rank": memory.host,
             "refresh_bytes_per_rank": memory.refresh,
+            "checkpoint_host_bytes_per_rank": self.checkpoint_host_bytes,
             "step": {
                 "collectives": int(self.projection.of_update),
                 "message_bytes": costs.step_message(self.projection),

@@ -57,6 +57,10 @@ def _memory(plan: Plan) -> list[str]:
         f"optimizer state {_gb(size.state_bytes)}: {_gb(size.megatron_bytes)}",
         f"  OGPSA          {_references(plan)} of {size.elements:,} elements",
     ]
+    if host := plan.checkpoint_host_bytes:
+        lines.insert(
+            2, f"  a checkpoint   {_gb(host)} of host memory on each rank (--dist-ckpt-optim-fully-reshardable)"
+        )
     table = [("basis", "where", "GPU", "host", "a refresh adds there")]
     for dtype, bytes_, on_host in STORAGES:
         memory = plan.memory(bytes_, on_host=on_host)

@@ -82,6 +82,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
         ({"qk_clip": True}, "--qk-clip"),
         ({"moe_single_grouped_weight": True}, "--moe-single-grouped-weight"),
         ({"moe_paged_stash": True}, "--moe-paged-stash"),
+        ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
         ({"fine_grained_activation_offloading": True}, "--fine-grained-activation-offloading"),
         ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
     ],

@@ -122,8 +122,8 @@ ASYNC = "--async-save --use-persistent-ckpt-worker"
             "--async-save with --async-strategy nvrx, and nvidia-resiliency-ext is not there: use --async-strategy",
         ),
         (
-            "--non-persistent-ckpt-type local",
-            "--non-persistent-ckpt-type local saves the optimizer's state as it lies: add",
+            "--non-persistent-ckpt-type local --dist-ckpt-optim-fully-reshardable",
+            "--non-persistent-ckpt-type local saves the optimizer's state as it lies: leave",
         ),
         ("--iterations-to-skip 3", "--iterations-to-skip is not supported: "),
         ("--result-rejected-tracker-filename r.txt", "--result-rejected-tracker-filename is not supported: "),
@@ -154,7 +154,7 @@ def test_flags_that_the_loop_would_drop_or_fail_with_late(flags: str, expected: 
 
     check(f"--save runs/a {ASYNC} --async-strategy mcore")
     check("--cuda-graph-impl local")
-    check("--non-persistent-ckpt-type local --no-dist-ckpt-optim-fully-reshardable")
+    check("--non-persistent-ckpt-type local")
     with pytest.raises(UserError) as raised:
         check(flags)
     assert str(raised.value).startswith(expected)

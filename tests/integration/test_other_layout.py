@@ -17,6 +17,7 @@ LAYOUTS = {
 }
 FIGURES = ("lm loss", "grad-norm", "ogpsa removed length")
 STILL = ("--hidden-dropout", "0", "--attention-dropout", "0", "--train-iters", "6", "--save-interval", "2")
+RESHARDABLE = ("--dist-ckpt-optim-fully-reshardable", "--ckpt-fully-parallel-load")
 
 
 def run(train: Train, layout: str, name: str, *flags: str) -> dict[str, dict[int, float]]:
@@ -33,12 +34,12 @@ def test_a_run_goes_on_in_another_layout_and_back(train: Train, tmp_path: Path) 
 
     Tolerance: fp32 sums in another order, as in runs of 20 steps from the same weights (test_dpo.py): 2e-5.
     """
-    whole = run(train, "tp2-pp2", "whole")
+    whole = run(train, "tp2-pp2", "whole", *RESHARDABLE)
     for layout in ("dp2", "pp2-dp2"):
         shutil.copytree(tmp_path / "whole", tmp_path / layout, ignore=shutil.ignore_patterns("iter_000000[46]"))
         (tmp_path / layout / "latest_checkpointed_iteration.txt").write_text("2", encoding="utf-8")
-        other = run(train, layout, layout, "--exit-interval", "4")
-        back = run(train, "tp2-pp2", layout)
+        other = run(train, layout, layout, "--exit-interval", "4", *RESHARDABLE)
+        back = run(train, "tp2-pp2", layout, *RESHARDABLE)
         for name in FIGURES:
             assert [*other[name], *back[name]] == [3, 4, 5, 6]
             seen = other[name] | back[name]
@@ -46,8 +47,9 @@ def test_a_run_goes_on_in_another_layout_and_back(train: Train, tmp_path: Path) 
 
 
 def test_state_that_cannot_be_resharded_is_refused_in_one_line(train: Train, tmp_path: Path) -> None:
-    run(train, "pp2-dp2", "run", "--train-iters", "2", "--no-dist-ckpt-optim-fully-reshardable")
+    run(train, "pp2-dp2", "run", "--train-iters", "2")
     outcome = train(*LAYOUTS["dp2"].split(), *STILL, "--save", "run", "--load", "run")
     assert outcome.exit_code == 2, outcome.output[-3000:]
     assert len(outcome.error_lines) == 1
     assert "--load run: Megatron cannot load this checkpoint into this run: (TP, PP) mismatch" in outcome.error_lines[0]
+    assert "save with --dist-ckpt-optim-fully-reshardable" in outcome.error_lines[0]

@@ -26,7 +26,7 @@ EXPERT_BIAS = EP2 + (
 
 LAYOUTS = {
     "tp2-pp2": "",
-    "dp2-energy": DP2 + "--ogpsa-mode orthogonal --ogpsa-energy 0.6 --no-dist-ckpt-optim-fully-reshardable",
+    "dp2-energy": DP2 + "--ogpsa-mode orthogonal --ogpsa-energy 0.6",
     "ep2-expert-bias-gradient-space": EXPERT_BIAS + "--ogpsa-space gradient --ogpsa-mode orthogonal",
 }
 
@@ -82,7 +82,7 @@ def test_a_resumed_run_takes_turns_and_adapts_as_the_undisturbed_one(
         *references,
         *("--ogpsa-reference-samples", "8", "--lr", "1e-5", "--train-iters", "24"),
         *("--ogpsa-stagger-references", "--ogpsa-refresh-interval", "8", "--ogpsa-adaptive-interval", "0.9"),
-        *("--save-interval", "12", "--no-dist-ckpt-optim-fully-reshardable"),
+        *("--save-interval", "12"),
         # Whose masks would turn a reference's gradient from one refresh to the next.
         *("--hidden-dropout", "0.0", "--attention-dropout", "0.0"),
     ]

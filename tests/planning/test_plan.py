@@ -22,6 +22,7 @@ IN_BF16 = f"{EIGHT_B} --fp8-format hybrid --ogpsa-references-in-bf16"
 ADAPTIVE = f"{EIGHT_B} --ogpsa-adaptive-interval 0.9"
 OFFLOADED = f"{EIGHT_B} --use-precision-aware-optimizer --json"
 OFFLOADED_ALL = f"{OFFLOADED} --optimizer-cpu-offload --optimizer-offload-fraction 1.0"
+RESHARDABLE = f"{EIGHT_B} --dist-ckpt-optim-fully-reshardable"
 UPDATE = f"{EIGHT_B} --json --ogpsa-space update --ogpsa-granularity model"
 
 MISTAKES = {
@@ -38,7 +39,8 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, tuple[int, str, str]]:
     """Of all commands below, run in one process."""
-    commands = [*DOCUMENTED, PIPELINE, *AS_JSON, UPDATE, PAPER, IN_BF16, ADAPTIVE, OFFLOADED, OFFLOADED_ALL, *MISTAKES]
+    commands = [*DOCUMENTED, PIPELINE, *AS_JSON, UPDATE, PAPER, IN_BF16, ADAPTIVE, OFFLOADED, OFFLOADED_ALL]
+    commands += [EIGHT_B, RESHARDABLE, *MISTAKES]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.planning.several"],
         input=json.dumps([command.split() for command in commands]),
@@ -95,6 +97,12 @@ def test_what_the_optimizer_holds_elsewhere_is_not_counted(outcomes: dict[str, t
     (elements,), (total,) = plain["shard_elements_per_rank"], plain["megatron_bytes_per_rank"]
     assert aware["megatron_bytes_per_rank"] == [total - 2 * elements]
     assert away["megatron_bytes_per_rank"] == [total - 12 * elements]
+
+
+def test_a_checkpoint_that_is_to_be_resharded_takes_host_memory(outcomes: dict[str, tuple[int, str, str]]) -> None:
+    """12 bytes for each of 8.03e9 / 2 elements of TP2, on each of its data-parallel ranks."""
+    assert re.search(r"a checkpoint +48\.18 GB of host memory on each rank", outcomes[RESHARDABLE][1])
+    assert "a checkpoint" not in outcomes[EIGHT_B][1]
 
 
 def test_json_has_the_same_figures(outcomes: dict[str, tuple[int, str, str]]) -> None:
