@@ -19,6 +19,7 @@ from megatron_ogpsa.integration.packing import check_packing
 from megatron_ogpsa.integration.projection import ProjectionRun
 from megatron_ogpsa.integration.reference_data import reference_loader
 from megatron_ogpsa.integration.reference_policy import ReferencePolicy
+from megatron_ogpsa.integration.time_left import TimeLeft
 from megatron_ogpsa.losses.sft import summed_token_loss
 
 
@@ -57,7 +58,7 @@ def _sft(args: argparse.Namespace) -> Stage:
         forward_step=make_forward_step(
             lambda batch: partial(summed_token_loss, loss_mask=batch.loss_mask), packed=args.ogpsa_packing
         ),
-        hooks=projection_hooks(args),
+        hooks=[*projection_hooks(args), TimeLeft(args)],
     )
 
 
@@ -67,7 +68,11 @@ def _dpo(args: argparse.Namespace) -> Stage:
     return Stage(
         datasets_provider=make_datasets_provider(lambda source: policy.numbered(load_pairs(source))),
         forward_step=make_forward_step(policy.loss_of, packed=True),
-        hooks=[*projection, policy],  # references first: those with the loss dpo bring pairs of their own
+        hooks=[
+            *projection,
+            policy,
+            TimeLeft(args),
+        ],  # references first: those with the loss dpo bring pairs of their own
     )
 
 
