@@ -1,4 +1,4 @@
-"""What the README prints and claims is what happens."""
+"""What the README, and the pages that it leads to, print and claim is what happens."""
 
 from __future__ import annotations
 
@@ -23,8 +23,14 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
+
+
+def printed_by_the_demo() -> list[str]:
+    """The table of docs/demo.md."""
+    page = (ROOT / "docs/demo.md").read_text(encoding="utf-8")
+    return next(block for block in blocks("text", page) if "refusal on unsafe" in block).splitlines()
 
 
 def run(command: list[str], folder: Path, timeout: float, **environment: str) -> str:
@@ -94,11 +100,26 @@ def test_the_python_block_is_the_contract(distributed) -> None:  # type: ignore[
     assert all(distributed(2).run("tests.adoption.cases:readme_block", code=block))
 
 
-def test_paths_and_links_exist() -> None:
-    for path in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
+@pytest.mark.parametrize("page", [Path("README.md"), *(path.relative_to(ROOT) for path in ROOT.glob("docs/*.md"))])
+def test_paths_and_links_exist(page: Path) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for path in re.findall(r"\]\((?!http|#)([^)#]+)[^)]*\)", text):
+        assert (ROOT / page.parent / path).exists(), path
+    for path in re.findall(r"`(launch/\S+\.sh)", text):
         assert (ROOT / path).exists(), path
-    for path in re.findall(r"`(launch/\S+\.sh)", README):
-        assert (ROOT / path).exists(), path
+
+
+def test_every_room_of_the_code_is_on_the_map() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    package = ROOT / "megatron_ogpsa"
+    rooms = [path for path in package.iterdir() if path.is_dir() and (path / "__init__.py").exists()]
+    modules = [path for path in package.glob("*.py") if path.name not in ("__init__.py", "config.py")]
+    for path in (*rooms, *modules):
+        assert f"`{path.name}{'/' * path.is_dir()}`" in page, path.name
+    for named in re.findall(r"`([a-z_]+(?:\.py|/))`", page):
+        assert any((folder / named).exists() for folder in (package, package / "integration", ROOT / "tests/core")), (
+            named
+        )
 
 
 @pytest.mark.parametrize("line", re.findall(r"^\$ megatron-ogpsa (.*)", README, re.MULTILINE))
@@ -113,9 +134,9 @@ def test_commands_are_accepted(line: str) -> None:
         assert ConfigFile.read(ROOT / config).entries
 
 
-def test_the_demo_prints_the_table_of_the_readme(preloaded: PreloadedCommand, tmp_path: Path) -> None:
+def test_the_demo_prints_the_table_of_its_page(preloaded: PreloadedCommand, tmp_path: Path) -> None:
     """The reduced demo, of fewer steps: the same rows, some of the columns. The figures there are those of the whole one."""
-    printed = next(block for block in blocks("text") if "refusal on unsafe" in block).splitlines()
+    printed = printed_by_the_demo()
     arguments = ["demo", "--fast", "--out", str(tmp_path / "demo")]
     done = preloaded.run("tests.adoption.short_demo", arguments, folder=tmp_path, timeout=540, agent=True)
     assert done.exit_code == 0, done.output[-2000:]
@@ -132,9 +153,9 @@ def test_the_demo_prints_the_table_of_the_readme(preloaded: PreloadedCommand, tm
         assert (tmp_path / "demo/report" / name).stat().st_size > 500
 
 
-def test_what_the_readme_says_of_the_demos_shares_follows_from_its_table() -> None:
+def test_what_the_page_says_of_the_demos_shares_follows_from_its_table() -> None:
     """Shares of the tax, computed again from the rows above them, to the digits that are printed."""
-    printed = next(block for block in blocks("text") if "refusal on unsafe" in block).splitlines()
+    printed = printed_by_the_demo()
     rows = {line[:24].strip(): [cell.strip() for cell in re.split(r"  +", line[24:].strip())] for line in printed}
     for measure, row, digits in (("accuracy", "general accuracy", 0.001), ("loss", "general loss", 0.001)):
         values = [float(cell.removesuffix(" %")) / (100 if "%" in cell else 1) for cell in rows[row]]
