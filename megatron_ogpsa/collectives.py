@@ -1,4 +1,4 @@
-"""The only two collectives of the projection: a sum of small fp64 tables, and the union of names at attach time."""
+"""The collectives of attaching, of a step and of a refresh's Gram matrices: a sum of small fp64 tables, a union of names."""
 
 from __future__ import annotations
 

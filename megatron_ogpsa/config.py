@@ -44,7 +44,8 @@ class OGPSAConfig:
     Adam's rescaling carries it back into the protected subspace, so that it is not the default (docs/study)."""
 
     refresh_interval: int = 30
-    """Optimizer steps from one computation of the reference gradients to the next (paper: 30 for SFT, 5 for DPO)."""
+    """Optimizer steps from one computation of the reference gradients to the next (paper: 30 for SFT, 5 for DPO). Read by
+    training loops; :func:`megatron_ogpsa.attach` itself refreshes nothing."""
 
     rank_tolerance: float = 1e-12
     """Eigenvalues of a block's unit-diagonal Gram matrix below this share of the largest are dropped. Two references at
@@ -53,7 +54,7 @@ class OGPSAConfig:
 
     energy: float = 1.0
     """Share of each reference gradient's square that the basis must hold in each block; the leading directions that do are
-    kept and the others dropped. 1 keeps all. The basis takes as many rows as the block that needs most."""
+    kept and the others dropped. 1 keeps all. Every block is stored with as many rows as the largest needs."""
 
     basis_dtype: BasisDtype = "fp32"
     """How the basis is stored: 4 or 2 bytes for each reference and each element of the local gradient shard."""

@@ -68,7 +68,7 @@ class OGPSA:
         reference_names: of the basis in use.
         interval: what the last refresh tells of each reference that it captured; empty after the first.
         kept_energy: the smallest share of a reference gradient's square that the basis holds; 1 unless ``energy`` is less.
-        reference_loss_scale: with which the next reference passes in fp16 begin; from what the last ones did not overflow at.
+        reference_loss_scale: of the next reference passes in fp16 at first: the last one that did not overflow.
     """
 
     def __init__(
@@ -107,7 +107,8 @@ class OGPSA:
         """Of the last projected step; empty until a step was projected.
 
         ``rank``: dimension of the largest protected subspace of any block; ``rank_total``: summed over blocks;
-        ``grad_norm_before`` and ``grad_norm_after`` the projection. With ``space="gradient"`` also ``removed``:
+        ``grad_norm_before`` and ``grad_norm_after`` the projection, which are the same with ``space="update"``. With
+        ``space="gradient"`` also ``removed``:
         1 − ‖g'‖²/‖g‖², and after :meth:`add_references_once` ``added``: ‖w·Σ_j a_j‖²/‖g‖². With ``space="update"``
         ``removed_length``: ‖QᵀΔ‖ in the parameters' units. With ``check_leak``: ``leak``, the largest |⟨g', q⟩|/‖g'‖,
         or with ``mode="conflict"`` the largest harm −⟨g', a⟩/(‖g'‖‖a‖); and ``removed`` also of updates.
@@ -127,7 +128,7 @@ class OGPSA:
 
     @property
     def skipped_in_a_row(self) -> int:
-        """Of these the last ones, without those for which only a loss scale was too large."""
+        """Consecutive skipped steps up to now, not counting overflows of a loss scale."""
         return self._space.skipped_in_a_row
 
     @property
@@ -412,8 +413,8 @@ def attach(
         config: by default the updates of each logical tensor are projected, and lose what conflicts with a reference.
 
     Raises:
-        UnsupportedError: a Megatron feature that is not supported, by its flag's name.
-        UserError: not a Megatron model, or the optimizer has a plugin already.
+        UnsupportedError: a Megatron feature that is not supported, by its flag's name; or the optimizer has a plugin already.
+        UserError: not a Megatron model.
     """
     chunks = list(model) if isinstance(model, Sequence) else [model]
     if "prepare_grads" in optimizer.__dict__:

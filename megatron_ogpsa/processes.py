@@ -42,8 +42,9 @@ def end_with_starter() -> None:
 def attempt_in_store() -> str:
     """Which start of the ranks this is, the same on all of them: part of every key in the job's store.
 
-    torchrun's agents may keep one store over all starts, and only there their count of restarts is taken: each agent counts
-    its own, so that one which was lost and has come anew disagrees. Where rank 0 holds the store each start has a new one.
+    The agents' count of restarts belongs to the key only where torchrun's agents keep one store over all starts. Elsewhere
+    rank 0 holds the store, so that each start has a new one, and the counts may disagree: an agent that was lost and has come
+    anew has counted fewer.
     """
     if given := os.environ.get(ATTEMPT_VARIABLE):
         return given

@@ -115,7 +115,7 @@ def _router_metrics() -> Iterator[None]:
 
 
 def _watchers() -> list[tuple[Any, str, Any]]:
-    """What of Megatron notes what passes do, where it is in use: with nothing noted, or noting nothing."""
+    """Megatron's objects that record passes, where they are in use, with the setting that empties or stops each."""
     settings: list[tuple[Any, str, Any]] = []
     if attention := sys.modules.get("megatron.core.transformer.experimental_attention_variant.dsa"):
         settings.append((attention.DSAIndexerLossLoggingHelper, "tracker", {}))

@@ -92,7 +92,7 @@ class Space(ABC):
     """What a projection takes beside the gradient."""
 
     hooked: tuple[str, ...]
-    """The optimizer's methods that stand replaced; of a leaf or a chain, which has not all of them."""
+    """Names of the optimizer's methods that are replaced; a chain lacks some of them."""
 
     def __init__(self, optimizer: MegatronOptimizer, shard: GradientShard, *, check_leak: bool) -> None:
         self.enabled = True
@@ -261,7 +261,9 @@ class GradientSpace(Space):
 
 
 class UpdateSpace(Space):
-    """What the optimizer is about to do is projected: Δ ← Δ − Q·Qᵀ·Δ, momentum and weight decay included.
+    """The change Δ that the inner optimizer has just made is projected: Δ ← Δ − Q·r, momentum and weight decay included.
+
+    r is QᵀΔ in mode orthogonal, and what of it would hurt a reference in mode conflict.
 
     Δ = θ_after − θ_before is never stored. Qᵀ·θ is K numbers for each block, taken before and after the inner step and
     subtracted; sums in fp64 keep what the difference of two long vectors would lose. It happens on the fp32 main

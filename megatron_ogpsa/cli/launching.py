@@ -27,7 +27,7 @@ def launch(
 
     Args:
         environment: variables of the ranks beside this process's own.
-        on_signal: told of a signal that the ranks were told, who may end well all the same.
+        on_signal: called with each signal that is forwarded to the ranks; they may still exit with 0.
 
     Returns:
         0, or the exit code of the first rank that failed; if one fails the others are ended. A user error is told by the

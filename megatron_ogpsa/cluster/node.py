@@ -40,7 +40,7 @@ def run_node(
     """Start ``command`` once for each rank of this node, together with the other nodes, and wait for the end.
 
     Args:
-        on_signal: told of a signal that the ranks were told, who may end well all the same.
+        on_signal: called with each signal that is forwarded to the ranks; they may still exit with 0.
 
     Returns:
         0, the exit code of the first rank that failed anywhere, 128 + the number of the signal that ended the ranks, or 1

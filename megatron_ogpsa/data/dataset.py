@@ -128,7 +128,7 @@ def build_chat_dataset(
 
     Args:
         source: see :func:`megatron_ogpsa.data.sources.open_source`.
-        tokenizer: see :func:`megatron_ogpsa.data.tokenizer.load_chat_tokenizer`.
+        tokenizer: see :func:`megatron_ogpsa.data.loading.load_chat_tokenizer`.
         seq_length: positions of a row, at least 2. Longer documents are cut, see
             :func:`megatron_ogpsa.data.truncation.truncate`.
         packing: put several documents into a row; otherwise each has a row of its own.

@@ -62,7 +62,7 @@ def _hub_retries_unseen() -> Iterator[None]:
 
 
 def load_huggingface(folder: str, chat_template: str | None) -> HuggingFaceChatTokenizer:
-    """Load a folder or a set of the Hub; the parameters and errors are those of ``load_chat_tokenizer``."""
+    """Load the tokenizer of a folder or of the Hub; the parameters and errors are those of ``load_chat_tokenizer``."""
     flag = f"--tokenizer-model {folder}"
     is_local = Path(folder).is_dir()
     if not is_local and (Path(folder).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", folder)):

@@ -44,7 +44,7 @@ class Loss:
         samples: conversations, or pairs, each counted once.
         tokens: supervised tokens; of pairs those of the chosen answers.
         loss: mean of −log p(token | tokens before it) over these, in nats.
-        cut: samples that were longer than the sequence, and lost their end or the middle of their prompt.
+        cut: samples that were longer than the sequence, and lost their end or the start of their prompt.
         chosen, rejected: of pairs, mean log-probability of an answer (a sum over its tokens).
         preferred: of pairs, share whose chosen answer is the more probable one.
     """

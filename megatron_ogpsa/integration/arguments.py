@@ -204,8 +204,8 @@ def _add_projection_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="SHARE",
         type=_share,
         default=1.0,
-        help="Keep of each block's reference gradients only as many leading directions as hold this share of every one's "
-        "square (default: 1, all).",
+        help="In each block keep the fewest leading directions that retain this share of every reference gradient's squared "
+        "norm (default: 1, all directions).",
     )
     group.add_argument(
         "--ogpsa-reference-loss",
@@ -292,9 +292,9 @@ def _add_schedule_arguments(group: argparse._ArgumentGroup) -> None:
         "--ogpsa-adaptive-interval",
         metavar="SHARE",
         type=_proper_share,
-        help="Refresh as often as keeps this share of every reference gradient protected: after one step at first; the "
-        "interval is doubled, up to --ogpsa-refresh-interval, where under a quarter of what this allows was lost, and halved "
-        "where less was protected still.",
+        help="Adapt the interval so that at least this share of each reference gradient stays in the basis. It starts at one "
+        "step, is halved when less was kept, and doubled, up to --ogpsa-refresh-interval, when less than a quarter of the "
+        "allowed loss occurred.",
     )
     group.add_argument(
         "--ogpsa-stagger-references",

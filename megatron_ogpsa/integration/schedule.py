@@ -218,7 +218,7 @@ def check_schedule_arguments(args: argparse.Namespace) -> None:
             bound is not None and saves and min(saves) <= decides_after,
             f"{adaptive} with --ogpsa-refresh-interval {args.ogpsa_refresh_interval} and a checkpoint every "
             f"{saves and min(saves)} steps",
-            f"nothing is decided by the refresh that follows a checkpoint, nor before {decides_after} more steps",
+            f"the interval cannot adapt: each checkpoint begins it anew, and adapting takes more than {decides_after} steps",
             "save less often, or give a shorter --ogpsa-refresh-interval",
         ),
     ):

@@ -13,7 +13,7 @@ SETTLED = 2.0
 """Scales that a pass changes by less than this factor fit: less than one of FP8's 4 or 5 bits of exponent."""
 
 MAX_PASSES = 64
-"""Each pass finds scales for a module more at least; gradients that vanish in so many are not rounding's doing."""
+"""Each pass settles at least one more module; after so many, gradients that vanish have another cause than underflow."""
 
 
 def find_scales(chunks: Sequence[torch.nn.Module], one_pass: Callable[[], None]) -> int:

@@ -124,7 +124,7 @@ def _check_scales_can_be_loaded(args: argparse.Namespace) -> None:
         import_module("transformer_engine.pytorch._extra_state")
     except ImportError:  # an older one, which asks for no such thing
         return
-    # What a checkpoint holds decides, not what the run does with it: one of the delayed recipe loads in no other either.
+    # The recipe that a checkpoint was saved with decides: one of delayed scaling loads under no other recipe either.
     given, other = (
         (loaded[0], "") if loaded else (f"--save {args.save}", ", or use --fp8-recipe tensorwise, which keeps none")
     )

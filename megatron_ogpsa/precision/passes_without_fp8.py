@@ -35,7 +35,7 @@ def without_fp8(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     modules = quantizing_modules(chunks)
     configs = _configs_in_fp8(chunks)
     settings: list[tuple[Any, str, Any]] = [(config, "fp8", None) for config in configs]
-    # To multiples of what the recipe takes; without one, of nothing.
+    # Routers pad tokens to the multiples that a recipe takes, which passes without one need not.
     settings += [(config, "moe_router_padding_for_quantization", False) for config in configs]
     # Gradients reach FP8 weights through the conversion, in which Transformer Engine loses sight of their main_grad.
     settings += [

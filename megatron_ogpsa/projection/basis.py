@@ -31,7 +31,7 @@ class BasisTransform:
         return BasisTransform(self.weights_BKK[:, :, :largest], self.reference_BKK[:, :largest], self.rank_B)
 
     def kept_energy(self, gram_BKK: Tensor) -> float:
-        """‖Qᵀa_j‖²/‖a_j‖² over all blocks, of the reference of which least is held; 1 if all are zero."""
+        """‖Qᵀa_j‖²/‖a_j‖² over all blocks, the smallest retained share of any reference; 1 if all are zero."""
         energy_K = gram_BKK.diagonal(dim1=-2, dim2=-1).sum(dim=0)
         share_K = self.reference_BKK.square().sum(dim=(0, 1)) / energy_K
         return float(share_K.nan_to_num(nan=1.0).min())

@@ -4,11 +4,11 @@ Each program takes one piece of up to 2¹⁵ elements, some hundred at a time, a
 PyTorch writes fp64 copies of the operands to memory first. The sums of pieces are added in one order, without atomics, so
 that a step is bitwise reproducible.
 
-A thread reads as many neighbours at once, up to 16 bytes, as spans, columns and rows lie at multiples of; one by one, basis
-and gradient take up to three times as long. Shards of Megatron's distributed optimizer lie at multiples of eight elements
+The width of a thread's loads, up to 16 bytes, is the common alignment of spans, columns and rows; loads of single elements
+take up to three times as long. Shards of Megatron's distributed optimizer lie at multiples of eight elements
 with up to 16 data-parallel ranks, of four with 32, of two with 64, and with any number of them under
-``--ddp-pad-buckets-for-high-nccl-busbw`` (``bucket_end_divisor`` in megatron/core/optimizer/param_layout.py). What is read at
-once decides the order of a piece's sums, so that it is one for a layout, wherever its basis lies.
+``--ddp-pad-buckets-for-high-nccl-busbw`` (``bucket_end_divisor`` in megatron/core/optimizer/param_layout.py). The width
+decides the order of a piece's sums, so it is chosen for a layout, not for the place where its basis lies.
 
 Spans lie anywhere in memory, in an update as many as there are parameters: kernels find them in a table of addresses, so
 that a pass is one launch. A basis in host memory comes tile by tile, a launch for each, and the sums are those of a basis
@@ -37,9 +37,9 @@ from megatron_ogpsa.projection.segments import Rows, SegmentLayout, tiles_of
 
 LONGEST_PIECE = 2**15
 _BYTES = 16
-"""That are read at once, where all addresses allow it."""
+"""Of one load, where alignment allows it."""
 _UNIT = 8
-"""Elements that these are, of 16 bits; of 32, twice as many bytes are read one half after the other."""
+"""Elements that a thread reads at once: of 16 bits in one load, of 32 bits in two."""
 _LINE = 64
 """Elements of fp32 in two lines of the cache, of 16 bits in one: where whole blocks begin."""
 _BLOCK = 1024

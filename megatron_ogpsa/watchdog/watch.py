@@ -37,7 +37,7 @@ CONSEQUENCE_SECONDS = 3.0
 """How long a rank whose collective has failed waits for another one to say why."""
 
 QUIET_SECONDS = 1.0
-"""What a rank that need not speak leaves to the one that does: the launcher ends all when it sees one end."""
+"""Delay before a silent rank exits, so that the one that reports prints before the launcher ends them all."""
 
 LEAVE_SECONDS = 10.0
 """How long the holder of the store keeps it for ranks that have not left yet."""
