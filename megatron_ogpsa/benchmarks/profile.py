@@ -55,7 +55,7 @@ PROJECTION, OPTIMIZER, PRODUCTS, OTHER, COPIES = (
     "copies from the host",
 )
 _KINDS: Mapping[str, tuple[str, ...]] = {
-    PROJECTION: ("_dots", "_add_pieces", "_subtract", "_combine"),
+    PROJECTION: ("ogpsa_",),
     OPTIMIZER: ("multi_tensor", "adam", "Adam"),
     PRODUCTS: ("gemm", "gemv", "nvjet", "cutlass", "xmma", "cublas", "flash", "fmha", "cudnn"),
 }

@@ -240,11 +240,12 @@ class Compiled:
 
 def compile_for_a_gpu() -> None:
     """Every launch of every pass compiles; strides and offsets are of 64 bits; what is written is rounded at each step."""
-    from megatron_ogpsa.projection import gpu_kernels
+    from megatron_ogpsa.projection import gpu_kernels, triton_kernels
 
-    kernels = {name: Compiled(getattr(gpu_kernels, name)) for name in ("_dots", "_add_pieces", "_subtract", "_combine")}
+    names = [name for name in vars(triton_kernels) if name.startswith("ogpsa_")]
+    kernels = {name: Compiled(getattr(triton_kernels, name)) for name in names}
     for name, kernel in kernels.items():
-        setattr(gpu_kernels, name, kernel)
+        setattr(triton_kernels, name, kernel)
     for unit, segments in LAYOUTS.items():
         layout = SegmentLayout(segments, NUM_BLOCKS, torch.device("cpu"))
         _require(gpu_kernels.GpuKernels(layout)._unit == unit, f"{unit} elements cannot be read at a time")
@@ -254,7 +255,7 @@ def compile_for_a_gpu() -> None:
         _require(len(kernel.assembly) >= 4, f"{name} was hardly launched")
         for key, assembly in kernel.assembly.items():
             _require("i32" not in key, f"{name} is given an integer of 32 bits: {key}")
-            _require(name == "_dots" or "fma." not in assembly, f"{name} fuses a product with a sum: {key}")
+            _require(name == "ogpsa_dots" or "fma." not in assembly, f"{name} fuses a product with a sum: {key}")
             if "'unit'" in key:
                 found = {int(number) for number in re.findall(r"ld\.global\S*\.v(\d)\.", assembly)}
                 _require(found == widths(key), f"{name} reads {found} words at a time: {key}")

@@ -51,7 +51,7 @@ KERNELS = (
     ),
     Mutation(
         "triton-stride-of-32-bits",
-        "megatron_ogpsa/projection/gpu_kernels.py",
+        "megatron_ogpsa/projection/triton_kernels.py",
         "    rows: tl.tensor,\n    row_stride: tl.int64,\n    out: tl.tensor,\n",
         "    rows: tl.tensor,\n    row_stride: tl.tensor,\n    out: tl.tensor,\n",
         (TRITON,),
@@ -59,7 +59,7 @@ KERNELS = (
     ),
     Mutation(
         "triton-annotation-that-does-not-compile",
-        "megatron_ogpsa/projection/gpu_kernels.py",
+        "megatron_ogpsa/projection/triton_kernels.py",
         "    weights: tl.tensor,\n    sums: tl.tensor,\n",
         "    weights: Tensor,\n    sums: tl.tensor,\n",
         (TRITON,),
@@ -83,7 +83,7 @@ KERNELS = (
     ),
     Mutation(
         "triton-leaves-out-what-is-before-whole-blocks",
-        "megatron_ogpsa/projection/gpu_kernels.py",
+        "megatron_ogpsa/projection/triton_kernels.py",
         "    before = first - start\n    return number",
         "    before = 0\n    return number",
         (TRITON,),
