@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ogpsa.benchmarks import step
+from megatron_ogpsa.benchmarks.loop import Loop
 from megatron_ogpsa.errors import UserError
 
 PLAIN, BESIDE, FP32_ON_HOST, BF16_ON_HOST = (
@@ -190,7 +191,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def _trace(args: argparse.Namespace, name: str, *, projected: bool) -> dict[str, Any]:
     """What the profiler says of ``args.steps`` steps of a new model."""
-    loop = step.Loop(args)
+    loop = Loop(args)
     if projected:
         loop.refresh()
     work = loop.projected_step if projected else loop.step

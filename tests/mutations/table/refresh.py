@@ -155,7 +155,7 @@ REFRESH = (
     ),
     Mutation(
         "benchmark-leaves-gradients-to-each-rank",
-        "megatron_ogpsa/benchmarks/step.py",
+        "megatron_ogpsa/benchmarks/loop.py",
         "    config.finalize_model_grads_func = finalize_model_grads",
         "    _ = finalize_model_grads",
         ("tests/benchmarks/test_benchmarks.py::test_gradients_are_summed_over_ranks",),
