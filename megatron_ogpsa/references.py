@@ -21,7 +21,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_ogpsa.data.micro_batches import deal_out, micro_batches_at_once
+from megatron_ogpsa.data.micro_batches import Rows, deal_out, micro_batches_at_once
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.plugin import OGPSA
 from megatron_ogpsa.precision.first_scales import find_scales
@@ -76,7 +76,7 @@ class Reference:
 
 def cut_reference(
     name: str,
-    rows: Sequence[MicroBatch],
+    rows: Rows,
     dataset: TokenizedChatDataset | TokenizedPreferenceDataset,
     *,
     forward_step: Callable[..., Any],

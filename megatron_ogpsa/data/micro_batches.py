@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 Row = dict[str, Tensor]
+
+
+class Rows(Protocol):
+    """Rows by index, as a list or a map-style data set gives them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Row: ...
 
 
 def micro_batches_at_once(settings: Any) -> int:
@@ -25,7 +32,7 @@ def micro_batches_at_once(settings: Any) -> int:
     return int(settings.microbatch_group_size_per_vp_stage or settings.pipeline_model_parallel_size)
 
 
-def deal_out(rows: Sequence[Row], *, micro_batch_size: int, rank: int, size: int, multiple: int = 1) -> list[Row]:
+def deal_out(rows: Rows, *, micro_batch_size: int, rank: int, size: int, multiple: int = 1) -> list[Row]:
     """This rank's micro-batches; every rank gets the same number.
 
     Sums over all rows do not depend on how rows are dealt out. Where they do not come out even, rows without a supervised
@@ -33,18 +40,19 @@ def deal_out(rows: Sequence[Row], *, micro_batch_size: int, rank: int, size: int
     do route their tokens, so that losses that balance experts see a few more.
 
     Args:
-        rows: at least one; tensors of one shape for each name.
+        rows: at least one; tensors of one shape for each name. Only this rank's are read, and the first where rows fill up.
         rank, size: of the data-parallel group.
         multiple: micro-batches per rank must be a multiple of this (:func:`micro_batches_at_once`).
 
     Returns:
         collated rows, [micro-batch, ...] each.
     """
-    filler = filler_like(rows[0])
-    num_fillers = -len(rows) % (micro_batch_size * size * multiple)
-    mine = [*rows, *[filler] * num_fillers][rank::size]
+    number = len(rows)
+    indices = range(rank, number + -number % (micro_batch_size * size * multiple), size)
+    filler = filler_like(rows[0]) if indices[-1] >= number else {}
+    mine = [rows[index] if index < number else filler for index in indices]
     return [
-        {name: torch.stack([row[name] for row in mine[start : start + micro_batch_size]]) for name in filler}
+        {name: torch.stack([row[name] for row in mine[start : start + micro_batch_size]]) for name in mine[0]}
         for start in range(0, len(mine), micro_batch_size)
     ]
 

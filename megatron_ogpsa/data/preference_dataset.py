@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import override
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -50,7 +52,20 @@ class TokenizedPreferenceDataset(TokenizedRows):
     @cached_property
     def max_pairs_per_row(self) -> int:
         """Most pairs that a row holds."""
-        return max(len(documents) for documents in self._rows["documents"]) // 2
+        return int(pc.max(pc.list_value_length(self._documents_of_rows)).as_py()) // 2
+
+    @property
+    def row_of_pair(self) -> Tensor:
+        """int64 ``[num_pairs]``: the row that each pair is in, found without reading a token."""
+        pairs_of_rows = torch.tensor(pc.list_value_length(self._documents_of_rows).to_numpy()) // 2
+        documents = torch.tensor(pc.list_flatten(self._documents_of_rows).to_numpy())
+        row_of_pair = torch.empty(self.num_pairs, dtype=torch.int64)
+        row_of_pair[documents[::2] // 2] = torch.arange(len(self)).repeat_interleave(pairs_of_rows)
+        return row_of_pair
+
+    @property
+    def _documents_of_rows(self) -> pa.ChunkedArray:
+        return self._rows.data.column("documents")
 
     @override
     def __getitem__(self, index: int) -> dict[str, Tensor]:

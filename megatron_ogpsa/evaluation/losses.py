@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from megatron_ogpsa.data import TokenizedChatDataset, TokenizedPreferenceDataset
@@ -101,7 +102,7 @@ def measure(model: LoadedModel, name: str, dataset: Dataset) -> Loss:
         disable=dist.get_rank() != 0,
     ) as bar:
         for start in range(0, len(dataset), passes.rows_per_round):
-            rows = [dataset[index] for index in range(start, min(start + passes.rows_per_round, len(dataset)))]
+            rows = Subset(dataset, range(start, min(start + passes.rows_per_round, len(dataset))))
             for sums in passes.collect(rows):
                 totals += sums
             bar.update(len(rows))

@@ -80,7 +80,7 @@ def _load(args: argparse.Namespace, policy: ReferencePolicy | None, name: str, s
     return agreed(
         lambda: cut_reference(
             name,
-            [rows[index] for index in range(len(rows))],
+            rows,
             dataset,
             forward_step=make_forward_step(
                 loss_of, packed=wanted == "preference" or args.ogpsa_packing, validate=False

@@ -60,6 +60,11 @@ class NumberedPairs(Dataset[dict[str, Tensor]]):
         """Number of rows."""
         return len(self._dataset)
 
+    @property
+    def row_of_pair(self) -> Tensor:
+        """The data set's."""
+        return self._dataset.row_of_pair
+
     @override
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """One row; absent pairs stay -1."""
@@ -271,7 +276,10 @@ class ReferencePolicy:
             else LogProbs.unknown(self._num_pairs, weights=weights, data=tuple(self._datasets), settings=self._settings)
         )
         is_first = dist.get_rank() == 0
-        rows: Any = ConcatDataset(list(self._datasets.values()))
+        numbered = list(self._datasets.values())
+        rows: ConcatDataset[dict[str, Tensor]] = ConcatDataset(numbered)
+        firsts = [0, *rows.cumulative_sizes[:-1]]
+        row_of_pair_N = torch.cat([pairs.row_of_pair + first for pairs, first in zip(numbered, firsts, strict=True)])
         with tqdm(
             total=self._num_pairs,
             initial=int(log_probs.is_known_N.sum()),
@@ -288,7 +296,7 @@ class ReferencePolicy:
 
             try:
                 passes = self._passes(model, forward_backward)
-                return complete(log_probs, rows, passes, after_round=after_round)
+                return complete(log_probs, rows, row_of_pair_N, passes, after_round=after_round)
             except NotFiniteError as error:
                 raise UserError(
                     f"the reference policy's log-probabilities are not finite ({error}): check the weights that were loaded"

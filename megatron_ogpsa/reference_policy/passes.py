@@ -15,8 +15,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
+from torch.utils.data import Dataset, Subset
 
-from megatron_ogpsa.data.micro_batches import deal_out
+from megatron_ogpsa.data.micro_batches import Rows, deal_out
 from megatron_ogpsa.precision.fp8_state import adopt_forward_scales, starts_without_scales
 from megatron_ogpsa.reference_pass import no_trace
 from megatron_ogpsa.reference_policy.store import LogProbs
@@ -57,7 +58,7 @@ class Passes:
         data_parallel_size = parallel_state.get_data_parallel_world_size()
         return MICRO_BATCHES_PER_STAGE * stages * self.micro_batch_size * data_parallel_size
 
-    def collect(self, rows: Sequence[MicroBatch]) -> list[Any]:
+    def collect(self, rows: Rows) -> list[Any]:
         """What the forward step's loss gives for each of this data-parallel rank's micro-batches of ``rows``.
 
         Empty but on the last pipeline stage, whose tensor-parallel ranks all have the same. Collective over the ranks of
@@ -65,21 +66,22 @@ class Passes:
         """
         return self._forward(self._dealt_out(rows))
 
-    def run(self, rows: Sequence[MicroBatch], num_pairs: int) -> tuple[Tensor, Tensor]:
+    def run(self, rows: Rows, num_pairs: int) -> tuple[Tensor, Tensor]:
         """log π of the answers in ``rows``; collective over all ranks, which get the same.
 
         Returns:
             fp64 [N, 2], and bool [N]: which pairs it holds; both on the host.
         """
+        micro_batches = self._dealt_out(rows)
         with no_trace(self.chunks), _evaluating(self.chunks):
             if starts_without_scales(self.chunks):
                 few = max(self.multiple, parallel_state.get_pipeline_model_parallel_world_size())
-                self._forward(self._dealt_out(rows)[:few])
+                self._forward(micro_batches[:few])
                 adopt_forward_scales()
-            outputs = self.collect(rows)
+            outputs = self._forward(micro_batches)
         return _gathered(outputs, num_pairs, next(self.chunks[0].parameters()).device)
 
-    def _dealt_out(self, rows: Sequence[MicroBatch]) -> list[MicroBatch]:
+    def _dealt_out(self, rows: Rows) -> list[MicroBatch]:
         return deal_out(
             rows,
             micro_batch_size=self.micro_batch_size,
@@ -134,7 +136,8 @@ def _evaluating(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
 
 def complete(
     log_probs: LogProbs,
-    rows: Sequence[MicroBatch],
+    rows: Dataset[MicroBatch],
+    row_of_pair_N: Tensor,
     passes: Passes,
     *,
     after_round: Callable[[LogProbs, int], None],
@@ -142,15 +145,16 @@ def complete(
     """Compute what is not known yet, round by round. Collective.
 
     Args:
-        rows: all rows of the data sets, pairs numbered through.
+        rows: all rows of the data sets, pairs numbered through. Each rank reads its own share alone.
+        row_of_pair_N: int64, the row that each pair is in.
         after_round: gets what is known so far and the number of pairs of the round.
 
     Raises:
         NotFiniteError: a log-probability is not finite; names the pair. On all ranks alike.
     """
-    missing = [index for index in range(len(rows)) if not _is_known(log_probs, rows[index]["pair_ids"])]
+    missing: list[int] = row_of_pair_N[~log_probs.is_known_N].unique(sorted=True).tolist()
     for start in range(0, len(missing), passes.rows_per_round):
-        chosen = [rows[index] for index in missing[start : start + passes.rows_per_round]]
+        chosen = Subset(rows, missing[start : start + passes.rows_per_round])
         values_N2, is_new_N = passes.run(chosen, len(log_probs.values_N2))
         is_bad_N = is_new_N & ~values_N2.isfinite().all(dim=1)
         if is_bad_N.any():
@@ -158,7 +162,3 @@ def complete(
         log_probs = log_probs.with_round(values_N2, is_new_N)
         after_round(log_probs, int(is_new_N.sum()))
     return log_probs
-
-
-def _is_known(log_probs: LogProbs, pair_ids: Tensor) -> bool:
-    return bool(log_probs.is_known_N[pair_ids[pair_ids >= 0]].all())

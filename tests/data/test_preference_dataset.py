@@ -233,6 +233,9 @@ def test_items(packing: bool, write_jsonl: WriteJsonl, tokenizer: ChatTokenizer)
         seen += pairs
         positions += int((item["document_ids"] >= 0).sum())
     assert sorted(seen) == list(range(len(ROWS)))
+    assert dataset.row_of_pair.tolist() == [
+        next(row for row in range(len(dataset)) if pair in dataset[row]["pair_ids"]) for pair in range(len(ROWS))
+    ]
     assert dataset.useful_token_share == positions / (len(dataset) * 512)
     assert dataset.num_supervised_tokens == sum(int(dataset[i]["loss_mask"].sum()) for i in range(len(dataset)))
 

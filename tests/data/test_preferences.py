@@ -197,3 +197,26 @@ def test_interleaved_schedules_take_micro_batches_in_groups(
         microbatch_group_size_per_vp_stage=group,
     )
     assert micro_batches_at_once(settings) == expected
+
+
+def test_of_rows_dealt_out_a_rank_reads_its_own(write_jsonl: Callable[..., str], tokenizer: ChatTokenizer) -> None:
+    """And the first one, where rows fill up: the same micro-batches as of rows that lie in a list."""
+
+    class Recorded:
+        def __len__(self) -> int:
+            return len(rows)
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            read.append(index)
+            return rows[index]
+
+    dataset = pairs_of(write_jsonl(*[FORMS["text"]] * 6), tokenizer)
+    rows, read = [dataset[index] for index in range(6)], list[int]()
+    for rank, own in ((0, [0, 3]), (1, [1, 4]), (2, [2, 5])):
+        read.clear()
+        (batch,) = deal_out(Recorded(), micro_batch_size=2, rank=rank, size=3)
+        assert read == own
+        assert batch["pair_ids"].flatten().tolist() == own
+    read.clear()
+    deal_out(Recorded(), micro_batch_size=2, rank=3, size=4)
+    assert read == [0, 3]
