@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, override
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import ConcatDataset, Dataset
 from tqdm import tqdm
 
@@ -51,10 +52,11 @@ class Found:
 class NumberedPairs(Dataset[dict[str, Tensor]]):
     """The rows of a data set, its pairs numbered on from those of the data sets before it."""
 
-    def __init__(self, dataset: TokenizedPreferenceDataset, first_pair: int) -> None:
-        """``first_pair``: number of the data set's first pair."""
+    def __init__(self, dataset: TokenizedPreferenceDataset, first_pair: int, width: int | None = None) -> None:
+        """``first_pair``: number of the data set's first pair. ``width``: of pair ids, where rows of others come along."""
         self._dataset = dataset
         self._first_pair = first_pair
+        self._width = width
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -65,11 +67,22 @@ class NumberedPairs(Dataset[dict[str, Tensor]]):
         """The data set's."""
         return self._dataset.row_of_pair
 
+    @property
+    def max_pairs_per_row(self) -> int:
+        """The data set's."""
+        return self._dataset.max_pairs_per_row
+
+    def widened(self, width: int) -> NumberedPairs:
+        """The same rows with room for ``width`` pairs each, so that micro-batches may mix them with those of others."""
+        return NumberedPairs(self._dataset, self._first_pair, width)
+
     @override
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """One row; absent pairs stay -1."""
         row = self._dataset[index]
-        return row | {"pair_ids": torch.where(row["pair_ids"] >= 0, row["pair_ids"] + self._first_pair, -1)}
+        pair_ids = torch.where(row["pair_ids"] >= 0, row["pair_ids"] + self._first_pair, -1)
+        missing = 0 if self._width is None else self._width - len(pair_ids)
+        return row | {"pair_ids": pad(pair_ids, (0, missing), value=-1)}
 
 
 class ReferencePolicy:
@@ -277,7 +290,8 @@ class ReferencePolicy:
         )
         is_first = dist.get_rank() == 0
         numbered = list(self._datasets.values())
-        rows: ConcatDataset[dict[str, Tensor]] = ConcatDataset(numbered)
+        width = max(pairs.max_pairs_per_row for pairs in numbered)
+        rows: ConcatDataset[dict[str, Tensor]] = ConcatDataset([pairs.widened(width) for pairs in numbered])
         firsts = [0, *rows.cumulative_sizes[:-1]]
         row_of_pair_N = torch.cat([pairs.row_of_pair + first for pairs, first in zip(numbered, firsts, strict=True)])
         with tqdm(

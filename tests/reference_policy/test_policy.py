@@ -101,3 +101,22 @@ def test_a_rank_reads_its_own_rows_alone(
     assert len(rows) > OneRank.rows_per_round
     assert read == {*[*rows[:3], *rows[4:]][::RANKS]}
     assert all(batch["pair_ids"].shape[1] == 2 for batch in passes.batches)
+
+
+def test_rows_of_data_sets_with_other_numbers_of_pairs_share_micro_batches(
+    pairs: Pairs, computed: Callable[..., OneRank]
+) -> None:
+    """Packed validation pairs that are longer than those of training, so that fewer are in a row."""
+    short, long = pairs(20, 5, "short"), pairs(21, 30, "long")
+    assert short.max_pairs_per_row > long.max_pairs_per_row
+    batches = computed(short, long).batches
+    assert {batch["pair_ids"].shape for batch in batches} == {(4, short.max_pairs_per_row)}
+    every = [
+        *(short[row]["pair_ids"] for row in range(len(short))),
+        *(long[row]["pair_ids"] for row in range(len(long))),
+    ]
+    firsts = [0] * len(short) + [short.num_pairs] * len(long)
+    mine = [
+        pair + first for ids, first in [*zip(every, firsts, strict=True)][::RANKS] for pair in ids.tolist() if pair >= 0
+    ]
+    assert [pair for batch in batches for pair in batch["pair_ids"].flatten().tolist() if pair >= 0] == mine
