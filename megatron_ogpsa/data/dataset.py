@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from megatron_ogpsa.data.extras import extras_from_row
 from megatron_ogpsa.data.messages import messages_from_row
 from megatron_ogpsa.data.packing import best_fit_decreasing
 from megatron_ogpsa.data.sources import RowSource, open_source
@@ -33,7 +34,7 @@ from megatron_ogpsa.data.truncation import Cut, Document, truncate
 from megatron_ogpsa.errors import UserError
 
 # Part of every fingerprint: raise it when the same input is to give other tokens, masks or files.
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 # Progress is shown only for what takes longer than this.
 _PROGRESS_DELAY_SECONDS = 2.0
@@ -186,9 +187,9 @@ def _tokenize(
 ) -> Iterator[tuple[Document, Cut]]:
     """Every row as a document of at most ``seq_length + 1`` tokens."""
     for where, row in progress_over(source, max_samples, show_progress):
-        messages = messages_from_row(row, where)
+        messages, extras = messages_from_row(row, where), extras_from_row(row, where)
         try:
-            token_ids, is_supervised = tokenizer.encode_chat(messages)
+            token_ids, is_supervised = tokenizer.encode_chat(messages, extras=extras)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         yield truncate(Document(token_ids, is_supervised), limit=seq_length + 1)

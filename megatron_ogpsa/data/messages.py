@@ -17,7 +17,7 @@ def messages_from_row(row: object, where: str) -> list[Message]:
     A row has either ``messages``, a list of ``{"role", "content"}``, or ``prompt`` (text, or a list of messages) and
     ``response`` (text). A null field counts as absent when the other form is there, because columnar formats fill what
     a row lacks with nulls. Further fields of a message (``name``, ``tool_calls``) are handed to the chat template as
-    they are; further fields of a row are ignored.
+    they are; of further fields of a row see :mod:`megatron_ogpsa.data.extras`.
 
     Args:
         row: what the source holds, of any type.
@@ -70,8 +70,11 @@ def _message(value: object, where: str) -> Message:
     role = required_field(value, "role", where)
     if role not in ROLES:
         raise UserError(f"{where}: unknown role {role!r}; use one of {', '.join(ROLES)}")
+    message = {name: field for name, field in value.items() if field is not None}
+    if role == "assistant" and message.get("tool_calls") and "content" not in message:
+        return message | {"content": None}  # what templates look for where the assistant calls tools without a word
     checked_text(required_field(value, "content", where), f"{where}: 'content'")
-    return {name: field for name, field in value.items() if field is not None}
+    return message
 
 
 def required_field(holder: dict[str, Any], name: str, where: str) -> object:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_ogpsa.data.dataset import TokenizedRows, build_or_read, progress_over
+from megatron_ogpsa.data.extras import Extras, extras_from_row
 from megatron_ogpsa.data.packing import best_fit_decreasing
 from megatron_ogpsa.data.preferences import PreferencePair, pair_from_row
 from megatron_ogpsa.data.sources import RowSource, open_source
@@ -25,7 +26,7 @@ from megatron_ogpsa.data.truncation import Cut, Document, truncate_pair
 from megatron_ogpsa.errors import UserError
 
 # Part of every fingerprint: raise it when the same input is to give other tokens, masks or files.
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 
 MIN_SEQ_LENGTH = 8
 """Two documents with a prompt and an answer each."""
@@ -117,7 +118,7 @@ def build_preference_dataset(
     return TokenizedPreferenceDataset(content, seq_length=seq_length, pad_id=tokenizer.pad_id, fingerprint=fingerprint)
 
 
-def _encode(pair: PreferencePair, tokenizer: ChatTokenizer, where: str) -> tuple[Document, Document]:
+def _encode(pair: PreferencePair, extras: Extras, tokenizer: ChatTokenizer, where: str) -> tuple[Document, Document]:
     """Both answers, each after the prompt: the tokens that supervised fine-tuning on prompt and answer would have.
 
     Prompt and answer are tokenized as one text. Where a token straddles their border, the two documents' prompts may
@@ -126,7 +127,9 @@ def _encode(pair: PreferencePair, tokenizer: ChatTokenizer, where: str) -> tuple
     documents = []
     for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         try:
-            token_ids, is_supervised = tokenizer.encode_chat(pair.prompt + answer, answer_from=len(pair.prompt))
+            token_ids, is_supervised = tokenizer.encode_chat(
+                pair.prompt + answer, answer_from=len(pair.prompt), extras=extras
+            )
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         if not any(is_supervised[1:]) or is_supervised[0]:
@@ -159,7 +162,7 @@ def _write(
     def documents() -> Iterator[Document]:
         nonlocal num_supervised
         for where, row in progress_over(source, max_samples, show_progress):
-            chosen, rejected = _encode(pair_from_row(row, where), tokenizer, where)
+            chosen, rejected = _encode(pair_from_row(row, where), extras_from_row(row, where), tokenizer, where)
             chosen, rejected, cut = truncate_pair(chosen, rejected, limit=seq_length // 2)
             cuts[cut] += 1
             lengths.append(len(chosen.token_ids) + len(rejected.token_ids))

@@ -31,7 +31,8 @@ def pair_from_row(row: object, where: str) -> PreferencePair:
 
     A row has ``chosen`` and ``rejected``, and its prompt in one of the forms of TRL and the Hugging Face hub: ``prompt`` as
     text or messages, with answers as text, as messages, or as whole conversations that begin with the prompt; or no
-    ``prompt``, and two conversations whose common beginning is the prompt. Further fields are ignored.
+    ``prompt``, and two conversations whose common beginning is the prompt. Of further fields see
+    :mod:`megatron_ogpsa.data.extras`.
 
     Args:
         row: what the source holds, of any type.
@@ -59,7 +60,7 @@ def pair_from_row(row: object, where: str) -> PreferencePair:
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer or answer[0]["role"] != "assistant":
             raise UserError(f"{where}: {name!r} must go on with a turn of the assistant after the prompt; add it")
-        if not any(message["content"].strip() for message in answer if message["role"] == "assistant"):
+        if not any(_says_something(message) for message in answer if message["role"] == "assistant"):
             raise UserError(f"{where}: {name!r} is an empty answer; give it words or remove the row")
     return PreferencePair(prompt, chosen, rejected)
 
@@ -91,6 +92,10 @@ def _answer(value: object, where: str) -> list[Message]:
     if isinstance(value, str):
         return [{"role": "assistant", "content": checked_text(value, where)}]
     return message_list(value, where)
+
+
+def _says_something(message: Message) -> bool:
+    return bool(message.get("tool_calls")) or bool(message["content"].strip())
 
 
 def _common_length(first: list[Message], second: list[Message]) -> int:

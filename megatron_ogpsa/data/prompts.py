@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from megatron_ogpsa.data.extras import Extras, extras_from_row
 from megatron_ogpsa.data.messages import Message, message_list, prompt_messages, type_name
 from megatron_ogpsa.data.sources import open_source
 from megatron_ogpsa.errors import UserError
@@ -15,10 +16,12 @@ class Prompt:
 
     Attributes:
         where: ``file:line`` or its like.
+        extras: what the chat template is told besides.
     """
 
     messages: list[Message]
     where: str
+    extras: Extras = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -32,7 +35,8 @@ def read_prompts(source: str) -> list[Prompt]:
     Raises:
         UserError: the source or a row of it is unfit, with its line; or it holds no rows.
     """
-    prompts = [Prompt(prompt_from_row(row, where), where) for where, row in open_source(source).rows()]
+    rows = open_source(source).rows()
+    prompts = [Prompt(prompt_from_row(row, where), where, extras_from_row(row, where)) for where, row in rows]
     if not prompts:
         raise UserError(f"{source}: holds no rows; give a source with at least one")
     return prompts

@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from megatron_ogpsa.data.extras import Extras
 from megatron_ogpsa.data.limits import limited
 from megatron_ogpsa.data.messages import Message
 from megatron_ogpsa.errors import UserError
@@ -63,20 +64,24 @@ class ChatTemplate:
         except Exception as error:  # Python compiles what Jinja makes of a template, and refuses in its own ways
             raise UserError(f"{self.name}: {_fault(error)}; mend the chat template") from error
 
-    def render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: list[Message], *, add_generation_prompt: bool = False, extras: Extras | None = None
+    ) -> str:
         """The text of a conversation; with ``add_generation_prompt`` up to where the assistant is to go on.
 
         A template of a model that may think first (Qwen3) is then told not to, by ``enable_thinking``: what it supervises
-        in a last turn has no thoughts either, and others do not know the variable.
+        in a last turn has no thoughts either, and others do not know the variable. ``extras`` that say otherwise win.
 
         Raises:
             UserError: the template refuses the conversation or is itself broken.
         """
         with _limited():
             thinking = {"enable_thinking": False} if add_generation_prompt else {}
-            return self._render(messages, add_generation_prompt, **thinking)[0]
+            return self._render(messages, thinking | (extras or {}), add_generation_prompt)[0]
 
-    def render_with_spans(self, messages: list[Message], *, answer_from: int = 0) -> tuple[str, list[Span]]:
+    def render_with_spans(
+        self, messages: list[Message], *, answer_from: int = 0, extras: Extras | None = None
+    ) -> tuple[str, list[Span]]:
         """The text of a conversation and the spans the assistant wrote, the end of its turns included.
 
         Only turns from message ``answer_from`` on count: what comes before is prompt, the assistant's turns in it too.
@@ -86,22 +91,25 @@ class ChatTemplate:
         end of ``messages[:i + 1]``. A template that writes a header for the assistant and ignores
         ``add_generation_prompt`` makes that header part of the span; mark such a template with ``{% generation %}``.
 
+        Args:
+            extras: variables of the template, see :mod:`megatron_ogpsa.data.extras`.
+
         Raises:
             UserError: the template refuses the conversation, or what it writes for a turn (or for the prompt) changes
                 when later turns follow, so that the spans cannot be known.
         """
         with _limited():
             if _GENERATION_TAG.search(self.source):
-                return self._marked_spans(messages, answer_from)
-            return self._added_spans(messages, answer_from)
+                return self._marked_spans(messages, answer_from, extras or {})
+            return self._added_spans(messages, answer_from, extras or {})
 
-    def _added_spans(self, messages: list[Message], answer_from: int) -> tuple[str, list[Span]]:
-        text = self._render(messages, False)[0]
+    def _added_spans(self, messages: list[Message], answer_from: int, extras: Extras) -> tuple[str, list[Span]]:
+        text = self._render(messages, extras)[0]
         spans = []
         for index, message in enumerate(messages):
             if message["role"] == "assistant" and index >= answer_from:
-                before = self._render(messages[:index], True)[0]
-                through = self._render(messages[: index + 1], False)[0]
+                before = self._render(messages[:index], extras, add_generation_prompt=True)[0]
+                through = self._render(messages[: index + 1], extras)[0]
                 if not (text.startswith(through) and through.startswith(before)):
                     raise UserError(
                         f"the chat template writes message {index + 1} differently when others follow, so the"
@@ -111,12 +119,12 @@ class ChatTemplate:
                 spans.append((len(before), len(through)))
         return text, spans
 
-    def _marked_spans(self, messages: list[Message], answer_from: int) -> tuple[str, list[Span]]:
+    def _marked_spans(self, messages: list[Message], answer_from: int, extras: Extras) -> tuple[str, list[Span]]:
         """The spans in ``{% generation %}``, of which a turn may have any number: so the prompt ends by its characters."""
-        text, spans = self._render(messages, False)
+        text, spans = self._render(messages, extras)
         if not any(message["role"] == "assistant" for message in messages[:answer_from]):
             return text, spans
-        prompt = self._render(messages[:answer_from], False)[0]
+        prompt = self._render(messages[:answer_from], extras)[0]
         if not text.startswith(prompt):
             raise UserError(
                 "the chat template writes the prompt differently when an answer follows, so the answer cannot be told"
@@ -124,9 +132,11 @@ class ChatTemplate:
             )
         return text, [span for span in spans if span[0] >= len(prompt)]
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool, **more: object) -> tuple[str, list[Span]]:
+    def _render(
+        self, messages: list[Message], extras: Extras, add_generation_prompt: bool = False
+    ) -> tuple[str, list[Span]]:
         tracking = _GENERATION_TAG.search(self.source) is not None
-        variables: dict[str, Any] = {"date_string": _FIXED_DATE, **more, **self.variables}
+        variables: dict[str, Any] = {"date_string": _FIXED_DATE, **extras, **self.variables}
         try:
             texts, spans = render_jinja_template(
                 conversations=[messages],

@@ -7,6 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from functools import cached_property
 
+from megatron_ogpsa.data.extras import Extras
 from megatron_ogpsa.data.messages import Message
 from megatron_ogpsa.data.template import ChatTemplate, Span
 
@@ -42,7 +43,9 @@ class ChatTokenizer(ABC):
     def fingerprint(self) -> str:
         """SHA-256 (hexadecimal) of tokenizer and chat template."""
 
-    def encode_chat(self, messages: list[Message], *, answer_from: int = 0) -> tuple[list[int], list[bool]]:
+    def encode_chat(
+        self, messages: list[Message], *, answer_from: int = 0, extras: Extras | None = None
+    ) -> tuple[list[int], list[bool]]:
         """Token ids of a conversation, and for each whether it is the assistant's to produce.
 
         Turns before message ``answer_from`` are prompt, the assistant's among them too.
@@ -53,16 +56,16 @@ class ChatTokenizer(ABC):
         Raises:
             UserError: see :meth:`ChatTemplate.render_with_spans`.
         """
-        text, spans = self.template.render_with_spans(messages, answer_from=answer_from)
+        text, spans = self.template.render_with_spans(messages, answer_from=answer_from, extras=extras)
         is_assistant = bytearray(len(text) + 1)
         for begin, end in spans:
             is_assistant[begin:end] = b"\1" * (end - begin)
         token_ids, offsets = self.encode(text)
         return token_ids, [bool(is_assistant[position]) for position in last_characters(offsets)]
 
-    def encode_prompt(self, messages: list[Message]) -> list[int]:
+    def encode_prompt(self, messages: list[Message], extras: Extras | None = None) -> list[int]:
         """Token ids of a conversation up to where the assistant is to answer."""
-        return self.encode(self.template.render(messages, add_generation_prompt=True))[0]
+        return self.encode(self.template.render(messages, add_generation_prompt=True, extras=extras))[0]
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:

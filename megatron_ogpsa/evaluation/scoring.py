@@ -125,7 +125,7 @@ def _read_prompts(model: LoadedModel, name: str, source: str, request: Request) 
 
 def _encoded(tokenizer: ChatTokenizer, prompt: Prompt) -> list[int]:
     try:
-        return tokenizer.encode_prompt(prompt.messages)
+        return tokenizer.encode_prompt(prompt.messages, prompt.extras)
     except UserError as error:
         raise UserError(f"{prompt.where}: {error}") from None
 

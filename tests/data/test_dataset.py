@@ -6,6 +6,7 @@ import json
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ class TestCache:
         settings = {"seq_length": 64, "packing": True, "cache_dir": cache}
         first = build_chat_dataset(write_jsonl(*ROWS), tokenizer, **settings)
         memory = build_chat_dataset(write_jsonl(*ROWS), tokenizer, seq_length=64, packing=True, cache_dir=None)
-        monkeypatch.setattr(type(tokenizer), "encode_chat", lambda *_: pytest.fail("tokenized again"))
+        monkeypatch.setattr(type(tokenizer), "encode_chat", lambda *_, **__: pytest.fail("tokenized again"))
         second = build_chat_dataset(write_jsonl(*ROWS, name="copy.jsonl"), tokenizer, **settings)
         assert equal(first, second)
         assert equal(first, memory)
@@ -207,11 +208,11 @@ class TestCache:
         encode = type(tokenizer).encode_chat
         winners: list[TokenizedChatDataset] = []
 
-        def overtaken(self: ChatTokenizer, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
+        def overtaken(self: ChatTokenizer, messages: list[dict[str, str]], **more: Any) -> tuple[list[int], list[bool]]:
             if not winners:  # another process builds the whole set while this one is at its first row
                 monkeypatch.setattr(type(tokenizer), "encode_chat", encode)
                 winners.append(build_chat_dataset(source, tokenizer, seq_length=64, packing=True, cache_dir=cache))
-            return encode(self, messages)
+            return encode(self, messages, **more)
 
         monkeypatch.setattr(type(tokenizer), "encode_chat", overtaken)
         loser = build_chat_dataset(source, tokenizer, seq_length=64, packing=True, cache_dir=cache)

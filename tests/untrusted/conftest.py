@@ -11,6 +11,7 @@ import pytest
 
 from megatron_ogpsa.cli.config_file import ConfigFile
 from megatron_ogpsa.data import load_chat_tokenizer
+from megatron_ogpsa.data.extras import extras_from_row
 from megatron_ogpsa.data.messages import messages_from_row
 from megatron_ogpsa.data.preferences import pair_from_row
 from megatron_ogpsa.data.sources import open_source
@@ -23,7 +24,8 @@ MOST_CHARACTERS = 2100
 
 def read_chats(path: Path) -> object:
     """As the training data of fine-tuning."""
-    return [messages_from_row(row, where) for where, row in open_source(str(path)).rows()]
+    rows = open_source(str(path)).rows()
+    return [(messages_from_row(row, where), extras_from_row(row, where)) for where, row in rows]
 
 
 def read_pairs(path: Path) -> object:

@@ -37,7 +37,12 @@ values = st.recursive(
 )
 turns = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": st.text(max_size=8)})
 messages = st.lists(turns, max_size=4) | st.lists(turns | values, max_size=3)
-rows = st.fixed_dictionaries({"messages": messages}) | st.dictionaries(words, messages | values) | values
+extras = st.dictionaries(st.sampled_from(["tools", "chat_template_kwargs"]), values | st.text(max_size=8), max_size=2)
+rows = (
+    st.builds(dict.__or__, st.fixed_dictionaries({"messages": messages}), extras)
+    | st.dictionaries(words, messages | values)
+    | values
+)
 lines = rows.map(lambda row: json.dumps(row).encode()) | st.binary(max_size=40)
 keys = st.sampled_from(
     ["lr", "bf16", "launch", "stages", "save", "seq-length", "ogpsa-reference", "betas", "help", "<<", "nproc-per-node"]

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from megatron_ogpsa.cli.config_file import ConfigFile
 from megatron_ogpsa.data import load_chat_tokenizer
+from megatron_ogpsa.data.extras import extras_from_row
 from megatron_ogpsa.data.messages import messages_from_row
 from megatron_ogpsa.data.preferences import pair_from_row
 from megatron_ogpsa.data.sources import open_source
@@ -89,7 +90,7 @@ def read_rows(path: Path) -> object:
     return [
         is_read_or_refused(lambda _: check(row, where), path)  # noqa: B023  # called at once
         for where, row in open_source(str(path)).rows()
-        for check in (messages_from_row, pair_from_row)
+        for check in (messages_from_row, pair_from_row, extras_from_row)
     ]
 
 
@@ -212,7 +213,9 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-FIELDS = st.sampled_from("messages prompt response chosen rejected role content name tool_calls".split())
+FIELDS = st.sampled_from(
+    "messages prompt response chosen rejected role content name tool_calls tools chat_template_kwargs".split()
+)
 MESSAGES = st.dictionaries(FIELDS, VALUES | st.sampled_from(["user", "assistant", "system", "tool"]), max_size=4)
 
 
@@ -220,7 +223,7 @@ MESSAGES = st.dictionaries(FIELDS, VALUES | st.sampled_from(["user", "assistant"
 @given(row=st.dictionaries(FIELDS, VALUES | st.lists(MESSAGES, max_size=3), max_size=4) | VALUES)
 def test_any_row(targets: dict[str, Target], row: object) -> None:
     targets["lines"].try_with(json.dumps(row).encode() + b"\n")
-    for read in (messages_from_row, pair_from_row):
+    for read in (messages_from_row, pair_from_row, extras_from_row):
         is_read_or_refused(lambda _, read=read: read(row, "rows.jsonl:1"), Path())
 
 
