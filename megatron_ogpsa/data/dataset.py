@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import override
+from typing import ClassVar, Self, override
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from megatron_ogpsa.data.store import (
     TokenizedDocuments,
     read_folder,
     whole_folder,
+    writable,
     write_documents,
     write_rows,
     write_summary,
@@ -52,6 +53,9 @@ class TokenizedRows(Dataset[dict[str, Tensor]]):
     - ``document_ids`` int64: 0, 1, 2, ... in the row, -1 on padding.
     """
 
+    kind: ClassVar[str]
+    """Of what is tokenized: part of the name of a folder that keeps it."""
+
     def __init__(self, content: TokenizedDocuments, *, seq_length: int, pad_id: int, fingerprint: str) -> None:
         """See the functions that build data sets."""
         self._documents = content.documents.with_format("numpy")
@@ -61,6 +65,21 @@ class TokenizedRows(Dataset[dict[str, Tensor]]):
         self.pad_id = pad_id
         self.fingerprint = fingerprint
         """SHA-256 (hexadecimal) of everything the items depend on: content, tokenizer, template, length, packing."""
+
+    @classmethod
+    def folder(cls, cache_dir: Path, fingerprint: str) -> Path:
+        """Where ``cache_dir`` keeps the set of that fingerprint."""
+        return Path(cache_dir) / f"{cls.kind}-{fingerprint[:32]}"
+
+    @classmethod
+    def read(cls, cache_dir: Path, fingerprint: str, *, seq_length: int, pad_id: int) -> Self:
+        """What another process has built and told the fingerprint of: without a look at the source.
+
+        Raises:
+            UserError: it is not there, or broken.
+        """
+        content = read_folder(cls.folder(cache_dir, fingerprint), in_memory=False)
+        return cls(content, seq_length=seq_length, pad_id=pad_id, fingerprint=fingerprint)
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -105,6 +124,8 @@ class TokenizedRows(Dataset[dict[str, Tensor]]):
 
 class TokenizedChatDataset(TokenizedRows):
     """Conversations; see :class:`TokenizedRows`."""
+
+    kind = "chat"
 
     @property
     def num_samples(self) -> int:
@@ -152,14 +173,14 @@ def build_chat_dataset(
         documents = _tokenize(opened, tokenizer, seq_length, max_samples, show_progress)
         _write(folder, source, documents, seq_length, packing)
 
-    content = build_or_read(build, None if cache_dir is None else Path(cache_dir) / f"chat-{fingerprint[:32]}")
+    content = build_or_read(build, cache_dir and TokenizedChatDataset.folder(cache_dir, fingerprint))
     return TokenizedChatDataset(content, seq_length=seq_length, pad_id=tokenizer.pad_id, fingerprint=fingerprint)
 
 
 def build_or_read(build: Callable[[Path], None], folder: Path | None) -> TokenizedDocuments:
     """What ``build`` writes: in memory, or in ``folder``, where it stays and is built only if it is not there."""
     if folder is None:
-        with tempfile.TemporaryDirectory() as temporary:
+        with writable(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as temporary:
             build(Path(temporary))
             return read_folder(Path(temporary), in_memory=True)
     if not folder.is_dir():

@@ -40,6 +40,8 @@ class TokenizedPreferenceDataset(TokenizedRows):
     pairs in the order of the source, -1 where the row has fewer.
     """
 
+    kind = "pairs"
+
     @property
     def num_pairs(self) -> int:
         """Pairs in all rows."""
@@ -114,7 +116,7 @@ def build_preference_dataset(
     def build(folder: Path) -> None:
         _write(folder, opened, tokenizer, seq_length, packing, max_samples, show_progress)
 
-    content = build_or_read(build, None if cache_dir is None else Path(cache_dir) / f"pairs-{fingerprint[:32]}")
+    content = build_or_read(build, cache_dir and TokenizedPreferenceDataset.folder(cache_dir, fingerprint))
     return TokenizedPreferenceDataset(content, seq_length=seq_length, pad_id=tokenizer.pad_id, fingerprint=fingerprint)
 
 

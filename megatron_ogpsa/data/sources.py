@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import cast
@@ -37,12 +38,27 @@ class RowSource:
 
     name: str
     """As the user wrote it."""
-    content_hash: str
-    """SHA-256 (hexadecimal) of the content, wherever it lies."""
-    num_rows: int
-    """For progress only: blank lines of a JSON Lines file are counted."""
+    scan: Callable[[], tuple[str, int]]
+    """Reads all of it, once it is asked for either, for :attr:`content_hash` and :attr:`num_rows`."""
     rows: Callable[[], Iterator[LocatedRow]]
     """Yields (place, raw row); raises UserError at a row that cannot be read."""
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 (hexadecimal) of the content, wherever it lies. Raises UserError."""
+        return self._scanned[0]
+
+    @property
+    def num_rows(self) -> int:
+        """For progress only: blank lines of a JSON Lines file are counted. Raises UserError."""
+        return self._scanned[1]
+
+    @cached_property
+    def _scanned(self) -> tuple[str, int]:
+        try:
+            return self.scan()
+        except OSError as error:
+            raise _unreadable(self.name, error) from error
 
 
 def open_source(source: str) -> RowSource:
@@ -69,9 +85,13 @@ def open_source(source: str) -> RowSource:
                 return _open_parquet(source, path)
             raise UserError(f"{source}: unknown kind of file {suffix!r}; use .jsonl, .json or .parquet")
     except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror or error}); check the file") from error
+        raise _unreadable(source, error) from error
     name, split = _name_on_hub(source)
     return _open_hub(source, name, split)
+
+
+def _unreadable(source: str, error: OSError) -> UserError:
+    return UserError(f"{source}: cannot be read ({error.strerror or error}); check the file")
 
 
 def require_source(source: str) -> None:
@@ -104,17 +124,27 @@ def _name_on_hub(source: str) -> tuple[str, str]:
 
 
 def _open_json(source: str, path: Path, suffix: str) -> RowSource:
-    digest, num_lines, start = hashlib.sha256(), 0, b""
+    is_array = _first_character(path) == b"[" and suffix == ".json"
+    rows = _json_array_rows if is_array else _json_lines_rows
+    return RowSource(name=source, scan=lambda: _scan_json(path), rows=lambda: rows(source, path))
+
+
+def _first_character(path: Path) -> bytes:
+    """The first byte that is no white space; empty if there is none."""
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            if start := chunk.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]:
+                return start
+    return b""
+
+
+def _scan_json(path: Path) -> tuple[str, int]:
+    digest, num_lines = hashlib.sha256(), 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
             num_lines += chunk.count(b"\n")
-            start = start or chunk.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    is_array = suffix == ".json" and start == b"["
-    rows = _json_array_rows if is_array else _json_lines_rows
-    return RowSource(
-        name=source, content_hash=digest.hexdigest(), num_rows=max(num_lines, 1), rows=lambda: rows(source, path)
-    )
+    return digest.hexdigest(), max(num_lines, 1)
 
 
 def _json_lines_rows(source: str, path: Path) -> Iterator[LocatedRow]:
@@ -168,15 +198,20 @@ def _json_array_rows(source: str, path: Path) -> Iterator[LocatedRow]:
 
 def _decoded_lines(source: str, path: Path) -> Iterator[str]:
     offset = 0
-    with path.open("rb") as file:
-        for number in count(1):
-            line = file.readline(_MOST_LINE_BYTES + 1)
-            if not line:
-                return
-            if len(line) > _MOST_LINE_BYTES:
-                raise UserError(f"{source}:{number}: a line of more than {_MOST_LINE_BYTES >> 20} MiB; remove the row")
-            yield _decode(line, f"{source}:{number}", offset)
-            offset += len(line)
+    try:
+        with path.open("rb") as file:
+            for number in count(1):
+                line = file.readline(_MOST_LINE_BYTES + 1)
+                if not line:
+                    return
+                if len(line) > _MOST_LINE_BYTES:
+                    raise UserError(
+                        f"{source}:{number}: a line of more than {_MOST_LINE_BYTES >> 20} MiB; remove the row"
+                    )
+                yield _decode(line, f"{source}:{number}", offset)
+                offset += len(line)
+    except OSError as error:
+        raise _unreadable(source, error) from error
 
 
 def _decode(line: bytes, where: str, offset: int) -> str:
@@ -195,8 +230,7 @@ def _open_parquet(source: str, path: Path) -> RowSource:
         raise UserError(f"{source}: not a parquet file ({_first_line(error)}); write it again") from error
     return RowSource(
         name=source,
-        content_hash=_hash_files([path]),
-        num_rows=num_rows,
+        scan=lambda: (_hash_files([path]), num_rows),
         rows=lambda: _located(source, _parquet_rows(path)),
     )
 
@@ -241,9 +275,7 @@ def _open_hub(source: str, name: str, split: str) -> RowSource:
 def _source_of_dataset(source: str, dataset: datasets.Dataset) -> RowSource:
     # The Arrow files alone do not tell which of their rows a split takes; the fingerprint does.
     content_hash = _hash_files([Path(file["filename"]) for file in dataset.cache_files], seed=dataset._fingerprint)
-    return RowSource(
-        name=source, content_hash=content_hash, num_rows=len(dataset), rows=lambda: _located(source, dataset)
-    )
+    return RowSource(name=source, scan=lambda: (content_hash, len(dataset)), rows=lambda: _located(source, dataset))
 
 
 def _located(source: str, rows: Iterable[object]) -> Iterator[LocatedRow]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ _ROW_SCHEMA = pa.schema({"documents": pa.list_(pa.int64())})
 _BATCH_ROWS = 512
 _FEW = 0.1
 """Share of samples that may be cut, or left out, without a word."""
+_ABANDONED_SECONDS = 24 * 3600
+"""A folder that nothing was written to for so long has no process any more that builds in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,28 +66,50 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """A new folder to write into, which becomes ``target`` on success and vanishes on failure.
 
     Several processes may build the same target at once: renaming is atomic, the first one wins, the others drop their
-    copy.
+    copy. What a process has left that was killed while it built this target is removed.
 
     Raises:
         UserError: the place cannot be written.
     """
     building = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
+    with writable(target.parent):
+        _remove_abandoned(target)
         building.mkdir(parents=True)
+        try:
+            yield building
+            try:
+                building.rename(target)
+            except OSError:
+                if not target.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """What the file system says of writing within, in one line; sources tell themselves that they cannot be read.
+
+    Raises:
+        UserError: with the folder and the remedy.
+    """
+    try:
+        yield
     except OSError as error:
         raise UserError(
-            f"{target.parent}: cannot be written ({error.strerror}); choose another cache folder"
+            f"{folder}: tokenized data cannot be written ({error.strerror or error}); free space there, or name another "
+            "folder with --data-cache-path"
         ) from error
-    try:
-        yield building
+
+
+def _remove_abandoned(target: Path) -> None:
+    for folder in target.parent.glob(f".{target.name}.*"):
         try:
-            building.rename(target)
+            written = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
         except OSError:
-            if not target.is_dir():
-                raise
-    finally:
-        if building.exists():
-            shutil.rmtree(building)
+            continue  # its process has removed it meanwhile
+        if time.time() - written > _ABANDONED_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_documents(folder: Path, documents: Iterable[Document]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import time
 from collections.abc import Callable, Sized
 from functools import cache
 from pathlib import Path
@@ -17,6 +19,7 @@ from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.agreement import agreed
 from megatron_ogpsa.integration.arguments import WHOLE_SET
 from megatron_ogpsa.integration.sampling import EpochStream, EvaluationStream
+from megatron_ogpsa.integration.turns import done_by, told_by_rank_0
 
 if TYPE_CHECKING:
     from megatron_ogpsa.data import ChatTokenizer, TokenizedChatDataset, TokenizedPreferenceDataset
@@ -114,32 +117,33 @@ def load_conversations(source: str, max_samples: int | None = None) -> Tokenized
     Raises:
         UserError: on all ranks alike.
     """
-    from megatron_ogpsa.data import build_chat_dataset
+    from megatron_ogpsa.data import TokenizedChatDataset, build_chat_dataset
 
-    return _load_on_all_ranks(build_chat_dataset, source, max_samples)
+    return _load_on_all_ranks(TokenizedChatDataset, build_chat_dataset, source, max_samples)
 
 
 @cache
 def load_pairs(source: str, max_samples: int | None = None) -> TokenizedPreferenceDataset:
     """As :func:`load_conversations`, for preference pairs."""
-    from megatron_ogpsa.data import build_preference_dataset
+    from megatron_ogpsa.data import TokenizedPreferenceDataset, build_preference_dataset
 
-    return _load_on_all_ranks(build_preference_dataset, source, max_samples)
+    return _load_on_all_ranks(TokenizedPreferenceDataset, build_preference_dataset, source, max_samples)
 
 
-def _load_on_all_ranks[T: TokenizedChatDataset | TokenizedPreferenceDataset](
-    build_dataset: Callable[..., T], source: str, max_samples: int | None
+def _load_on_all_ranks[T: (TokenizedChatDataset, TokenizedPreferenceDataset)](
+    kind: type[T], build_dataset: Callable[..., T], source: str, max_samples: int | None
 ) -> T:
-    """With ``--data-cache-path`` rank 0 goes first, and the others find its cache. Rank 0 says what was read."""
+    """Where there is a folder to keep it in, one rank tokenizes for all. Rank 0 says what was read."""
     from megatron.training import get_args, print_rank_0
 
     args = get_args()
-    cache_dir = Path(args.data_cache_path) if args.data_cache_path else None
+    cache_dir = data_folder(args)
+    tokenizer = agreed(chat_tokenizer)
 
     def build() -> T:
         return build_dataset(
             source,
-            chat_tokenizer(),
+            tokenizer,
             seq_length=args.seq_length,
             packing=args.ogpsa_packing,
             cache_dir=cache_dir,
@@ -147,12 +151,77 @@ def _load_on_all_ranks[T: TokenizedChatDataset | TokenizedPreferenceDataset](
             show_progress=dist.get_rank() == 0,
         )
 
-    if cache_dir is not None:
-        agreed(lambda: build() if dist.get_rank() == 0 else None)
-    dataset = agreed(build)
+    if cache_dir is None:
+        began = time.monotonic()
+        dataset = agreed(build)
+        if (seconds := time.monotonic() - began) > _LONG_SECONDS:
+            print_rank_0(
+                f"data {source}: each rank has tokenized it for itself, in {seconds:.0f} s: --data-cache-path FOLDER lets "
+                "one do it for all, and keeps it"
+            )
+    else:
+        fingerprint = _build_once(lambda: build().fingerprint, kind, cache_dir, source)
+        dataset = agreed(lambda: kind.read(cache_dir, fingerprint, seq_length=args.seq_length, pad_id=tokenizer.pad_id))
     print_rank_0(described(source, dataset, is_packed=args.ogpsa_packing))
     return dataset
 
+
+DATA_FOLDER = "tokenized"
+"""Beside the checkpoints, which lie where all ranks write and which a run that goes on finds again."""
+
+
+def data_folder(args: argparse.Namespace) -> Path | None:
+    """Where tokenized data is kept: ``--data-cache-path``, or else in ``--save``; None in a run that saves nothing."""
+    if args.data_cache_path:
+        return Path(args.data_cache_path)
+    return Path(args.save) / DATA_FOLDER if getattr(args, "save", None) else None
+
+
+def _build_once(
+    build: Callable[[], str], kind: type[TokenizedChatDataset | TokenizedPreferenceDataset], folder: Path, source: str
+) -> str:
+    """Build what is not there yet: rank 0 does, and then a rank of each node that does not see what rank 0 has built.
+
+    Args:
+        build: builds or finds it, and gives its fingerprint.
+
+    Returns:
+        the fingerprint. Only ranks that may build have read the source for it.
+
+    Raises:
+        UserError: on all ranks alike: it cannot be built; or nodes have files of one name with other content.
+    """
+    what = f"tokenizing {source}"
+    fingerprint = told_by_rank_0(build, what)
+    workers = _first_ranks_without(kind.folder(folder, fingerprint))
+    if not workers:
+        return fingerprint
+
+    def build_here() -> None:
+        if build() != fingerprint:
+            raise UserError(
+                f"{source}: has other content on this node than on rank 0's; copy it anew, or name one that all nodes share"
+            )
+
+    done_by(workers, build_here, what)
+    return fingerprint
+
+
+def _first_ranks_without(folder: Path) -> list[int]:
+    """Of each node on which a rank does not see the folder, the first such rank."""
+    rank = dist.get_rank()
+    node = rank - int(os.environ.get("LOCAL_RANK", rank))  # launchers number ranks node by node
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, (node, os.path.isdir(folder)))  # Path's raises where it may not look
+    first: dict[int, int] = {}
+    for other, (its_node, sees) in enumerate(seen):
+        if not sees:
+            first.setdefault(its_node, other)
+    return sorted(first.values())
+
+
+_LONG_SECONDS = 30.0
+"""For which every rank may tokenize the same without a word."""
 
 _LITTLE_USE = 0.9
 """Below this share of tokens packing is worth a word."""

@@ -13,6 +13,7 @@ from megatron_ogpsa.integration import authors
 from megatron_ogpsa.integration.agreement import agreed
 from megatron_ogpsa.integration.datasets import load_conversations, load_pairs
 from megatron_ogpsa.integration.forward import BatchLoss, make_forward_step
+from megatron_ogpsa.integration.turns import told_by_rank_0
 from megatron_ogpsa.losses.preference import chosen_mask
 from megatron_ogpsa.losses.sft import summed_token_loss
 from megatron_ogpsa.references import Reference, cut_reference
@@ -57,18 +58,16 @@ def _load(args: argparse.Namespace, policy: ReferencePolicy | None, name: str, s
     loss = loss_of_reference(args, name)
     wanted = "chat" if loss == "nll" else "preference"
 
-    def check() -> None:
+    try:
         if loss == "dpo" and policy is None:
             raise UserError("the loss dpo needs a reference policy: use --ogpsa-stage dpo, or another loss")
-        if (kind := source_kind(source)) != wanted:
+        kind = told_by_rank_0(lambda: source_kind(source), f"reading {source}")
+        if kind != wanted:
             other = "nll" if kind == "chat" else "nll_chosen"
             raise UserError(
                 f"{source} holds {kind} data, which --ogpsa-reference-loss {loss} does not take: "
                 f"say --ogpsa-reference-loss {name}={other}"
             )
-
-    try:
-        agreed(check)
         dataset: Any = (load_conversations if wanted == "chat" else load_pairs)(source, args.ogpsa_reference_samples)
     except UserError as error:
         raise UserError(f"--ogpsa-reference {name}: {error}") from None

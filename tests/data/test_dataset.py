@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import os
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ogpsa.data import ChatTokenizer, TokenizedChatDataset, build_chat_dataset, load_chat_tokenizer
+from megatron_ogpsa.data import ChatTokenizer, TokenizedChatDataset, build_chat_dataset, dataset, load_chat_tokenizer
 from megatron_ogpsa.errors import UserError
 from tests.data.conftest import chat
 
@@ -180,8 +184,40 @@ class TestCache:
         (cache / f"chat-{built.fingerprint[:32]}" / "rows.arrow").write_bytes(b"")
         with pytest.raises(UserError, match=r"broken cache .*delete this folder"):
             build_chat_dataset(source, tokenizer, seq_length=64, packing=True, cache_dir=cache)
-        with pytest.raises(UserError, match=r"train\.jsonl: cannot be written .*choose another cache folder"):
+        with pytest.raises(UserError, match=r"train\.jsonl: tokenized data cannot be written \(.*--data-cache-path"):
             build_chat_dataset(source, tokenizer, seq_length=64, packing=True, cache_dir=Path(source))
+
+    def test_what_a_killed_process_has_left_is_removed_in_time(
+        self, write_jsonl: WriteJsonl, tokenizer: ChatTokenizer, tmp_path: Path
+    ) -> None:
+        """By who builds the same set; not what another process may still be building."""
+        source, cache = write_jsonl(*ROWS), tmp_path / "cache"
+        settings: dict[str, Any] = {"seq_length": 64, "packing": True, "cache_dir": cache}
+        folder = build_chat_dataset(source, tokenizer, **settings).folder(
+            cache, build_chat_dataset(source, tokenizer, **settings).fingerprint
+        )
+        shutil.rmtree(folder)
+        old, written, new = (cache / f".{folder.name}.{name}" for name in ("old", "written", "new"))
+        for left in (old, written, new):
+            left.mkdir()
+            (left / "documents.arrow").write_bytes(b"half")
+        two_days_ago = time.time() - 2 * 24 * 3600
+        for path in (old / "documents.arrow", old, written):
+            os.utime(path, (two_days_ago, two_days_ago))
+        build_chat_dataset(source, tokenizer, **settings)
+        assert sorted(cache.iterdir()) == sorted([folder, written, new])
+
+    def test_a_full_disk_is_told(
+        self, write_jsonl: WriteJsonl, tokenizer: ChatTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(dataset, "write_summary", full)
+        for cache in (tmp_path / "cache", None):
+            with pytest.raises(UserError, match=r"tokenized data cannot be written \(No space left on device\); free"):
+                build_chat_dataset(write_jsonl(*ROWS), tokenizer, seq_length=64, packing=True, cache_dir=cache)
+        assert list((tmp_path / "cache").iterdir()) == []
 
     def test_processes_that_build_at_once_agree(
         self, write_jsonl: WriteJsonl, hugging_face_folder: Path, tokenizer: ChatTokenizer, tmp_path: Path
