@@ -11,6 +11,11 @@ from megatron_ogpsa.data.extras import Extras
 from megatron_ogpsa.data.messages import Message
 from megatron_ogpsa.data.template import ChatTemplate, Span
 
+ENDLESS_TURN = (
+    "the assistant's turn, as it is learnt, ends in no token that ends answers: the model may not learn to end"
+)
+ENDLESS_TURN_REMEDY = "give a --chat-template that writes eos_token after an answer, in {% generation %} if it has that"
+
 
 class ChatTokenizer(ABC):
     """Turns conversations into token ids.
@@ -75,22 +80,40 @@ class ChatTokenizer(ABC):
         turn, if that is one token (white space aside).
         """
         found = [] if self.eos_id is None else [self.eos_id]
+        if len(self._example_ending) == 1:
+            found += self._example_ending
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def ends_turns(self) -> bool:
+        """Whether what is learnt of the assistant's turn ends in one of :attr:`eos_ids`.
+
+        Otherwise a model that is trained on it does not learn to end.
+
+        Raises:
+            UserError: the template refuses a question and an answer.
+        """
+        return bool(self._example_ending) and self._example_ending[-1] in self.eos_ids
+
+    @cached_property
+    def _example_ending(self) -> list[int]:
+        """Tokens of the assistant's that follow the content of an example turn, without white space."""
         answer = "Yes."
         text, spans = self.template.render_with_spans(
             [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}]
         )
+        content = next((at for begin, end in spans if (at := text.find(answer, begin, end)) >= 0), None)
+        if content is None:
+            return []
+        after = content + len(answer)
         token_ids, offsets = self.encode(text)
-        for begin, end in spans:
-            content = text.find(answer, begin, end)
-            if content >= 0:
-                after = content + len(answer)
-                ending = [
-                    token_id
-                    for token_id, (first, last) in zip(token_ids, offsets, strict=True)
-                    if after <= first and last <= end and text[first:last].strip()
-                ]
-                found += ending if len(ending) == 1 else []
-        return tuple(dict.fromkeys(found))
+        return [
+            token_id
+            for token_id, (first, last) in zip(token_ids, offsets, strict=True)
+            if after <= first
+            and text[first:last].strip()
+            and any(begin <= first and last <= end for begin, end in spans)
+        ]
 
 
 def last_characters(offsets: list[Span]) -> list[int]:

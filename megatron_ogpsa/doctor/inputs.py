@@ -14,6 +14,7 @@ from megatron_ogpsa.data import (
     source_kind,
 )
 from megatron_ogpsa.data.sources import open_source
+from megatron_ogpsa.data.tokenizer import ENDLESS_TURN, ENDLESS_TURN_REMEDY
 from megatron_ogpsa.doctor.findings import Finding, fail, ok, warn
 from megatron_ogpsa.errors import UserError
 
@@ -57,9 +58,8 @@ def check_tokenizer(tokenizer: ChatTokenizer, *, rows: int | None) -> Finding:
     if not any(is_supervised):
         return fail("tokenizer", "the chat template writes no turn of the assistant", "give another --chat-template")
     text = f"{tokenizer.vocab_size} tokens, with a chat template"
-    if not tokenizer.eos_ids:
-        remedy = "end the assistant's turn with one special token, such as <|im_end|>"
-        return warn("tokenizer", f"{text} that ends no answer", remedy)
+    if not tokenizer.ends_turns:
+        return warn("tokenizer", f"{text}; {ENDLESS_TURN}", ENDLESS_TURN_REMEDY)
     return ok("tokenizer", f"{text}; an answer ends with token {' or '.join(map(str, tokenizer.eos_ids))}")
 
 

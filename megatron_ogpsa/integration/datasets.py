@@ -139,6 +139,7 @@ def _load_on_all_ranks[T: (TokenizedChatDataset, TokenizedPreferenceDataset)](
     args = get_args()
     cache_dir = data_folder(args)
     tokenizer = agreed(chat_tokenizer)
+    _warn_of_endless_turns(tokenizer)
 
     def build() -> T:
         return build_dataset(
@@ -164,6 +165,19 @@ def _load_on_all_ranks[T: (TokenizedChatDataset, TokenizedPreferenceDataset)](
         dataset = agreed(lambda: kind.read(cache_dir, fingerprint, seq_length=args.seq_length, pad_id=tokenizer.pad_id))
     print_rank_0(described(source, dataset, is_packed=args.ogpsa_packing))
     return dataset
+
+
+@cache
+def _warn_of_endless_turns(tokenizer: ChatTokenizer) -> None:
+    from megatron.training import print_rank_0
+
+    from megatron_ogpsa.data.tokenizer import ENDLESS_TURN, ENDLESS_TURN_REMEDY
+
+    try:
+        if not tokenizer.ends_turns:
+            print_rank_0(f"WARNING: {tokenizer.template.name}: {ENDLESS_TURN}: {ENDLESS_TURN_REMEDY}")
+    except UserError:
+        pass  # a template that wants more than a question and an answer; the data may have it
 
 
 DATA_FOLDER = "tokenized"

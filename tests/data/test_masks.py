@@ -134,6 +134,30 @@ def test_eos_ids_hold_end_of_sequence_and_end_of_turn(tokenizer: ChatTokenizer, 
     assert with_template(PLAIN).eos_ids == (1,)
 
 
+ENDLESS = {
+    "the next turn's header ends it, as in GLM-4": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    ),
+    "an empty line ends it, as in Alpaca's": "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}",
+    "its end is not learnt": CHATML.replace(
+        "{{ message.content }}",
+        "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}"
+        "{% else %}{{ message.content }}{% endif %}",
+    ),
+    "its end is text": "{% for m in messages %}{{ m.role }}: {{ m.content }} END-OF-TURN{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_turns_that_end_in_no_stop_token_are_noticed(
+    tokenizer: ChatTokenizer, with_template: LoadTemplate, case: str
+) -> None:
+    assert tokenizer.ends_turns
+    assert not with_template(ENDLESS[case]).ends_turns
+    with_eos = "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}\n{% endfor %}"
+    assert with_template(with_eos).ends_turns
+
+
 def test_token_over_the_border_belongs_to_its_last_character(with_template: LoadTemplate) -> None:
     # " hello" is one token, of which the space is the prompt's and the word the assistant's.
     tokenizer = with_template(PLAIN)

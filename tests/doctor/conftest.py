@@ -31,6 +31,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write("silent.jsonl", [{"messages": [{"role": "user", "content": f"hello {i}"}]} for i in numbers])
     users_alone = "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% endif %}{% endfor %}"
     (folder / "users_alone.jinja").write_text(users_alone, encoding="utf-8")
+    endless = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    (folder / "endless.jinja").write_text(endless, encoding="utf-8")
     (folder / "broken.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a",\n', encoding="utf-8")
     return folder
 

@@ -146,6 +146,9 @@ CASES = {
     "template without answers": Case(
         "--chat-template data/users_alone.jinja", {"tokenizer": "no turn of the assistant -> give another"}
     ),
+    "template without ends": Case(
+        "--chat-template data/endless.jinja", warns={"tokenizer": "ends in no token that ends answers"}
+    ),
     "broken line": Case(
         "--ogpsa-train-data data/broken.jsonl", {"training data": "data/broken.jsonl:2: not valid JSON"}
     ),

@@ -68,6 +68,18 @@ def test_sentencepiece_and_parquet(train: Train, tmp_path: Path) -> None:
     assert losses[3] < losses[1]
 
 
+def test_a_template_that_does_not_end_turns_is_told_once(train: Train, tmp_path: Path) -> None:
+    """Not by each rank and for each data set."""
+    template = tmp_path / "alpaca.jinja"
+    template.write_text("{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}", encoding="utf-8")
+    outcome = train("--chat-template", str(template), "--train-iters", "1", "--save", "run")
+    assert outcome.exit_code == 0, outcome.output[-3000:]
+    line = (
+        rf"WARNING: {template}: the assistant's turn, as it is learnt, ends in no token .*: give a --chat-template that"
+    )
+    assert len(re.findall(line, outcome.output)) == 1
+
+
 def test_the_vocabulary_is_as_large_as_the_flag_says(train: Train, tmp_path: Path) -> None:
     """As those of published models, which have rows for no token: Megatron would build as many as the tokenizer has."""
     outcome = train(*ONE_STAGE, "--nproc-per-node", "1", "--train-iters", "1", "--vocab-size", "700", "--save", "run")
