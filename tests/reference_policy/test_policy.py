@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_ogpsa.data import ChatTokenizer, TokenizedPreferenceDataset, build_preference_dataset, load_chat_tokenizer
 from megatron_ogpsa.data.micro_batches import deal_out
 from megatron_ogpsa.integration import reference_policy
+from megatron_ogpsa.integration.model_arguments import MODEL_ARGUMENTS, PRECISION_ARGUMENTS
 from megatron_ogpsa.integration.reference_policy import ReferencePolicy
 from megatron_ogpsa.reference_policy import weights
 from megatron_ogpsa.reference_policy.store import LogProbs
@@ -63,14 +64,16 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., OneRank]:
     """The log-probabilities that these data sets lack, computed by a rank that is given back."""
 
     def compute(*datasets: TokenizedPreferenceDataset, known: tuple[int, ...] = ()) -> OneRank:
-        args = Namespace(save=None, load=None, finetune=False, ogpsa_dpo_loss="sigmoid", ogpsa_dpo_beta=0.1)
+        args = Namespace(**dict.fromkeys((*MODEL_ARGUMENTS, *PRECISION_ARGUMENTS)))
+        vars(args).update(save=None, load=None, finetune=False, ogpsa_dpo_loss="sigmoid", ogpsa_dpo_beta=0.1)
         args.ogpsa_dpo_label_smoothing = args.ogpsa_dpo_nll_weight = 0.0
         args.ogpsa_dpo_length_normalised = False
         policy, passes = ReferencePolicy(args), OneRank()
         for dataset in datasets:
             policy.numbered(dataset)
         total = sum(dataset.num_pairs for dataset in datasets)
-        before = LogProbs.unknown(total, weights="w", data=tuple(dataset.fingerprint for dataset in datasets))
+        data = tuple(dataset.fingerprint for dataset in datasets)
+        before = LogProbs.unknown(total, weights="w", data=data, settings=policy._settings)
         before.is_known_N[list(known)] = True
         monkeypatch.setattr(reference_policy.dist, "get_rank", lambda: 1)
         monkeypatch.setattr(weights, "weights_fingerprint", lambda model: "w")
