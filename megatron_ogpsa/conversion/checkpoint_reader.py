@@ -45,7 +45,10 @@ class Checkpoint:
         examined = examine(folder, iteration)
         if examined.chosen is None or not (examined.is_tracked or iteration is not None):
             found = "; ".join(examined.problems[:3]) or "there is no checkpoint"
-            other = f"say --ckpt-step {examined.iteration}" if examined.iteration else "name another folder"
+            saved = [str(one.iteration) for one in survey(folder).saved if one.iteration and one.iteration != iteration]
+            there = f"say --ckpt-step {' or '.join(saved[:3])}" if iteration is not None and saved else ""
+            newest = f"say --ckpt-step {examined.iteration}" if examined.iteration else "name another folder"
+            other = there or newest
             raise UserError(f"{folder}: {found}: restore it, or {other}")
         self.path = folder / examined.chosen.name
         self.is_verified = examined.is_verified

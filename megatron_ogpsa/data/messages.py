@@ -32,6 +32,11 @@ def messages_from_row(row: object, where: str) -> list[Message]:
         )
     if row.get("messages") is not None:
         messages = message_list(row["messages"], f"{where}: 'messages'")
+    elif row.get("response") is None and {"chosen", "rejected"} <= row.keys():
+        raise UserError(
+            f"{where}: a preference pair, where conversations are wanted: train with --ogpsa-stage dpo, or give "
+            "'messages', or 'prompt' and 'response'"
+        )
     elif "prompt" in row or "response" in row:
         prompt, response = required_field(row, "prompt", where), required_field(row, "response", where)
         messages = prompt_messages(prompt, where)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_ogpsa.cli import convert
+from megatron_ogpsa.conversion.checkpoint_reader import Checkpoint
 from megatron_ogpsa.conversion.convert import _require_rows, _written_whole
 from megatron_ogpsa.conversion.huggingface import INDEX_FILE, SINGLE_FILE, Weights, number_of_tokens
 from megatron_ogpsa.errors import UserError
@@ -50,6 +51,13 @@ def test_folders_that_hold_checkpoints_deeper_or_higher_up_are_told(tmp_path: Pa
     with pytest.raises(UserError, match=r"run: holds the checkpoints of several stages: name one .* as .*/dpo$"):
         convert._require_no_checkpoints_around(tmp_path / "run")
     convert._require_no_checkpoints_around(tmp_path)
+
+
+def test_a_step_that_was_not_saved_is_answered_with_those_that_were(tmp_path: Path) -> None:
+    track(save(tmp_path, 100).parent, "100")
+    save(tmp_path, 50)
+    with pytest.raises(UserError, match=r"say --ckpt-step 100 or 50$"):
+        Checkpoint(tmp_path, 99)
 
 
 @pytest.mark.parametrize(("text", "expected"), [("5", 5 * 10**9), ("inf", sys.maxsize), ("1e-12", 1)])

@@ -129,6 +129,7 @@ def test_columnar_nulls_of_the_other_form_do_no_harm(tmp_path: Path) -> None:
         ),
         ({"messages": [{"role": "user", "content": "Hi"}]}, ":2: no assistant turn, so nothing to learn"),
         ({"prompt": "Hi"}, ":2: field 'response' is missing"),
+        ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, ":2: a preference pair, where conversations are wanted"),
         ({"response": "Hi"}, ":2: field 'prompt' is missing"),
         ({"prompt": "Hi", "response": None}, ":2: field 'response' is null"),
         ({"prompt": 3, "response": "Hi"}, ":2: 'prompt' must be text or a list of messages, not a number"),
