@@ -11,6 +11,7 @@ from tests.mutations.table.conversion import CONVERSION
 from tests.mutations.table.counting import COUNTING
 from tests.mutations.table.evaluation import EVALUATION
 from tests.mutations.table.examination import EXAMINATION
+from tests.mutations.table.in_the_loop import IN_THE_LOOP
 from tests.mutations.table.kernels import KERNELS
 from tests.mutations.table.precision import PRECISION
 from tests.mutations.table.recipes import RECIPE
@@ -32,6 +33,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     *TOLD,
     *AUTHORS_AND_LOSSES,
     *KERNELS,
+    *IN_THE_LOOP,
     *CHECKPOINTS,
     *CONVERSION,
     *EVALUATION,

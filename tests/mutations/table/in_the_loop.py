@@ -1,0 +1,75 @@
+"""Data in Megatron's loop, flags that it wants, and what a preference loss depends on."""
+
+from __future__ import annotations
+
+from tests.mutations.mutation import Mutation
+
+_DPO = "tests/integration/test_dpo.py"
+_BAD_INPUT = "tests/integration/test_bad_input.py"
+
+IN_THE_LOOP = (
+    Mutation(
+        "reference-policy-of-another-model",
+        "megatron_ogpsa/integration/reference_policy.py",
+        "            agreed(lambda: self._check_settings(known, (*MODEL_ARGUMENTS, *PRECISION_ARGUMENTS)))\n",
+        "",
+        (f"{_DPO}::test_the_reference_policy_goes_on_where_it_stopped_and_knows_its_data",),
+        "log-probabilities of a model with another rope base or precision are taken for this one's",
+    ),
+    Mutation(
+        "evaluation-before-the-reference-policy-is-read",
+        "megatron_ogpsa/integration/loop.py",
+        "            hook.before_evaluation(iteration)\n",
+        "            pass\n",
+        (f"{_DPO}::test_the_result_of_fine_tuning_is_the_reference_policy",),
+        "a run of DPO that has taken all its steps fails in the evaluation that Megatron still makes",
+    ),
+    Mutation(
+        "ipo-of-sums",
+        "megatron_ogpsa/losses/preference.py",
+        'return self.length_normalised or self.kind == "ipo"',
+        "return self.length_normalised",
+        ("tests/losses/test_against_trl.py",),
+        "IPO compares sums over answers, whose margin is reached at once",
+    ),
+    Mutation(
+        "evaluations-move-on",
+        "megatron_ogpsa/integration/sampling.py",
+        "        position = index % self._window\n",
+        "        position = index % self._num_samples\n",
+        ("tests/integration/test_sampling.py",),
+        "each evaluation takes other samples, as Megatron's do",
+    ),
+    Mutation(
+        "fusion-without-apex",
+        "megatron_ogpsa/integration/gpu_arguments.py",
+        "        parser.set_defaults(gradient_accumulation_fusion=False)\n",
+        "        pass\n",
+        ("tests/integration/test_gpu_arguments.py",),
+        "on a GPU without Apex every run ends when its output layer is built",
+    ),
+    Mutation(
+        "another-schedule-in-a-traceback",
+        "megatron_ogpsa/integration/checkpoints.py",
+        "        if remedy := _other_schedule(error):\n",
+        '        if remedy := "":\n',
+        (f"{_BAD_INPUT}::test_a_run_that_goes_on_with_another_schedule_is_told_how",),
+        "a run that is to go on for longer ends in Megatron's assertion",
+    ),
+    Mutation(
+        "flags-that-megatron-misses-in-an-assertion",
+        "megatron_ogpsa/integration/loop_arguments.py",
+        "    for name, meaning in (_WANTED | (_WANTED_IN_TRAINING if for_training else {})).items():\n",
+        "    for name, meaning in _WANTED.items():\n",
+        (f"{_BAD_INPUT}::test_what_megatron_misses_in_an_assertion_is_asked_for",),
+        "a configuration without a learning rate ends in a TypeError of Megatron's",
+    ),
+    Mutation(
+        "results-of-a-call-that-was-cut-off",
+        "megatron_ogpsa/benchmarks/on_gpu.py",
+        "        if exit_code is not None and one.unfinished(args.folder).exists():\n",
+        "        if one.unfinished(args.folder).exists():\n",
+        ("tests/benchmarks/test_on_gpu.py::test_what_is_left_is_for_the_next_call",),
+        "a measurement that was cut off counts as done",
+    ),
+)
