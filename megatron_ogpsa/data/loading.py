@@ -14,7 +14,8 @@ def load_chat_tokenizer(tokenizer_type: str, tokenizer_model: str, chat_template
     Args:
         tokenizer_type: ``HuggingFaceTokenizer`` or ``SentencePieceTokenizer``.
         tokenizer_model: a Hugging Face tokenizer folder (or Hub name), or a sentencepiece ``.model`` file.
-        chat_template: path of a Jinja file; needed for sentencepiece, takes the place of the folder's own otherwise.
+        chat_template: path of a Jinja file, or the name of one in ``templates`` here; needed for sentencepiece, takes the
+            place of the folder's own otherwise.
 
     Raises:
         UserError: something is missing, broken or unfit, with the flag to mend.

@@ -22,6 +22,8 @@ _GENERATION_TAG = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 
 _POWER = ("operator", "**")
 
+_SHIPPED = Path(__file__).with_name("templates")
+
 # For one conversation, which takes milliseconds and kilobytes.
 _SECONDS = 5.0
 _BYTES = 4 << 30
@@ -114,7 +116,7 @@ class ChatTemplate:
                     raise UserError(
                         f"the chat template writes message {index + 1} differently when others follow, so the"
                         " assistant's words cannot be told apart; mark them with {% generation %} in the template"
-                        " (--chat-template)"
+                        f" (--chat-template FILE.jinja), or for a model of that name say --chat-template {_shipped()}"
                     )
                 spans.append((len(before), len(through)))
         return text, spans
@@ -159,6 +161,10 @@ class ChatTemplate:
         return texts[0], spans[0] if tracking else []
 
 
+def _shipped() -> str:
+    return ", ".join(sorted(path.stem for path in _SHIPPED.glob("*.jinja")))
+
+
 def _limited() -> AbstractContextManager[None]:
     return limited(seconds=_SECONDS, num_bytes=_BYTES)
 
@@ -168,17 +174,22 @@ def _fault(error: Exception) -> str:
 
 
 def read_template_file(path: str) -> str:
-    """Text of a Jinja file.
+    """Text of a Jinja file, or of a template that comes with this project, by its name: a file of that name wins.
 
     Raises:
         UserError: it is missing, a directory, not UTF-8, or empty.
     """
+    shipped = _SHIPPED / f"{path}.jinja"
+    if re.fullmatch(r"[\w.-]+", path) and not Path(path).exists() and shipped.is_file():
+        return shipped.read_text(encoding="utf-8")
     try:
         source = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"--chat-template {path}: not UTF-8 (byte offset {error.start}); save it as UTF-8") from error
     except OSError as error:
-        raise UserError(f"--chat-template {path}: {error.strerror}; give the path of a Jinja file") from error
+        raise UserError(
+            f"--chat-template {path}: {error.strerror}; give the path of a Jinja file, or {_shipped()}"
+        ) from error
     if not source.strip():
         raise UserError(f"--chat-template {path}: the file is empty; give a Jinja chat template")
     return source
