@@ -35,7 +35,7 @@ from megatron_ogpsa.data.truncation import Cut, Document, truncate
 from megatron_ogpsa.errors import UserError
 
 # Part of every fingerprint: raise it when the same input is to give other tokens, masks or files.
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 
 # Progress is shown only for what takes longer than this.
 _PROGRESS_DELAY_SECONDS = 2.0
@@ -213,7 +213,7 @@ def _tokenize(
             token_ids, is_supervised = tokenizer.encode_chat(messages, extras=extras)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        yield truncate(Document(token_ids, is_supervised), limit=seq_length + 1)
+        yield truncate(Document(token_ids, is_supervised), limit=seq_length + 1, bos_id=tokenizer.bos_id)
 
 
 def _write(

@@ -39,6 +39,11 @@ class HuggingFaceChatTokenizer(ChatTokenizer):
 
     @property
     @override
+    def bos_id(self) -> int | None:
+        return self._tokenizer.bos_token_id
+
+    @property
+    @override
     def eos_id(self) -> int | None:
         return self._tokenizer.eos_token_id
 

@@ -26,7 +26,7 @@ from megatron_ogpsa.data.truncation import Cut, Document, truncate_pair
 from megatron_ogpsa.errors import UserError
 
 # Part of every fingerprint: raise it when the same input is to give other tokens, masks or files.
-_FORMAT_VERSION = 3
+_FORMAT_VERSION = 4
 
 MIN_SEQ_LENGTH = 8
 """Two documents with a prompt and an answer each."""
@@ -165,7 +165,7 @@ def _write(
         nonlocal num_supervised
         for where, row in progress_over(source, max_samples, show_progress):
             chosen, rejected = _encode(pair_from_row(row, where), extras_from_row(row, where), tokenizer, where)
-            chosen, rejected, cut = truncate_pair(chosen, rejected, limit=seq_length // 2)
+            chosen, rejected, cut = truncate_pair(chosen, rejected, limit=seq_length // 2, bos_id=tokenizer.bos_id)
             cuts[cut] += 1
             lengths.append(len(chosen.token_ids) + len(rejected.token_ids))
             num_supervised += chosen.num_supervised + rejected.num_supervised

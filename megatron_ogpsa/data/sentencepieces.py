@@ -67,6 +67,11 @@ class SentencePieceChatTokenizer(ChatTokenizer):
 
     @property
     @override
+    def bos_id(self) -> int | None:
+        return _known_id(self._model.bos_id())
+
+    @property
+    @override
     def eos_id(self) -> int | None:
         return _known_id(self._model.eos_id())
 

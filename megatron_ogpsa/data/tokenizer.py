@@ -40,6 +40,11 @@ class ChatTokenizer(ABC):
 
     @property
     @abstractmethod
+    def bos_id(self) -> int | None:
+        """The tokenizer's beginning-of-sequence token."""
+
+    @property
+    @abstractmethod
     def eos_id(self) -> int | None:
         """The tokenizer's own end-of-sequence token."""
 

@@ -97,7 +97,8 @@ def test_cut_documents_keep_a_label_at_the_last_position(
         assert tokenizer.decode([int(item["labels"][-1])]).strip() in "hello"
     prompt = tokenizer.encode_prompt(chat("Hi " * 60)["messages"])
     unlearnt = dataset[1]["tokens"][: int((dataset[1]["loss_mask"] == 0).sum()) + 1]
-    assert prompt[-len(unlearnt) :] == unlearnt.tolist()
+    assert unlearnt[0] == tokenizer.bos_id == prompt[0]  # the prompt's start is cut after it
+    assert prompt[1 - len(unlearnt) :] == unlearnt[1:].tolist()
     assert dataset.num_supervised_tokens == sum(int(item["loss_mask"].sum()) for item in dataset)
 
 

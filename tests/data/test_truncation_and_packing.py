@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_ogpsa.data import attention_mask_from_documents
 from megatron_ogpsa.data.packing import best_fit_decreasing
-from megatron_ogpsa.data.truncation import Cut, Document, truncate
+from megatron_ogpsa.data.truncation import Cut, Document, truncate, truncate_pair
 
 
 def document(flags: str) -> Document:
@@ -38,6 +38,40 @@ def test_windows_written_by_hand(flags: str, limit: int, kept: list[int], cut: C
     assert result.token_ids == kept
     assert result.is_supervised == [flags[i] == "A" for i in kept]
     assert what is cut
+
+
+@pytest.mark.parametrize(
+    ("flags", "limit", "kept", "cut"),
+    [
+        ("ppAA", 4, [0, 1, 2, 3], Cut.NOTHING),
+        ("pppAA", 4, [0, 1, 2, 3], Cut.END),
+        ("ppppAA", 4, [0, 3, 4, 5], Cut.PROMPT),
+        ("ppppppA", 4, [0, 4, 5, 6], Cut.PROMPT),
+        ("pppA", 2, [0, 3], Cut.PROMPT),
+    ],
+)
+def test_a_beginning_of_sequence_token_stays(flags: str, limit: int, kept: list[int], cut: Cut) -> None:
+    result, what = truncate(document(flags), limit, bos_id=0)
+    assert result.token_ids == kept
+    assert result.is_supervised == [flags[i] == "A" for i in kept]
+    assert what is cut
+    assert truncate(document(flags), limit, bos_id=1) == truncate(document(flags), limit)
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 30), st.integers(2, 40))
+def test_it_stays_in_pairs_too(prompt: int, chosen: int, rejected: int, limit: int) -> None:
+    pair = [document("p" * prompt + "A" * answer) for answer in (chosen, rejected)]
+    *cut, what = truncate_pair(pair[0], pair[1], limit, bos_id=0)
+    for after, answer in zip(cut, (chosen, rejected), strict=True):
+        assert len(after.token_ids) <= limit
+        assert not after.is_supervised[0]
+        assert after.num_supervised > 0
+        if limit > 2:
+            assert after.token_ids[0] == 0
+        if prompt + max(chosen, rejected) <= limit:
+            assert after.token_ids == [*range(prompt + answer)]
+    assert cut[0].token_ids[: cut[0].is_supervised.index(True)] == cut[1].token_ids[: cut[1].is_supervised.index(True)]
+    assert (what is Cut.NOTHING) == (prompt + max(chosen, rejected) <= limit)
 
 
 def test_first_token_is_no_label() -> None:
