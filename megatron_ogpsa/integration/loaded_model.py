@@ -52,6 +52,7 @@ class LoadedModel:
         from megatron.training.training import initialize_megatron
 
         args = validated_arguments(flags)
+        args.save = None  # the configuration's run may be another user's: data that is scored is not kept in its folder
         _refuse_unsupported(args)
         check_device(args)
         args.virtual_pipeline_model_parallel_size = None

@@ -117,6 +117,12 @@ def test_the_table_has_both_checkpoints(folder: Path, alone: dict[str, Any]) -> 
     ]
 
 
+def test_no_data_is_kept_where_the_configuration_saves(folder: Path, alone: dict[str, Any]) -> None:
+    assert alone["checkpoints"]
+    assert "save: runs/sft\n" in CONFIG.read_text(encoding="utf-8")
+    assert [path.name for path in (folder / "runs/sft").iterdir()] == ["tensorboard"]
+
+
 def test_positions_are_scaled_as_the_flags_say(evaluate: Evaluate, folder: Path) -> None:
     """Llama 3.2's factor is 32, which Megatron's own configuration forgets: its default is 8."""
     losses = []
