@@ -22,6 +22,12 @@ class UserError(Exception):
         super().__init__(shown(message))
 
 
+class TransientError(UserError):
+    """What may be over at the next start, a file system that is away for a while say: the one user error worth a restart."""
+
+    exit_code: int = 1
+
+
 class UnsupportedError(UserError):
     """A Megatron feature that projection does not support yet: the flag, the reason, the nearest thing that works."""
 

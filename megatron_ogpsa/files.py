@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -10,10 +11,28 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.errors import TransientError, UserError
 
 SEAL = "sha256"
 """The key of a sealed JSON object that holds the SHA-256 of the others."""
+
+_LASTING = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
+        *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+    }
+)
+"""What is the same at the next start, until somebody mends it."""
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the file system may do at the next try what it refuses now: EIO, ESTALE, and whatever is not known to last."""
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in _LASTING
+
+
+def file_error(error: BaseException, message: str) -> UserError:
+    """``message`` as the error that ends a run; it is one worth a restart if ``error`` may pass."""
+    return (TransientError if may_pass(error) else UserError)(message)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -68,7 +87,7 @@ def write_sealed_json(path: Path, content: Mapping[str, Any], *, remedy: str) ->
     try:
         write_atomically(path, _sealed(content))
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): {remedy}") from None
+        raise file_error(error, f"{path} cannot be written ({error.strerror}): {remedy}") from None
 
 
 def read_sealed_json(path: Path, *, remedy: str) -> dict[str, Any] | None:
@@ -97,7 +116,7 @@ def _bytes_of(path: Path, remedy: str) -> bytes:
             raise UserError(f"{path} is not a regular file: {remedy}")
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
+        raise file_error(error, f"{path} cannot be read ({error.strerror}): {remedy}") from None
 
 
 def _object_in(path: Path, written: bytes, remedy: str) -> dict[str, Any]:

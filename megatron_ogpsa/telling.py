@@ -34,8 +34,11 @@ def tell_once(message: str, *, key: str | None = None, write: Callable[[str], No
         key: what the error is about, if ranks say it in different words.
     """
     if folder := os.environ.get(ERRORS_VARIABLE):
+        start = os.environ.get(
+            "TORCHELASTIC_RESTART_COUNT", "0"
+        )  # what ends ranks that were started again is told again
         try:
-            Path(folder, hashlib.sha256((key or message).encode()).hexdigest()).touch(exist_ok=False)
+            Path(folder, hashlib.sha256(f"{start} {key or message}".encode()).hexdigest()).touch(exist_ok=False)
         except FileExistsError:
             return
     elif os.environ.get("RANK", "0") != "0":

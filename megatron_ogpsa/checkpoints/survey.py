@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ogpsa.checkpoints.manifest import MANIFEST_FILE, ManifestError, read_manifest
-from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.files import write_atomically
+from megatron_ogpsa.files import file_error, write_atomically
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 STATE_FILE = "ogpsa.json"
@@ -83,7 +82,7 @@ def survey(folder: Path) -> Survey:
     try:
         names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     except OSError as error:
-        raise UserError(f"{folder}: cannot be listed ({error.strerror}): make it readable") from None
+        raise file_error(error, f"{folder}: cannot be listed ({error.strerror}): make it readable") from None
     saved = [_saved(folder / name, iteration) for name in names if (iteration := _iteration(name)) is not None]
     return Survey(
         folder=folder,

@@ -34,7 +34,7 @@ TAKE_FLAGS = ("train", "evaluate", "plan", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0, or 2 for a mistake of the user's, which is told in one line.
+    """Run one verb; returns the exit code: 0, or 2 for a mistake of the user's (1 if it may pass), told in one line.
 
     (Ranks that hang end with 3, without coming here: see :mod:`megatron_ogpsa.watchdog`.)
     """

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.files import file_error
 
 _MOST_BYTES = 1 << 20
 _STANDARD = "tag:yaml.org,2002:"
@@ -54,7 +55,7 @@ def _text(path: Path) -> str:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: not UTF-8 text (byte offset {error.start}): save it as UTF-8") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        raise UserError(f"{path}: cannot be read ({error}): check the path") from None
+        raise file_error(error, f"{path}: cannot be read ({error}): check the path") from None
 
 
 def value_of(place: str, node: yaml.Node) -> Any:

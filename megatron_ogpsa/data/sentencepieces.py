@@ -14,6 +14,7 @@ import sentencepiece
 from megatron_ogpsa.data.template import ChatTemplate, Span, read_template_file
 from megatron_ogpsa.data.tokenizer import ChatTokenizer, sha256_of
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.files import file_error
 
 
 class SentencePieceChatTokenizer(ChatTokenizer):
@@ -91,7 +92,7 @@ def load_sentencepiece(file: str, chat_template: str | None) -> SentencePieceCha
         model = sentencepiece.SentencePieceProcessor()
         model.LoadFromSerializedProto(model_bytes)
     except OSError as error:
-        raise UserError(f"{flag}: {error.strerror}; give the path of a sentencepiece .model file") from error
+        raise file_error(error, f"{flag}: {error.strerror}; give the path of a sentencepiece .model file") from error
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{flag}: not a sentencepiece model; give the .model file that training wrote") from error
     special_ids = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id(), "unk": model.unk_id()}

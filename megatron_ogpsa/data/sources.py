@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from datasets import packaged_modules
 
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.files import file_error
 
 LocatedRow = tuple[str, object]
 
@@ -91,7 +92,7 @@ def open_source(source: str) -> RowSource:
 
 
 def _unreadable(source: str, error: OSError) -> UserError:
-    return UserError(f"{source}: cannot be read ({error.strerror or error}); check the file")
+    return file_error(error, f"{source}: cannot be read ({error.strerror or error}); check the file")
 
 
 def require_source(source: str) -> None:
@@ -103,7 +104,7 @@ def require_source(source: str) -> None:
     try:
         is_there = Path(source).exists()
     except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror}); check the path") from error
+        raise file_error(error, f"{source}: cannot be read ({error.strerror}); check the path") from error
     if not is_there:
         _name_on_hub(source)
 
@@ -227,7 +228,7 @@ def _open_parquet(source: str, path: Path) -> RowSource:
     try:
         num_rows = pq.ParquetFile(path).metadata.num_rows
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: not a parquet file ({_first_line(error)}); write it again") from error
+        raise file_error(error, f"{source}: not a parquet file ({_first_line(error)}); write it again") from error
     return RowSource(
         name=source,
         scan=lambda: (_hash_files([path]), num_rows),

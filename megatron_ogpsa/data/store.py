@@ -15,7 +15,7 @@ import datasets
 import pyarrow as pa
 
 from megatron_ogpsa.data.truncation import Document
-from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.files import file_error
 
 _DOCUMENT_SCHEMA = pa.schema({"token_ids": pa.list_(pa.int32()), "is_supervised": pa.list_(pa.bool_())})
 _ROW_SCHEMA = pa.schema({"documents": pa.list_(pa.int64())})
@@ -96,9 +96,10 @@ def writable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
+        raise file_error(
+            error,
             f"{folder}: tokenized data cannot be written ({error.strerror or error}); free space there, or name another "
-            "folder with --data-cache-path"
+            "folder with --data-cache-path",
         ) from error
 
 
@@ -145,7 +146,8 @@ def read_folder(folder: Path, *, in_memory: bool) -> TokenizedDocuments:
             summary=DataSummary(**json.loads((folder / "summary.json").read_text(encoding="utf-8"))),
         )
     except (OSError, ValueError, TypeError, pa.ArrowInvalid) as error:
-        raise UserError(f"{folder}: broken cache ({' '.join(str(error).split())}); delete this folder") from error
+        told = f"{folder}: broken cache ({' '.join(str(error).split())}); delete this folder"
+        raise file_error(error, told) from error
 
 
 def _write_arrow(path: Path, schema: pa.Schema, records: Iterable[dict[str, object]]) -> None:

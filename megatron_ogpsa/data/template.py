@@ -15,6 +15,7 @@ from megatron_ogpsa.data.extras import Extras
 from megatron_ogpsa.data.limits import limited
 from megatron_ogpsa.data.messages import Message
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.files import file_error
 
 Span = tuple[int, int]  # characters, [begin, end)
 
@@ -187,8 +188,8 @@ def read_template_file(path: str) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"--chat-template {path}: not UTF-8 (byte offset {error.start}); save it as UTF-8") from error
     except OSError as error:
-        raise UserError(
-            f"--chat-template {path}: {error.strerror}; give the path of a Jinja file, or {_shipped()}"
+        raise file_error(
+            error, f"--chat-template {path}: {error.strerror}; give the path of a Jinja file, or {_shipped()}"
         ) from error
     if not source.strip():
         raise UserError(f"--chat-template {path}: the file is empty; give a Jinja chat template")

@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.errors import TransientError, UserError
+
+_USER, _TRANSIENT, _INTERNAL = "user", "transient", "internal"
 
 
 def agreed[T](action: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T:
@@ -20,6 +22,7 @@ def agreed[T](action: Callable[[], T], *, group: dist.ProcessGroup | None = None
 
     Raises:
         UserError: some rank raised one; the message of the lowest such rank, which is named unless all failed alike.
+        TransientError: that was all that ranks raised.
         RuntimeError: some rank raised anything else; names the rank, whose traceback stands in its own stderr.
     """
     if not dist.is_initialized():
@@ -29,10 +32,10 @@ def agreed[T](action: Callable[[], T], *, group: dist.ProcessGroup | None = None
     try:
         result.append(action())
     except UserError as error:
-        failure = ("user", str(error))
+        failure = (_TRANSIENT if isinstance(error, TransientError) else _USER, str(error))
     except Exception as error:  # any failure here would leave the other ranks waiting
         traceback.print_exc(file=sys.stderr)
-        failure = ("internal", f"{type(error).__name__}: {error}")
+        failure = (_INTERNAL, f"{type(error).__name__}: {error}")
     _raise_alike(failure, group)
     return result[0]
 
@@ -44,11 +47,13 @@ def _raise_alike(failure: tuple[str, str] | None, group: dist.ProcessGroup | Non
     if not failed:
         return
     for rank, (kind, message) in failed:
-        if kind == "internal":  # a defect outranks a user's mistake: it must not hide behind one line
+        if kind == _INTERNAL:  # a defect outranks a user's mistake: it must not hide behind one line
             raise RuntimeError(f"rank {_global_rank(rank, group)} failed: {message}")
-    rank, (_, message) = failed[0]
+    lasting = [item for item in failed if item[1][0] == _USER]  # a restart would end at these again
+    rank, (kind, message) = (lasting or failed)[0]
     everywhere = len(failed) == len(failures) and len({item for _, item in failed}) == 1
-    raise UserError(message if everywhere else f"{message} (on rank {_global_rank(rank, group)})")
+    told = message if everywhere else f"{message} (on rank {_global_rank(rank, group)})"
+    raise (UserError if kind == _USER else TransientError)(told)
 
 
 def _global_rank(rank: int, group: dist.ProcessGroup | None) -> int:

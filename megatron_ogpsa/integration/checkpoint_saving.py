@@ -29,8 +29,7 @@ from megatron_ogpsa.checkpoints.manifest import (
     write_manifest,
 )
 from megatron_ogpsa.checkpoints.survey import HAS_MANIFEST, STATE_FILE, checkpoint_folder
-from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.files import write_json
+from megatron_ogpsa.files import file_error, write_json
 from megatron_ogpsa.integration.agreement import agreed
 from megatron_ogpsa.integration.disk import install_writer_errors, noted_error
 from megatron_ogpsa.integration.patching import Patch
@@ -112,7 +111,7 @@ def _write_manifest_together(folder: Path) -> None:
     """Write our state and the manifest of a checkpoint whose other files are complete; on all ranks.
 
     Raises:
-        UserError: a file cannot be read or written; on all ranks alike.
+        UserError: a file cannot be read or written; on all ranks alike. Worth a restart if it may pass.
     """
     rank = dist.get_rank()
     own = agreed(_told(folder, lambda: take_digests(folder, rank) or _hashed(folder, files_of_rank(folder, rank))))
@@ -148,9 +147,10 @@ def _told[T](folder: Path, action: Callable[[], T]) -> Callable[[], T]:
         try:
             return action()
         except OSError as error:
-            raise UserError(
+            raise file_error(
+                error,
                 f"{error.filename or folder}: the checkpoint's manifest cannot be made ({error.strerror}): make room or "
-                f"mend the file system, and resume from the checkpoint before; --no-verify-integrity saves without one"
+                f"mend the file system, and resume from the checkpoint before; --no-verify-integrity saves without one",
             ) from error
 
     return run

@@ -28,7 +28,7 @@ from megatron_ogpsa.checkpoints.survey import (
     write_tracker,
 )
 from megatron_ogpsa.errors import UserError, one_line, where
-from megatron_ogpsa.files import read_json
+from megatron_ogpsa.files import file_error, read_json
 from megatron_ogpsa.integration.agreement import agreed
 from megatron_ogpsa.integration.checkpoint_saving import (
     NON_PERSISTENT,
@@ -184,9 +184,8 @@ def _mend_tracker(folder: Path, name: str, flag: str) -> None:
     try:
         write_tracker(folder, name)
     except OSError as error:
-        raise UserError(
-            f"{flag}: {folder / TRACKER_FILE} cannot be mended ({error.strerror}): write {name.removeprefix('iter_')} into it"
-        ) from None
+        what = f"{flag}: {folder / TRACKER_FILE} cannot be mended ({error.strerror})"
+        raise file_error(error, f"{what}: write {name.removeprefix('iter_')} into it") from None
 
 
 def _joined(examined: Examined) -> str:
@@ -228,12 +227,14 @@ def _told_in_one_line(args: argparse.Namespace, load_arg: str) -> Iterator[None]
             raise
         layout = "; to go on in another layout, save with --dist-ckpt-optim-fully-reshardable"
         remedy = layout if "(TP, PP) mismatch" in one_line(error) else ""
-        raise UserError(
-            f"{flag}: Megatron cannot load this checkpoint into this run: {one_line(error)}{remedy}"
+        raise file_error(
+            error, f"{flag}: Megatron cannot load this checkpoint into this run: {one_line(error)}{remedy}"
         ) from error
     except CheckpointException as error:  # not an Exception to torch
         first = next(iter(error.failures.values()))[0]
-        raise UserError(f"{flag}: torch cannot read this checkpoint: {type(first).__name__}: {first}") from error
+        raise file_error(
+            first, f"{flag}: torch cannot read this checkpoint: {type(first).__name__}: {first}"
+        ) from error
 
 
 def _other_schedule(error: Exception) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -25,19 +26,23 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.errors import TransientError, UserError
+from megatron_ogpsa.files import file_error, may_pass
 from megatron_ogpsa.integration.agreement import agreed
 from megatron_ogpsa.integration.patching import Patch, apply_patches
 from megatron_ogpsa.processes import attempt_in_store
 
 logger = logging.getLogger(__name__)
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO, errno.ESTALE)
+_DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT),
+    *(errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN),
+)
+"""What a file system says when it refuses, and what one in a network says of a server that is away."""
+
 _PROBE_BYTES = 4096
 _PATIENCE = timedelta(seconds=10)
 """For the message of a rank that has gone; it is set before that rank goes."""
-
-_remedy = "free space there, or name another folder"
 
 
 @dataclass
@@ -61,7 +66,7 @@ def check_folders(folders: dict[str, str | None]) -> None:
             can be is seen from the nearest one above it.
 
     Raises:
-        UserError: naming flag, folder and remedy; on the ranks that have looked.
+        UserError: naming flag, folder and remedy; on the ranks that have looked. Worth a restart if it may pass.
     """
     for flag, folder in folders.items():
         if folder:
@@ -74,7 +79,13 @@ def _check_folder(what: str, folder: str) -> None:
     try:
         probe(Path(folder))
     except OSError as error:
-        raise UserError(f"{what} ({error.strerror}): {_remedy}") from None
+        raise file_error(error, f"{what} ({error.strerror}): {_remedy(error)}") from None
+
+
+def _remedy(error: OSError) -> str:
+    if may_pass(error):
+        return "start again (--max-restarts does); if that ends alike, mend the file system or name another folder"
+    return "free space there, or name another folder"
 
 
 def probe(folder: Path) -> None:
@@ -173,7 +184,8 @@ def _disk_errors_told(what: str, free: int | None = None) -> Iterator[None]:
         raise _of_all_ranks(what, error, free) or error from None
     except (OSError, RuntimeError) as error:
         if (found := disk_error(error)) is not None:
-            raise _of_this_rank(f"{what} ({found.strerror} on rank {dist.get_rank()}): {_remedy}") from None
+            message = f"{what} ({found.strerror} on rank {dist.get_rank()}): {_remedy(found)}"
+            raise _of_this_rank(file_error(found, message)) from None
         raise _told_by_another() or error from None  # a collective fails if another rank has gone
 
 
@@ -182,32 +194,36 @@ def _of_all_ranks(what: str, error: CheckpointException, free: int | None) -> Us
 
     What stopped another process, which writes beside the training, rank 0 reads in the words that were handed on.
     """
-    own = {dist.get_rank(): _written.error.strerror} if _written.error else {}
-    handed_on = {rank: _strerror_in(str(failure)) for rank, (failure, _) in error.failures.items()}
+    own = {dist.get_rank(): _written.error.errno} if _written.error else {}
+    handed_on = {rank: _errno_in(str(failure)) for rank, (failure, _) in error.failures.items()}
     everyones: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, ({**handed_on, **own}, _written.num_bytes))
-    reasons = {rank: reason for some, _ in everyones for rank, reason in some.items() if reason}
+    reasons = {
+        rank: OSError(number, os.strerror(number)) for some, _ in everyones for rank, number in some.items() if number
+    }
     if not reasons:
         return None
-    rank = min(reasons)
+    rank = min(reasons, key=lambda rank: (may_pass(reasons[rank]), rank))  # a restart would end at what lasts
     size = (
         ""
         if free is None
         else f"; it takes at least {_megabytes(sum(n for _, n in everyones))}, {_megabytes(free)} were free"
     )
-    return UserError(f"{what} ({reasons[rank]} on rank {rank}{size}): {_remedy}; what was saved before is as it was")
+    reason = reasons[rank]
+    told = f"{what} ({reason.strerror} on rank {rank}{size}): {_remedy(reason)}; what was saved before is as it was"
+    return file_error(reason, told)
 
 
-def _strerror_in(words: str) -> str | None:
+def _errno_in(words: str) -> int | None:
     """What the file system said, out of a sentence with ``[Errno 28]``."""
     found = re.search(r"\[Errno (\d+)\]", words)
-    return os.strerror(int(found[1])) if found and int(found[1]) in _DISK_ERRORS else None
+    return int(found[1]) if found and int(found[1]) in _DISK_ERRORS else None
 
 
-def _of_this_rank(message: str) -> UserError:
-    """The other ranks are in a collective, which fails once this one has gone; they find the message in the store."""
-    _store.set(_told_key(), message)
-    return UserError(message)
+def _of_this_rank(error: UserError) -> UserError:
+    """The other ranks are in a collective, which fails once this one has gone; they find ``error`` in the store."""
+    _store.set(_told_key(), json.dumps([isinstance(error, TransientError), str(error)]))
+    return error
 
 
 def _told_key() -> str:
@@ -218,7 +234,8 @@ def _told_key() -> str:
 def _told_by_another() -> UserError | None:
     try:
         _store.wait([_told_key()], _PATIENCE)
-        return UserError(_store.get(_told_key()).decode())
+        is_transient, message = json.loads(_store.get(_told_key()))
+        return (TransientError if is_transient else UserError)(message)
     except RuntimeError:  # there is no message, or the store has gone too
         return None
 

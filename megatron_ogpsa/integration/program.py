@@ -12,6 +12,7 @@ import traceback
 import torch.distributed as dist
 
 from megatron_ogpsa.errors import UserError, one_line
+from megatron_ogpsa.files import file_error
 from megatron_ogpsa.integration.arguments import add_training_arguments, parse_flags
 from megatron_ogpsa.integration.cpu_arguments import check_supported_on_cpu
 from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
@@ -80,9 +81,10 @@ def validated_arguments(flags: list[str], *, for_training: bool = False) -> argp
     except Exception as error:
         if not any(frame.name == "load_args_from_checkpoint" for frame in traceback.extract_tb(error.__traceback__)):
             raise
-        raise UserError(
+        raise file_error(
+            error,
             f"--use-checkpoint-args: --load {early.load}: Megatron cannot read this checkpoint's arguments "
-            f"({one_line(error)}): give the flags themselves, or name a whole checkpoint with --ckpt-step"
+            f"({one_line(error)}): give the flags themselves, or name a whole checkpoint with --ckpt-step",
         ) from error
     except SystemExit as end:  # --use-checkpoint-args reads the tracker before there are ranks to agree on another one
         if end.code in (None, 0):

@@ -18,7 +18,7 @@ from contextlib import suppress
 from datetime import timedelta
 from types import FrameType, TracebackType
 
-from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.errors import TransientError, UserError
 from megatron_ogpsa.processes import ATTEMPT_VARIABLE, PARENT_VARIABLE, attempt_in_store
 from megatron_ogpsa.watchdog.board import STORE_VARIABLE
 
@@ -73,12 +73,12 @@ class JobRank:
             try:
                 message = {"result": look()}
             except UserError as error:
-                self._store.set(key, json.dumps({"error": str(error)}))
+                self._store.set(key, json.dumps({"error": str(error), "passes": isinstance(error, TransientError)}))
                 raise
             self._store.set(key, json.dumps(message))
         answer = json.loads(self._store.get(key))
         if "error" in answer:
-            raise UserError(answer["error"])
+            raise (TransientError if answer["passes"] else UserError)(answer["error"])
         result: T = answer["result"]
         return result
 

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.files import write_atomically
+from megatron_ogpsa.files import file_error, write_atomically
 
 _FORMAT = "2"
 
@@ -67,8 +67,8 @@ def write_log_probs(path: Path, log_probs: LogProbs) -> None:
     try:
         write_atomically(path, save(tensors, metadata))
     except OSError as error:
-        raise UserError(
-            f"--save: {path} cannot be written ({error.strerror}): free space or choose another folder"
+        raise file_error(
+            error, f"--save: {path} cannot be written ({error.strerror}): free space or choose another folder"
         ) from None
 
 
@@ -90,7 +90,7 @@ def read_log_probs(path: Path) -> LogProbs | None:
         weights, data = metadata["weights"], tuple(json.loads(metadata["data"]))
         settings = dict(json.loads(metadata.get("settings", "{}")))  # absent from format 1
     except (SafetensorError, OSError, MemoryError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{damaged} ({error})") from None
+        raise file_error(error, f"{damaged} ({error})") from None
     digest = metadata.pop("sha256", "")
     if not _are_log_probs(tensors) or digest != _digest(metadata, tensors):
         raise UserError(damaged)

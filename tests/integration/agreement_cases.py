@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.errors import TransientError, UserError
 from megatron_ogpsa.integration.agreement import agreed
 
+_ERRORS = {
+    "user": UserError("data.jsonl:3: broken"),
+    "transient": TransientError("data.jsonl: away"),
+    "internal": KeyError("lost"),
+}
 
-def outcome(failing: list[int], kind: str) -> tuple[str, str]:
-    """The type and message that this rank sees when the ranks ``failing`` fail, and that it can communicate after it."""
+
+def outcome(failing: dict[str, str]) -> tuple[str, str]:
+    """The type and message that this rank sees when ranks fail, and that it can communicate after it.
+
+    Args:
+        failing: rank → kind of its error.
+    """
 
     def action() -> int:
-        if dist.get_rank() in failing:
-            raise UserError("data.jsonl:3: broken") if kind == "user" else KeyError("lost")
+        if kind := failing.get(str(dist.get_rank())):
+            raise _ERRORS[kind]
         return dist.get_rank()
 
     try:

@@ -1,4 +1,7 @@
-"""``megatron-ogpsa`` whose disk fails where ``FAIL`` says, as rank 0 reaches it: before a save, or within one."""
+"""``megatron-ogpsa`` whose disk fails where ``FAIL`` says, as rank 0 reaches it: before a save, or within one.
+
+It fails but once, if ``FAIL_ONCE`` names a file by which that is remembered.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megatron_ogpsa.cli import launching, main
@@ -22,11 +26,20 @@ _RANK_0_ONLY = {
 
 def _failing(original: Callable[..., Any]) -> Callable[..., Any]:
     def fail(*args: Any, **kwargs: Any) -> Any:
-        if sys._getframe(1).f_code.co_name in ("save_checkpoint", "metadata_finalize_fn") or _PLACE == "metadata":
+        is_in_save = sys._getframe(1).f_code.co_name in ("save_checkpoint", "metadata_finalize_fn")
+        if (is_in_save or _PLACE == "metadata") and _is_to_fail():
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return original(*args, **kwargs)
 
     return fail
+
+
+def _is_to_fail() -> bool:
+    if not (noted := os.environ.get("FAIL_ONCE")):
+        return True
+    is_first = not Path(noted).exists()
+    Path(noted).touch()
+    return is_first
 
 
 def _remounting(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,21 +14,23 @@ JOB = "tests.integration.agreement_cases:outcome"
 
 
 @pytest.mark.parametrize(
-    ("failing", "kind", "expected"),
+    ("failing", "expected"),
     [
-        ([1], "user", ("UserError", "data.jsonl:3: broken (on rank 1)")),
-        ([0, 1], "user", ("UserError", "data.jsonl:3: broken")),
-        ([1], "internal", ("RuntimeError", "rank 1 failed: KeyError: 'lost'")),
+        ({"1": "user"}, ("UserError", "data.jsonl:3: broken (on rank 1)")),
+        ({"0": "user", "1": "user"}, ("UserError", "data.jsonl:3: broken")),
+        ({"1": "transient"}, ("TransientError", "data.jsonl: away (on rank 1)")),
+        ({"0": "transient", "1": "user"}, ("UserError", "data.jsonl:3: broken (on rank 1)")),
+        ({"1": "internal"}, ("RuntimeError", "rank 1 failed: KeyError: 'lost'")),
     ],
 )
 def test_all_ranks_raise_what_one_met(
-    distributed: Callable[[int], WorkerGroup], failing: list[int], kind: str, expected: tuple[str, str]
+    distributed: Callable[[int], WorkerGroup], failing: dict[str, str], expected: tuple[str, str]
 ) -> None:
-    assert [tuple(seen) for seen in distributed(2).run(JOB, failing=failing, kind=kind)] == [expected, expected]
+    assert [tuple(seen) for seen in distributed(2).run(JOB, failing=failing)] == [expected, expected]
 
 
 def test_without_a_failure_each_rank_keeps_its_own_result(distributed: Callable[[int], WorkerGroup]) -> None:
-    seen = distributed(2).run(JOB, failing=[], kind="user")
+    seen = distributed(2).run(JOB, failing={})
     assert [tuple(item) for item in seen] == [("result", "0"), ("result", "1")]
 
 

@@ -1,7 +1,9 @@
-"""A disk that is full, read-only or failing: one line, exit code 2 on every rank, and what was saved before stays."""
+"""A disk that is full, read-only or failing: one line, exit code 2 (1 if it may pass), and what was saved before stays."""
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from megatron_ogpsa.checkpoints import examine
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.integration import disk as disk_of_run
 from megatron_ogpsa.integration.disk import check_folders
 from tests.integration.conftest import Outcome, Train
 from tests.integration.test_manifests import ASYNC
@@ -40,9 +43,9 @@ def mounted(tmp_path: Path) -> Iterator[Mount]:
     subprocess.run(["umount", str(folder)], capture_output=True)
 
 
-def told(outcome: Outcome) -> str:
+def told(outcome: Outcome, exit_code: int = 2) -> str:
     """The one line in which the command told its error."""
-    assert outcome.exit_code == 2, outcome.output[-3000:]
+    assert outcome.exit_code == exit_code, outcome.output[-3000:]
     assert "Traceback" not in outcome.output, outcome.output[-3000:]
     assert len(outcome.error_lines) == 1, outcome.error_lines
     return outcome.error_lines[0]
@@ -113,10 +116,38 @@ def test_a_disk_that_fails_under_rank_0_is_told_by_all(
         module="tests.integration.failing_disk",
         timeout=100,
     )
-    assert FAILURES[place].format(run=disk / "run") in told(outcome)
+    assert FAILURES[place].format(run=disk / "run") in told(outcome, 2 if place == "read-only" else 1)
     if place == "read-only":
         assert (disk / "run/latest_checkpointed_iteration.txt").read_text(encoding="utf-8") == "1"
         assert examine(disk / "run").problems == ()
+
+
+def test_a_disk_that_fails_for_a_while_costs_a_restart(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAIL", "tracker")
+    monkeypatch.setenv("FAIL_ONCE", str(tmp_path / "failed"))
+    flags = [*TWO_STEPS, "--save", "run", "--load", "run", "--max-restarts", "1"]
+    outcome = train(*flags, module="tests.integration.failing_disk", agent=True)
+    assert "(Input/output error on rank 0): start again (--max-restarts does)" in told(outcome, 0)
+    assert "All ranks are started again (after that, 0 more times)" in outcome.output
+    assert examine(tmp_path / "run").iteration == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code"),
+    [(errno.EIO, 1), (errno.ESTALE, 1), (errno.ETIMEDOUT, 1), (errno.EBUSY, 1), (errno.EDQUOT, 2), (errno.EACCES, 2)],
+)
+def test_what_may_pass_is_worth_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, exit_code: int
+) -> None:
+    def fails(folder: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(disk_of_run, "probe", fails)
+    with pytest.raises(UserError) as caught:
+        check_folders({"--save": str(tmp_path)})
+    assert caught.value.exit_code == exit_code
 
 
 def test_folders_are_looked_at_and_not_made(tmp_path: Path) -> None:
