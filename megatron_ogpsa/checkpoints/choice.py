@@ -46,7 +46,7 @@ def examine(folder: Path, iteration: int | None = None, *, contents: bool = True
         contents: hash the files; otherwise see whether they are there.
 
     Raises:
-        UserError: the folder cannot be listed.
+        UserError: the folder cannot be listed, or what is there cannot be read.
     """
 
     def damages(saved: Saved) -> list[str]:

@@ -12,14 +12,18 @@ import hashlib
 import itertools
 import json
 import os
+import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megatron_ogpsa.files import write_json
+from megatron_ogpsa.files import file_error, may_pass, write_json
 
 MANIFEST_FILE = "integrity.json"
 ALGORITHM = "sha256"
+
+RETRY_SECONDS = 2.0
+"""To a second look at what could not be read."""
 
 _KEPT_PREFIX = ".digests_"
 
@@ -31,15 +35,41 @@ class ManifestError(Exception):
     """A manifest that says nothing, in words that name the file."""
 
 
+def seen[T](path: Path, read: Callable[[Path], T]) -> T:
+    """What ``read`` finds in a checkpoint's file; it looks once more if what stops it may pass.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, NotADirectoryError: there is no such file, which is damage.
+        UserError: it is there and cannot be read. Nobody knows that it is damaged, and a run that went on from an older
+            checkpoint would train anew, and write over, what may be whole. Worth a restart if it may pass.
+    """
+    try:
+        try:
+            return read(path)
+        except OSError as error:
+            if not may_pass(error):
+                raise
+            time.sleep(RETRY_SECONDS)
+            return read(path)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise
+    except OSError as error:
+        message = (
+            f"{path} cannot be read ({error.strerror}), which does not say that it is damaged: mend the file system"
+        )
+        raise file_error(error, f"{message}, or move the file away to go on without what it belongs to") from None
+
+
 def read_manifest(checkpoint: Path) -> dict[str, str] | None:
     """File name → SHA-256 in hexadecimal digits; None if the checkpoint has no manifest.
 
     Raises:
-        ManifestError: it cannot be read, or is not what Megatron writes.
+        ManifestError: it is not what Megatron writes.
+        UserError: it cannot be read; see :func:`seen`.
     """
     path = checkpoint / MANIFEST_FILE
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(seen(path, Path.read_bytes))
         if content["algorithm"] != ALGORITHM:
             raise ManifestError(f"{path} has digests of {content['algorithm']!r}, which are not known")
         files = {str(name): str(digest) for name, digest in content["files"].items()}
@@ -150,12 +180,15 @@ def damaged_files(
 
     Args:
         after_file: called as each file has been read.
+
+    Raises:
+        UserError: a file cannot be read; see :func:`seen`.
     """
 
     def problem_of(name: str) -> str | None:
         path = checkpoint / name
         try:
-            digest = _digest(path)
+            digest = seen(path, _digest)
         except FileNotFoundError:
             return f"{path} is missing"
         except OSError as error:

@@ -19,7 +19,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ogpsa.checkpoints.manifest import MANIFEST_FILE, ManifestError, read_manifest
+from megatron_ogpsa.checkpoints.manifest import MANIFEST_FILE, ManifestError, read_manifest, seen
 from megatron_ogpsa.files import file_error, write_atomically
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -76,7 +76,7 @@ def survey(folder: Path) -> Survey:
     """Look at the folder, without reading the checkpoints themselves.
 
     Raises:
-        UserError: the folder cannot be listed.
+        UserError: the folder cannot be listed, or what is there cannot be read.
     """
     tracked, problem = _read_tracker(folder / TRACKER_FILE)
     try:
@@ -103,7 +103,7 @@ def write_tracker(folder: Path, name: str) -> None:
 
 def _read_tracker(path: Path) -> tuple[str | None, str | None]:
     try:
-        text = path.read_text(encoding="ascii").strip()
+        text = seen(path, Path.read_bytes).decode("ascii").strip()
     except FileNotFoundError:
         return None, None
     except (OSError, UnicodeDecodeError) as error:
@@ -145,7 +145,7 @@ def _saved(path: Path, iteration: int) -> Saved:
 def _says_that_it_has_a_manifest(path: Path) -> bool:
     """The state file is written before the manifest: without one, a save was cut short, or the manifest was lost."""
     try:
-        state = json.loads(path.read_bytes())
+        state = json.loads(seen(path, Path.read_bytes))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(state, dict) and bool(state.get(HAS_MANIFEST))

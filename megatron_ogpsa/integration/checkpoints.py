@@ -61,7 +61,7 @@ def examine_together(folder: Path, iteration: int | None = None) -> Examined:
     """As :func:`megatron_ogpsa.checkpoints.examine`, each rank reading its share of the files; the same on all ranks.
 
     Raises:
-        UserError: the folder cannot be listed; on all ranks alike.
+        UserError: the folder cannot be listed, or what is there cannot be read; on all ranks alike.
     """
     is_first = dist.get_rank() == 0
     box = [agreed(lambda: survey(folder) if is_first else None)]

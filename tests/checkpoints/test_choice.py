@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 
-from megatron_ogpsa.checkpoints import examine
+from megatron_ogpsa.checkpoints import examine, manifest
 from megatron_ogpsa.checkpoints.manifest import MANIFEST_FILE, write_manifest
 from megatron_ogpsa.checkpoints.survey import HAS_MANIFEST, STATE_FILE, TRACKER_FILE
+from megatron_ogpsa.errors import TransientError, UserError
 from tests.checkpoints.damage import DAMAGES
 
 FILES = (".metadata", "metadata.json", "__0_0.distcp", "__1_0.distcp", STATE_FILE)
@@ -57,6 +61,51 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(run: Path, f
     assert any(str(path.parent) in problem and file in problem for problem in found.problems), found.problems
     DAMAGES[damage](run / "iter_0000004" / file)
     assert examine(run).iteration == 2
+
+
+class Unreadable:
+    """A file that the file system refuses to open, so many times."""
+
+    def __init__(self, path: Path, number: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left = times
+        open_as_ever = Path.open
+
+        def refusing(opened: Path, *args: Any, **kwargs: Any) -> Any:
+            if opened == path and self.left:
+                self.left -= 1
+                raise OSError(number, os.strerror(number), str(opened))
+            return open_as_ever(opened, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "open", refusing)
+        monkeypatch.setattr(manifest, "RETRY_SECONDS", 0.0)
+
+
+OF_A_RUN = ["iter_0000006/__0_0.distcp", f"iter_0000006/{MANIFEST_FILE}", TRACKER_FILE]
+
+
+@pytest.mark.parametrize("file", OF_A_RUN)
+def test_a_file_that_cannot_be_read_at_first_is_looked_at_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    unreadable = Unreadable(run / file, errno.EIO, 1, monkeypatch)
+    found = examine(run)
+    assert (found.iteration, found.problems, found.is_tracked) == (6, (), True)
+    assert unreadable.left == 0
+
+
+@pytest.mark.parametrize("file", OF_A_RUN)
+@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, TransientError), (errno.EACCES, UserError)])
+def test_what_stays_unreadable_is_told_and_not_passed_over(
+    run: Path, monkeypatch: pytest.MonkeyPatch, file: str, number: int, kind: type[UserError]
+) -> None:
+    """Until a person moves it away."""
+    unreadable = Unreadable(run / file, number, 100, monkeypatch)
+    with pytest.raises(UserError, match=f"{file} cannot be read .*, or move the file away") as caught:
+        examine(run)
+    assert type(caught.value) is kind
+    unreadable.left = 0
+    (run / file).unlink()
+    assert examine(run).iteration == (6 if file == TRACKER_FILE else 4)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

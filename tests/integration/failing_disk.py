@@ -20,14 +20,15 @@ _RANK_0_ONLY = {
     "metadata": "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.finish",
     "configuration": "megatron.core.dist_checkpointing.serialization:save_config",
     "tracker": "megatron.training.checkpointing:get_checkpoint_tracker_filename",
+    "reading": "megatron_ogpsa.checkpoints.manifest:_digest",
 }
-"""What rank 0 writes alone, while the others wait for it, in the order in which it is written."""
+"""What rank 0 writes alone, while the others wait for it, in the order in which it is written; and what it verifies."""
 
 
 def _failing(original: Callable[..., Any]) -> Callable[..., Any]:
     def fail(*args: Any, **kwargs: Any) -> Any:
         is_in_save = sys._getframe(1).f_code.co_name in ("save_checkpoint", "metadata_finalize_fn")
-        if (is_in_save or _PLACE == "metadata") and _is_to_fail():
+        if (is_in_save or _PLACE == "metadata" or sys._getframe(1).f_code.co_name == "seen") and _is_to_fail():
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return original(*args, **kwargs)
 

@@ -127,11 +127,19 @@ def test_a_disk_that_fails_for_a_while_costs_a_restart(
 ) -> None:
     monkeypatch.setenv("FAIL", "tracker")
     monkeypatch.setenv("FAIL_ONCE", str(tmp_path / "failed"))
-    flags = [*TWO_STEPS, "--save", "run", "--load", "run", "--max-restarts", "1"]
-    outcome = train(*flags, module="tests.integration.failing_disk", agent=True)
+    flags = [*TWO_STEPS, "--save", "run", "--load", "run"]
+    outcome = train(*flags, "--max-restarts", "1", module="tests.integration.failing_disk", agent=True)
     assert "(Input/output error on rank 0): start again (--max-restarts does)" in told(outcome, 0)
     assert "All ranks are started again (after that, 0 more times)" in outcome.output
     assert examine(tmp_path / "run").iteration == 2
+
+    monkeypatch.setenv("FAIL", "reading")
+    monkeypatch.delenv("FAIL_ONCE")
+    line = told(train(*flags, module="tests.integration.failing_disk"), 1)
+    assert (
+        "run/iter_0000002/.metadata cannot be read (Input/output error), which does not say that it is damaged" in line
+    )
+    assert line.endswith("(on rank 0)")
 
 
 @pytest.mark.parametrize(
