@@ -37,11 +37,12 @@ from megatron_ogpsa.integration.checkpoint_saving import (
     folder_of,
 )
 from megatron_ogpsa.integration.patching import Patch, apply_patches
+from megatron_ogpsa.integration.writer_process import WRITER_PATCHES
 
 
 def guard_checkpoints() -> None:
     """Verify checkpoints before this process's training loop loads them, and put our state into those it saves."""
-    apply_patches((*_PATCHES, *SAVING_PATCHES))
+    apply_patches((*_PATCHES, *SAVING_PATCHES, *WRITER_PATCHES))
 
 
 def read_state(args: argparse.Namespace, iteration: int) -> dict[str, Any]:

@@ -85,6 +85,28 @@ def test_a_disk_that_is_full_for_a_writer_beside_the_training(train: Train, moun
     assert not (run / "latest_checkpointed_iteration.txt").exists()
 
 
+KILLS = {
+    "idle": ["--train-iters", "2", "--save-interval", "2"],
+    "copying": ["--train-iters", "3", "--save-interval", "1"],
+    "writing": ["--train-iters", "3", "--save-interval", "1"],
+    "writing the last": ["--train-iters", "1", "--save-interval", "1"],
+}
+
+
+@pytest.mark.parametrize("place", KILLS)
+def test_a_writer_that_is_killed_is_told_by_all_ranks(
+    train: Train, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Of rank 1, before it is given anything to write, while it copies what it writes, and while it writes."""
+    monkeypatch.setenv("KILL", place.split()[0])
+    flags = [*DP2, *KILLS[place], *ASYNC.split(), "--save", "run"]
+    line = told(train(*flags, module="tests.integration.killed_writer", timeout=60), 1)
+    assert (
+        "the process that writes checkpoints beside the training has ended with signal 9; if nobody has killed" in line
+    )
+    assert line.endswith("(on rank 1)")
+
+
 def test_a_target_that_cannot_be_written_is_refused_before_training(train: Train, mounted: Mount) -> None:
     disk = mounted("size=4m,ro")
     outcome = train(*TWO_STEPS, "--save", str(disk / "run"))
