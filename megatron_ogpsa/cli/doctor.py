@@ -14,6 +14,7 @@ from typing import Any
 from megatron_ogpsa.doctor.examination import Examination, Request
 from megatron_ogpsa.doctor.findings import Report
 from megatron_ogpsa.doctor.ranks import Connections, JobRanks, LocalRanks
+from megatron_ogpsa.open_files import raise_limit
 from megatron_ogpsa.processes import is_rank
 
 DEFAULT_TIMEOUT = 30.0
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     def chosen(name: str) -> Any:
         return getattr(among_flags, name) or getattr(args, name)
 
+    raise_limit()
     connections: LocalRanks | JobRanks
     timeout = chosen("timeout") or DEFAULT_TIMEOUT
     if is_rank():

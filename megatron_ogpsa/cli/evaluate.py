@@ -14,6 +14,7 @@ from megatron_ogpsa.cli.connections import set_connections
 from megatron_ogpsa.cluster.settings import FLAGS, launch_settings
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.evaluation.request import Request, add_request_arguments
+from megatron_ogpsa.open_files import raise_limit
 from megatron_ogpsa.processes import end_with_starter, is_rank
 
 
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     config = ConfigFile.read(args.config)
     if is_rank():
         end_with_starter()
+        raise_limit()
         set_connections(config, flags)
         return _run_as_rank(config, flags)
     Request.of(_own(flags)[0], judges_here=False)  # a mistake is told before any rank is started

@@ -17,6 +17,7 @@ from megatron_ogpsa.cli.connections import set_connections
 from megatron_ogpsa.cluster.restarts import require_resumable, require_resumable_ranks
 from megatron_ogpsa.cluster.settings import FLAGS, LaunchSettings, launch_settings
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.open_files import raise_limit
 from megatron_ogpsa.pipeline import progress
 from megatron_ogpsa.pipeline.plan import Stage, plan_stages
 from megatron_ogpsa.processes import end_with_starter, is_rank, require_common_count
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--stage {only}: {args.config} has no 'stages': leave the flag out")
     if is_rank():
         end_with_starter()
+        raise_limit()
         require_common_count()
         require_resumable_ranks(config, flags)
         set_connections(config, flags)

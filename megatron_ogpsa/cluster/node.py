@@ -29,6 +29,7 @@ from megatron_ogpsa.cluster.settings import LaunchSettings
 from megatron_ogpsa.cluster.thawing import stopped_processes_end
 from megatron_ogpsa.cluster.words import say
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.open_files import raise_limit
 
 _STORE_SECONDS = 60
 """For one answer from the store of the rendezvous."""
@@ -55,6 +56,7 @@ def run_node(
         "torch.distributed.launcher",
     ):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    raise_limit()
     num_ranks = _num_ranks(settings.ranks_per_node)
     # As torchrun does for more than one rank, but sharing out the cores rather than leaving most of them idle.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))

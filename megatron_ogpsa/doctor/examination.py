@@ -14,6 +14,7 @@ from megatron_ogpsa.doctor.findings import Finding, Report, made, not_made, ok, 
 from megatron_ogpsa.doctor.gpu import Gpu, built_in_gpus, check_gpus, visible_gpus
 from megatron_ogpsa.doctor.world import MOST_RANKS_ON_CPU, World, can_start, find_world
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.open_files import limits_at_start
 
 if TYPE_CHECKING:
     from megatron_ogpsa.cli.config_file import ConfigFile
@@ -110,6 +111,7 @@ class Examination:
         report.examine("libraries", environment.check_libraries)
         report.examine("host memory", lambda: machine.check_memory(machine.available_memory(), ranks=ranks))
         report.examine("/dev/shm", machine.check_shared_memory)
+        report.examine("open files", self._look_at_open_files)
         report.examine("OMP_NUM_THREADS", lambda: machine.check_threads(ranks=ranks))
 
     def _count(self, launch: dict[str, str]) -> Finding:
@@ -119,6 +121,10 @@ class Examination:
         if size is None:
             return ok("nodes", "nobody has said how many ranks there are: say --nproc-per-node and --nnodes")
         return ok("nodes", f"{-(-size // local)} of {local} rank{'s' * (local > 1)}")
+
+    def _look_at_open_files(self) -> Finding:
+        world = self._world
+        return machine.check_open_files(limits_at_start(), num_ranks=world.size, by_torchrun=world.is_job)
 
     def _look_for_gpus(self) -> list[Finding]:
         import torch

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_ogpsa.doctor.findings import Finding, fail, ok, size_in_words, warn
+from megatron_ogpsa.open_files import files_of_store_holder
 
 RANK_BYTES = 1 << 30
 """Host memory of a rank that has imported torch and Megatron, before any model: 0.74 GB measured, and room to work."""
@@ -91,6 +92,28 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
         remedy = "in a container: docker run --shm-size 16g, or --ipc=host; otherwise delete what lies there"
         return warn(name, f"{size_in_words(free)} free: data loaders' workers and NCCL run out of it", remedy)
     return ok(name, f"{size_in_words(free)} free")
+
+
+def check_open_files(limits: tuple[int, int], *, num_ranks: int | None, by_torchrun: bool) -> Finding:
+    """The limit of open files against the connections of whoever holds the job's store, on the first node.
+
+    Args:
+        limits: what processes are started with, and up to which they may raise it; megatron-ogpsa's do.
+        num_ranks: of the whole run; None where nobody has said it.
+        by_torchrun: torchrun has started this process; it may hold the store itself, and raises nothing.
+    """
+    name, (soft, hard) = "open files", limits
+    if num_ranks is None:
+        return ok(name, f"{soft}, raised to {hard}")
+    needed = files_of_store_holder(num_ranks)
+    text = f"{num_ranks} ranks take about {needed} in the process that holds their store"
+    if hard < needed:
+        remedy = f"allow {needed} on the first node: ulimit -Hn; in a container docker run --ulimit nofile={needed}"
+        return (fail if hard < needed // 2 else warn)(name, f"at most {hard}, and {text}", remedy)
+    if by_torchrun and soft < needed:
+        remedy = f"ulimit -n {hard} before torchrun on the first node, which may hold the store and raises no limit"
+        return warn(name, f"{soft}, and {text}", remedy)
+    return ok(name, f"{soft}, raised to {hard}; {text}")
 
 
 def check_threads(*, ranks: int, environment: Mapping[str, str] = os.environ, cores: int | None = None) -> Finding:

@@ -21,6 +21,7 @@ from megatron_ogpsa.integration.hang_watch import pulsing, watched
 from megatron_ogpsa.integration.loop import LoopHook, install_hooks
 from megatron_ogpsa.integration.loop_arguments import check_places
 from megatron_ogpsa.integration.patching import Patch, apply_patches, require_supported_megatron
+from megatron_ogpsa.open_files import raise_limit
 from megatron_ogpsa.precision.fp8_support import check_fp8_available
 from megatron_ogpsa.processes import require_common_count
 
@@ -73,6 +74,7 @@ def run_loop(hooks: Sequence[LoopHook], *args: Any, **kwargs: Any) -> Any:
     from megatron.training import get_args
 
     require_common_count()
+    raise_limit()
     known = get_args()
     check_places(known)
     check_folders({"--save": known.save, "--tensorboard-dir": known.tensorboard_dir})

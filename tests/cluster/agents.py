@@ -1,14 +1,15 @@
 """Agents of one or two nodes on this machine, each as the command runs it, in processes forked from this one.
 
 ``python -m tests.cluster.agents JSON``: behaviour of the ranks, flags of all nodes, and which agent gets which signal once
-all ranks are ready; or whether there is an agent too many, which gets SIGTERM before the last rank is told to go on. Prints
-how each agent ended.
+all ranks are ready; or whether there is an agent too many, which gets SIGTERM before the last rank is told to go on. Agents
+may open but 256 files to begin with. Prints how each ended.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -46,6 +47,7 @@ def _say_signal(received: signal.Signals) -> None:
 def main(request: str) -> None:
     """Run the agents that ``request`` describes."""
     case = json.loads(request)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     num_nodes, started = case["nodes"], case.get("started", case["nodes"])
     port = free_port()
     held = socket.create_server(("127.0.0.1", port)) if case.get("port is taken") else None

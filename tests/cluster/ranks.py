@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -76,6 +77,11 @@ def ignores_signals() -> None:
     wait()
 
 
+def tells_how_many_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    print(f"rank {RANK} may open {'as many files as it can' if soft == min(hard, 2**20) else soft}")
+
+
 def _start_child() -> None:
     child = subprocess.Popen(["sleep", "600"])
     Path("ready-child").write_text(str(child.pid), encoding="utf-8")
@@ -105,6 +111,7 @@ BEHAVIOURS: dict[str, Callable[[], None]] = {
         first_rank_is_misused,
         saves_when_told,
         ignores_signals,
+        tells_how_many_files,
         last_rank_has_a_child_and_is_killed,
         first_rank_has_a_child_and_ignores_signals,
     )

@@ -41,6 +41,12 @@ CASES: dict[str, dict[str, Any]] = {
         ],
         "starts": 4,
     },
+    "ranks may open all the files that the system allows": {
+        "nodes": 1,
+        "ranks": "tells_how_many_files",
+        "codes": [0],
+        "said": ["rank 0 may open as many files as it can", "rank 1 may open as many files as it can"],
+    },
     "a user's mistake is not tried again": {
         "nodes": 1,
         "ranks": "first_rank_is_misused",

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_ogpsa.doctor import disk, environment, machine
+from megatron_ogpsa.doctor import disk, environment, examination, machine
 from megatron_ogpsa.doctor.examination import Examination, Request
 from megatron_ogpsa.doctor.findings import Finding, Report, ok
 from megatron_ogpsa.doctor.steps import Layout
@@ -62,6 +62,7 @@ def sound_machine(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = SimpleNamespace(total=10**12, used=0, free=10**12)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(machine, "available_memory", lambda: 10**12)
+    open_files(1024, 2**20)(monkeypatch)
 
 
 def test_a_healthy_environment_has_one_warning() -> None:
@@ -112,6 +113,10 @@ def a_whole_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
 def full_disk(free: int) -> Callable[[pytest.MonkeyPatch], None]:
     usage = SimpleNamespace(free=free)
     return lambda monkeypatch: monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage)
+
+
+def open_files(soft: int, hard: int) -> Callable[[pytest.MonkeyPatch], None]:
+    return lambda monkeypatch: monkeypatch.setattr(examination, "limits_at_start", lambda: (soft, hard))
 
 
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +223,13 @@ CASES = {
         warns={"OMP_NUM_THREADS": "4096 for each of 4 ranks"},
         prepare=lambda monkeypatch: monkeypatch.setenv("OMP_NUM_THREADS", "4096"),
     ),
+    "few open files": Case(
+        warns={
+            "open files": "at most 400, and 4 ranks take about 524 in the process that holds their store -> allow 524"
+        },
+        prepare=open_files(256, 400),
+    ),
+    "far too few open files": Case(fails={"open files": "at most 256, and 4 ranks"}, prepare=open_files(256, 256)),
     "little memory": Case(
         fails={"model memory": "of 1.00 MB free"}, warns={"host memory": "4 ranks take about"}, prepare=little_memory
     ),
@@ -264,6 +276,14 @@ def test_what_is_wrong_is_told_and_nothing_else(case: Case, monkeypatch: pytest.
         assert all(words in found[name] for name, words in expected.items()), found
     assert report.exit_code == (2 if case.fails else 1)
     assert all(finding.remedy for finding in report.findings if finding.level != "OK")
+
+
+def test_open_files_of_a_job() -> None:
+    """torchrun raises no limit for itself, our own agent does."""
+    for by_torchrun, level in ((True, "WARN"), (False, "OK")):
+        found = machine.check_open_files((1024, 2**20), num_ranks=1024, by_torchrun=by_torchrun)
+        assert (found.level, "1024 ranks take about 3584" in found.value) == (level, True)
+    assert machine.check_open_files((1024, 2**20), num_ranks=16, by_torchrun=True).level == "OK"
 
 
 def test_a_stage_that_training_would_refuse() -> None:
