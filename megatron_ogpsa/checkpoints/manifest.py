@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,8 @@ RETRY_SECONDS = 2.0
 """To a second look at what could not be read."""
 
 _KEPT_PREFIX = ".digests_"
+
+_WRITTEN_BY_RANK = re.compile(r"__\d+_\d+\.distcp")
 
 _PIECE = 2**22
 """Bytes read at once; hashing them releases the interpreter's lock, so that files are hashed side by side."""
@@ -142,6 +145,18 @@ def drop_digests(checkpoint: Path, rank: int | None = None) -> None:
     kept = checkpoint.glob(f"{_KEPT_PREFIX}*") if rank is None else [_kept(checkpoint, rank)]
     for path in kept:
         path.unlink(missing_ok=True)
+
+
+def drop_files_of_ranks(checkpoint: Path) -> None:
+    """Remove what the ranks of a save before have written into a checkpoint that is about to be saved anew.
+
+    There may have been more of them, whose files nobody would write again: no metadata name them, but the manifest would.
+    """
+    if not checkpoint.is_dir():
+        return
+    for path in checkpoint.iterdir():
+        if _WRITTEN_BY_RANK.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _kept(checkpoint: Path, rank: int) -> Path:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from megatron_ogpsa.checkpoints.manifest import (
     digests_of,
     drop_digests,
+    drop_files_of_ranks,
     files_beside,
     files_of_rank,
     keep_digests,
@@ -74,7 +75,7 @@ def _with_manifest_of_all_ranks(original: Callable[..., Any]) -> Callable[..., A
             return original(*args, **kwargs)
         call.arguments["verify_integrity"] = False
         folder, rank = Path(call.arguments["checkpoint_dir"]), dist.get_rank()
-        agreed(lambda: drop_digests(folder, rank))  # of a save that was cut short, for files that are now written again
+        agreed(_told(folder, lambda: _drop_leftovers(folder, rank)))
         request = original(*call.args, **call.kwargs)
         if request is None:
             _write_manifest_together(folder)
@@ -85,6 +86,16 @@ def _with_manifest_of_all_ranks(original: Callable[..., Any]) -> Callable[..., A
         return request._replace(async_fn=functools.partial(_write_and_hash, request.async_fn, folder, rank))
 
     return save
+
+
+def _drop_leftovers(folder: Path, rank: int) -> None:
+    """Of a save that was cut short: digests of files that are now written again, and files that are not.
+
+    Rank 0 would hash those alone, while all others wait, and they would stay in the manifest for ever.
+    """
+    drop_digests(folder, rank)
+    if rank == 0:
+        drop_files_of_ranks(folder)
 
 
 def _write_and_hash(write: Callable[..., None], folder: Path, rank: int, *args: Any, **kwargs: Any) -> None:

@@ -26,7 +26,8 @@ def checked(train: Train, tmp_path: Path, flags: str, *, place: str) -> None:
     left = run / "iter_0000003/.digests_1.json"
     left.parent.mkdir(parents=True)
     left.write_text('{"__1_0.distcp": "of a save that was cut short"}', encoding="utf-8")
-    (left.parent / ".digests_7.json").touch()
+    for name in (".digests_7.json", "__7_0.distcp", "__1_2.distcp"):  # of more ranks, and of more writers
+        (left.parent / name).touch()
     outcome = train(*DP2, *flags.split(), "--save", place, timeout=90, module="tests.integration.recording_digests")
     assert outcome.exit_code == 0, outcome.output[-3000:]
     of_rank_0 = {f"rank 0 {name}" for name in (".metadata", "metadata.json", "ogpsa.json")}
