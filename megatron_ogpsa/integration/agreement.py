@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from megatron_ogpsa.errors import TransientError, UserError
+from megatron_ogpsa.telling import tell_once
 
 _USER, _TRANSIENT, _INTERNAL = "user", "transient", "internal"
 
@@ -38,6 +39,13 @@ def agreed[T](action: Callable[[], T], *, group: dist.ProcessGroup | None = None
         failure = (_INTERNAL, f"{type(error).__name__}: {error}")
     _raise_alike(failure, group)
     return result[0]
+
+
+def of_this_rank[E: UserError](error: E) -> E:
+    """Tell ``error`` now, which the other ranks do not have: where they wait for this one it may not come to its end."""
+    tell_once(str(error))
+    error.is_alike = False
+    return error
 
 
 def _raise_alike(failure: tuple[str, str] | None, group: dist.ProcessGroup | None) -> None:

@@ -29,7 +29,7 @@ from megatron_ogpsa.checkpoints.survey import (
 )
 from megatron_ogpsa.errors import UserError, one_line, where
 from megatron_ogpsa.files import file_error, read_json
-from megatron_ogpsa.integration.agreement import agreed
+from megatron_ogpsa.integration.agreement import agreed, of_this_rank
 from megatron_ogpsa.integration.checkpoint_saving import (
     NON_PERSISTENT,
     PROGRESS_DELAY_SECONDS,
@@ -228,9 +228,9 @@ def _told_in_one_line(args: argparse.Namespace, load_arg: str) -> Iterator[None]
             raise
         layout = "; to go on in another layout, save with --dist-ckpt-optim-fully-reshardable"
         remedy = layout if "(TP, PP) mismatch" in one_line(error) else ""
-        raise file_error(
-            error, f"{flag}: Megatron cannot load this checkpoint into this run: {one_line(error)}{remedy}"
-        ) from error
+        text = f"{flag}: Megatron cannot load this checkpoint into this run: {one_line(error)}{remedy}"
+        told = file_error(error, text)
+        raise (of_this_rank(told) if isinstance(error, OSError) else told) from error
     except CheckpointException as error:  # not an Exception to torch
         first = next(iter(error.failures.values()))[0]
         raise file_error(

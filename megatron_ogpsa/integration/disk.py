@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ogpsa.errors import TransientError, UserError
 from megatron_ogpsa.files import file_error, may_pass
-from megatron_ogpsa.integration.agreement import agreed
+from megatron_ogpsa.integration.agreement import agreed, of_this_rank
 from megatron_ogpsa.integration.patching import Patch, apply_patches
 from megatron_ogpsa.processes import attempt_in_store
 
@@ -185,7 +185,7 @@ def _disk_errors_told(what: str, free: int | None = None) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         if (found := disk_error(error)) is not None:
             message = f"{what} ({found.strerror} on rank {dist.get_rank()}): {_remedy(found)}"
-            raise _of_this_rank(file_error(found, message)) from None
+            raise _told_to_others(file_error(found, message)) from None
         raise _told_by_another() or error from None  # a collective fails if another rank has gone
 
 
@@ -220,10 +220,10 @@ def _errno_in(words: str) -> int | None:
     return int(found[1]) if found and int(found[1]) in _DISK_ERRORS else None
 
 
-def _of_this_rank(error: UserError) -> UserError:
+def _told_to_others(error: UserError) -> UserError:
     """The other ranks are in a collective, which fails once this one has gone; they find ``error`` in the store."""
     _store.set(_told_key(), json.dumps([isinstance(error, TransientError), str(error)]))
-    return error
+    return of_this_rank(error)
 
 
 def _told_key() -> str:
@@ -235,7 +235,7 @@ def _told_by_another() -> UserError | None:
     try:
         _store.wait([_told_key()], _PATIENCE)
         is_transient, message = json.loads(_store.get(_told_key()))
-        return (TransientError if is_transient else UserError)(message)
+        return of_this_rank((TransientError if is_transient else UserError)(message))
     except RuntimeError:  # there is no message, or the store has gone too
         return None
 

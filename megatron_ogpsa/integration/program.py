@@ -30,7 +30,7 @@ def run_training(flags: list[str]) -> None:
         flags: Megatron's flags and ours, as on a command line.
 
     Raises:
-        UserError: a mistake in flags or data, on every rank alike.
+        UserError: a mistake in flags or data, on every rank alike; or what this rank alone has met, and told already.
     """
     prepare_megatron()
     args = validated_arguments(flags, for_training=True)
@@ -47,7 +47,9 @@ def run_training(flags: list[str]) -> None:
         run_loop(stage.hooks, config, stage.datasets_provider, ModelType.encoder_or_decoder, stage.forward_step)
         if args.train_iters and args.iteration >= args.train_iters and dist.get_rank() == 0:
             print(f"nothing was left to train: --load {args.load} is at step {args.iteration} of {args.train_iters}")
-    except UserError:
+    except UserError as error:
+        # Without NCCL the others wait for nothing but this rank's connections, and learn from their end.
+        ends_alike = error.is_alike or args.distributed_backend != "nccl"
         raise
     except Exception:  # of this rank alone: it must not wait for the others before it has told why
         ends_alike = False

@@ -1,6 +1,7 @@
 """``megatron-ogpsa`` whose disk fails where ``FAIL`` says, as rank 0 reaches it: before a save, or within one.
 
-It fails but once, if ``FAIL_ONCE`` names a file by which that is remembered.
+It fails but once, if ``FAIL_ONCE`` names a file by which that is remembered. With ``AS_WITH_NCCL`` leaving the process group
+waits for the other ranks, as it may with NCCL.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,20 @@ def _failing(original: Callable[..., Any]) -> Callable[..., Any]:
     def fail(*args: Any, **kwargs: Any) -> Any:
         is_in_save = sys._getframe(1).f_code.co_name in ("save_checkpoint", "metadata_finalize_fn")
         if (is_in_save or _PLACE == "metadata" or sys._getframe(1).f_code.co_name == "seen") and _is_to_fail():
+            if "AS_WITH_NCCL" in os.environ:
+                _wait_when_leaving()
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return original(*args, **kwargs)
 
     return fail
+
+
+def _wait_when_leaving() -> None:
+    import torch.distributed as dist
+    from megatron.training import get_args
+
+    get_args().distributed_backend = "nccl"
+    dist.destroy_process_group = lambda: time.sleep(600)
 
 
 def _is_to_fail() -> bool:

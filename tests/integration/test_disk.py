@@ -144,6 +144,14 @@ def test_a_disk_that_fails_under_rank_0_is_told_by_all(
         assert examine(disk / "run").problems == ()
 
 
+def test_what_one_rank_meets_is_told_before_it_leaves_the_others(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it does not leave their process group, for which it might wait without end."""
+    monkeypatch.setenv("FAIL", "metadata")
+    monkeypatch.setenv("AS_WITH_NCCL", "")
+    outcome = train(*TWO_STEPS, "--save", "run", module="tests.integration.failing_disk", agent=True, timeout=60)
+    assert "could not be written (Input/output error on rank 0)" in told(outcome, 1)
+
+
 def test_a_disk_that_fails_for_a_while_costs_a_restart(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
