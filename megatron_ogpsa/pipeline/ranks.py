@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType, TracebackType
 
 from megatron_ogpsa.errors import TransientError, UserError
@@ -28,6 +30,11 @@ _HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _PATIENCE = timedelta(days=1)
 """Ranks may leave a stage at different times; a rank that fails ends the job at once through torchrun."""
 
+
+_PORTS = range(10000, 20000)
+"""Of stages, below those of SLURM's jobs (megatron_ogpsa/cluster/slurm.py)."""
+
+_OUTGOING = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 _FAREWELL = timedelta(minutes=10)
 """That rank 0 waits for the others when all is done: its process may hold the store that they still ask."""
@@ -133,7 +140,19 @@ class JobRank:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """A port that nobody has here, and that no outgoing connection gets in the minutes until the stage's process binds it.
+
+    (If this machine gives all of them to outgoing connections, it is one of these.)
+
+    Raises:
+        UserError: there is none.
+    """
+    first, last = map(int, _OUTGOING.read_text(encoding="ascii").split())
+    for port in sorted(random.sample(_PORTS, len(_PORTS)), key=lambda port: first <= port <= last):
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("", port))
+            return port
+    raise UserError(
+        f"MASTER_PORT: no port from {_PORTS.start} to {_PORTS.stop - 1} is free on this node for a stage's ranks to meet at: "
+        "end what has them, or run the stages one by one with --stage"
+    )
