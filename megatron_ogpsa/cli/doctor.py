@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_ogpsa.doctor.collectives import SECONDS_PER_RANK, START_SECONDS
 from megatron_ogpsa.doctor.examination import Examination, Request
 from megatron_ogpsa.doctor.findings import Report
 from megatron_ogpsa.doctor.ranks import Connections, JobRanks, LocalRanks
@@ -49,7 +50,8 @@ def _add_own(parser: argparse.ArgumentParser) -> None:
         "--timeout",
         type=float,
         metavar="SECONDS",
-        help=f"for each all-reduce (default: {DEFAULT_TIMEOUT:.0f})",
+        help=f"for each all-reduce, beside {SECONDS_PER_RANK:g} for each of its ranks (default: {DEFAULT_TIMEOUT:.0f}); what "
+        f"imports libraries gets as much, and at least {START_SECONDS:.0f}",
     )
 
 

@@ -10,7 +10,10 @@ from megatron_ogpsa.doctor.findings import Finding, fail, ok, warn
 from megatron_ogpsa.doctor.steps import GROUPS, START, Layout
 
 START_SECONDS = 300.0
-"""What ranks get for what imports torch and Megatron, which a slow file system can make last."""
+"""What ranks get at least for what imports torch and Megatron, which a slow file system can make last."""
+
+SECONDS_PER_RANK = 0.1
+"""What each step gets more for each rank that takes part: NCCL connects a group when it is first used, which is here."""
 
 _POLL_SECONDS = 0.05
 
@@ -37,7 +40,7 @@ def watch(
 
     Args:
         reports: what the probes tell, see :mod:`megatron_ogpsa.doctor.probe`.
-        timeout: seconds for an all-reduce.
+        timeout: seconds for an all-reduce; see :func:`limit`.
         look_after_processes: called now and then; notes ended processes in the store as failed.
         start_seconds: for steps that import libraries.
     """
@@ -48,11 +51,17 @@ def watch(
         if broken is not None:
             yield warn(name, f"not tried after the failure of: {broken}", f"mend first: {broken}")
             continue
-        seconds = start_seconds if step in (START, GROUPS) else timeout
+        seconds = limit(step, layout, timeout, start_seconds)
         missing = _wait(reports, step, layout.world, seconds, look_after_processes)
         finding = _judged(reports, step, name, layout, hosts, missing, seconds)
         broken = name if finding.level == "FAIL" else None
         yield finding
+
+
+def limit(step: str, layout: Layout, timeout: float, start_seconds: float = START_SECONDS) -> float:
+    """Seconds that a step may take."""
+    own = max(start_seconds, timeout) if step in (START, GROUPS) else timeout
+    return own + SECONDS_PER_RANK * layout.axes.get(step, layout.world)
 
 
 def _wait(

@@ -28,6 +28,7 @@ def layout_of(args: argparse.Namespace, mesh: Mesh) -> Layout:
         expert=mesh.expert,
         expert_tensor=mesh.expert_tensor,
         order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
+        gloo=args.use_gloo_process_groups,
     )
 
 

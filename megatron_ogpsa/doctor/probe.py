@@ -66,7 +66,7 @@ def _build_groups(layout: Layout) -> None:
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         order=layout.order,
-        create_gloo_process_groups=torch.cuda.is_available(),  # training has them for checkpoints
+        create_gloo_process_groups=layout.gloo and torch.cuda.is_available(),  # training has them for checkpoints
     )
 
 

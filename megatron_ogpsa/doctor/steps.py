@@ -19,6 +19,7 @@ class Layout:
 
     Attributes:
         order: of ranks, as Megatron takes it.
+        gloo: whether training builds groups of gloo beside NCCL's.
     """
 
     world: int
@@ -28,6 +29,7 @@ class Layout:
     expert: int = 1
     expert_tensor: int = 1
     order: str = "tp-cp-ep-dp-pp"
+    gloo: bool = True
 
     @property
     def axes(self) -> dict[str, int]:

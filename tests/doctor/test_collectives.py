@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from megatron_ogpsa.cli.main import main
-from megatron_ogpsa.doctor import machine, ranks
-from megatron_ogpsa.doctor.collectives import watch
+from megatron_ogpsa.doctor import machine, probe, ranks
+from megatron_ogpsa.doctor.collectives import limit, watch
 from megatron_ogpsa.doctor.findings import Finding
+from megatron_ogpsa.doctor.layout import layout_of
 from megatron_ogpsa.doctor.ranks import LocalRanks
 from megatron_ogpsa.doctor.steps import Layout
+from megatron_ogpsa.integration.arguments import parse_flags
+from megatron_ogpsa.planning.arguments import mesh_of
 from tests.doctor.conftest import ROOT
 
 TIMEOUT = 5.0
@@ -108,6 +111,31 @@ def test_each_axis_that_is_split_is_tried() -> None:
     ]  # fmt: skip
     assert found[-1].value == "4 groups of 4, the sum is right"
     assert {f.level for f in found} == {"OK"}
+
+
+def test_what_a_step_may_take_grows_with_its_ranks_and_the_timeout() -> None:
+    """NCCL connects a group when it is first used, which is in the step's all-reduce."""
+    small, large = Layout(world=8, tensor=8), Layout(world=1024, tensor=8)
+    assert limit("all ranks", small, 30) == pytest.approx(30.8)
+    assert limit("all ranks", large, 30) == pytest.approx(132.4)
+    assert limit("tensor", large, 30) == pytest.approx(30.8)
+    assert limit("start", large, 30) == limit("groups", large, 30) == pytest.approx(402.4)
+    assert limit("start", large, 600) == pytest.approx(702.4)
+
+
+@pytest.mark.parametrize(("flags", "has_gloo"), [([], True), (["--disable-gloo-process-groups"], False)])
+def test_groups_of_gloo_are_built_where_training_builds_them(
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], has_gloo: bool
+) -> None:
+    args = parse_flags(flags)
+    built: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        "megatron.core.parallel_state.initialize_model_parallel",
+        lambda *sizes, create_gloo_process_groups, **others: built.append(create_gloo_process_groups),
+    )
+    probe._build_groups(layout_of(args, mesh_of(args, 8)))
+    assert built == [has_gloo]
 
 
 def troubled(trouble: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> list[Finding]:
