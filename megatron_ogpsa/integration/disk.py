@@ -58,24 +58,29 @@ _has_lost_figures = False
 _store: Any = None  # held on to: a rank that fails may be the one that keeps it for the others
 
 
-def check_folders(folders: dict[str, str | None]) -> None:
-    """Write a few bytes where a run will write, before it has trained for hours; on the first rank of each node.
+def check_folders(*, save: str | None, tensorboard_dir: str | None) -> None:
+    """Write a few bytes where a run will write, before it has trained for hours.
+
+    Checkpoints are written by all nodes, TensorBoard's file by the last rank alone, whose node may be the only one that has
+    the folder. One that is not there yet is not made: whether it can be is seen from the nearest one above it.
 
     Args:
-        folders: flag → folder, or None if the flag was not given. A folder that is not there yet is not made: whether it
-            can be is seen from the nearest one above it.
+        save: of ``--save``, and so on; None if the flag was not given.
 
     Raises:
         UserError: naming flag, folder and remedy; on the ranks that have looked. Worth a restart if it may pass.
     """
-    for flag, folder in folders.items():
-        if folder:
-            _check_folder(f"{flag} {folder}: cannot be written", folder)
+    if save and _is_first_of_node():
+        _check_folder(f"--save {save}: cannot be written", save)
+    if tensorboard_dir and int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        _check_folder(f"--tensorboard-dir {tensorboard_dir}: cannot be written", tensorboard_dir)
+
+
+def _is_first_of_node() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _check_folder(what: str, folder: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        return
     try:
         probe(Path(folder))
     except OSError as error:
@@ -152,7 +157,7 @@ def _telling_disk_errors(original: Callable[..., Any]) -> Callable[..., Any]:
 
         folder = str(get_args().save)
         what = f"--save {folder}: the checkpoint of step {iteration} could not be written"
-        agreed(lambda: _check_folder(what, folder))
+        agreed(lambda: _check_folder(what, folder) if _is_first_of_node() else None)
         free = shutil.disk_usage(_nearest(Path(folder))).free
         _written.num_bytes, _written.error = 0, None
         with _disk_errors_told(what, free):

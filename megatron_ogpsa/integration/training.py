@@ -77,7 +77,7 @@ def run_loop(hooks: Sequence[LoopHook], *args: Any, **kwargs: Any) -> Any:
     raise_limit()
     known = get_args()
     check_places(known)
-    check_folders({"--save": known.save, "--tensorboard-dir": known.tensorboard_dir})
+    check_folders(save=known.save, tensorboard_dir=known.tensorboard_dir)
     prepare_megatron()
     install_hooks(hooks)
     guard_checkpoints()

@@ -184,13 +184,26 @@ def test_what_may_pass_is_worth_a_restart(
 
     monkeypatch.setattr(disk_of_run, "probe", fails)
     with pytest.raises(UserError) as caught:
-        check_folders({"--save": str(tmp_path)})
+        check_folders(save=str(tmp_path), tensorboard_dir=None)
     assert caught.value.exit_code == exit_code
 
 
 def test_folders_are_looked_at_and_not_made(tmp_path: Path) -> None:
-    check_folders({"--save": str(tmp_path / "a/b"), "--tensorboard-dir": None})
+    check_folders(save=str(tmp_path / "a/b"), tensorboard_dir=str(tmp_path / "c"))
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^--save .*/file/run: cannot be written \(Not a directory\): free space"):
-        check_folders({"--save": str(tmp_path / "file/run")})
+        check_folders(save=str(tmp_path / "file/run"), tensorboard_dir=None)
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "looks_at"), [(0, 0, "save"), (2, 0, "save"), (3, 1, "tensorboard")])
+def test_a_folder_is_looked_at_where_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, local_rank: int, looks_at: str
+) -> None:
+    """Of two nodes with two ranks each."""
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", 4)):
+        monkeypatch.setenv(name, str(value))
+    looked_at: list[str] = []
+    monkeypatch.setattr(disk_of_run, "probe", lambda folder: looked_at.append(folder.name))
+    check_folders(save=str(tmp_path / "save"), tensorboard_dir=str(tmp_path / "tensorboard"))
+    assert looked_at == [looks_at]
