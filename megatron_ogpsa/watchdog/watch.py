@@ -169,12 +169,16 @@ class Watch:
 
     def _two_looks(self, link: Link) -> tuple[list[Suspect], dict[int, Record]]:
         before = link.ask(lambda board: board.records())
-        end = time.monotonic() + LOOK_SECONDS
+        self._wait_for_an_ending(link, LOOK_SECONDS)
+        now = link.ask(lambda board: board.records())
+        return suspects(before, now, self._num_ranks), now
+
+    def _wait_for_an_ending(self, link: Link, seconds: float) -> None:
+        """Go on telling that this rank lives, until the run's end is known or the time is over."""
+        end = time.monotonic() + seconds
         while time.monotonic() < end and link.ending is None:
             time.sleep(TICK_SECONDS)
             link.tell_now(self._record())
-        now = link.ask(lambda board: board.records())
-        return suspects(before, now, self._num_ranks), now
 
     def _fail(self, link: Link, error: BaseException, traceback: TracebackType | None) -> None:
         """This rank has raised: end without a word if that is a consequence, else let the others know."""
@@ -189,11 +193,15 @@ class Watch:
     def _end_if_a_consequence(self, link: Link, told: str) -> None:
         """End with the others if another rank has ended or is lost; returns if this rank's collective failed by itself.
 
+        All have failed at once, and the first to come looks at the records of all: it announces an end whatever it finds.
+
         Raises:
             StoreSilent: it cannot be known.
         """
         try:
-            found, _ = self._two_looks(link)
+            if link.ask(lambda board: board.count("consequences")) > 1:
+                self._wait_for_an_ending(link, LOOK_SECONDS + GRACE_SECONDS)
+            found = [] if link.ending else self._two_looks(link)[0]
         except StoreSilent:
             if link.ending is None:
                 raise

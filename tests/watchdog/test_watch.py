@@ -40,6 +40,35 @@ class LinkToAStoreThatHasEnded:
         pass
 
 
+class LinkToABoard(LinkToAStoreThatHasEnded):
+    """A board on which another rank looks already, and announces what it finds after so many tellings of this one."""
+
+    def __init__(self, after: float) -> None:
+        super().__init__(None)
+        self.looks = 0
+        self._after = after
+
+    def ask(self, question: Callable[[Any], Any]) -> Any:
+        return question(self)
+
+    def count(self, key: str) -> int:
+        return 2 if key == "consequences" else 1
+
+    def counted(self, key: str) -> int:
+        return 3
+
+    def records(self) -> dict[int, Any]:
+        self.looks += 1
+        return {}
+
+    def announce(self, ending: Ending) -> Ending:
+        return ending
+
+    def tell_now(self, record: Any) -> None:  # type: ignore[override]
+        self._after -= 1
+        self.ending = ANNOUNCED if self._after <= 0 else None
+
+
 def lost_connection() -> Future[NoReturn]:
     """Its ``result`` raises, and no frame of it is this project's, as where a collective fails."""
     lost: Future[NoReturn] = Future()
@@ -47,7 +76,9 @@ def lost_connection() -> Future[NoReturn]:
     return lost
 
 
-def run_watched(monkeypatch: pytest.MonkeyPatch, ending: Ending | None, fail: Callable[[Watch], object]) -> None:
+def run_watched(
+    monkeypatch: pytest.MonkeyPatch, link: Ending | LinkToABoard | None, fail: Callable[[Watch], object]
+) -> None:
     def leave(self: Watch, code: int) -> NoReturn:
         raise Exited(code)
 
@@ -55,7 +86,7 @@ def run_watched(monkeypatch: pytest.MonkeyPatch, ending: Ending | None, fail: Ca
     monkeypatch.setattr(Watch, "_exit", leave)
     monkeypatch.setattr(watch, "QUIET_SECONDS", 0.0)
     with Watch(rank=2, num_ranks=4, timeout=60.0, is_ready=lambda: False) as watching:
-        watching._link = LinkToAStoreThatHasEnded(ending)  # type: ignore[assignment]
+        watching._link = link if isinstance(link, LinkToABoard) else LinkToAStoreThatHasEnded(link)  # type: ignore[assignment]
         fail(watching)
 
 
@@ -68,6 +99,19 @@ def test_a_rank_that_knows_of_the_end_is_silent(monkeypatch: pytest.MonkeyPatch)
 def test_a_rank_that_knows_of_none_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="Connection closed"):
         run_watched(monkeypatch, None, lambda _: dist.barrier())
+
+
+@pytest.mark.parametrize(("after", "looks"), [(2, 0), (float("inf"), 2)])
+def test_one_rank_looks_for_who_is_lost_and_the_others_wait_for_its_word(
+    monkeypatch: pytest.MonkeyPatch, after: float, looks: int
+) -> None:
+    """But not for ever: it may be lost itself. A thousand ranks would read a million records twice."""
+    for name in ("LOOK_SECONDS", "GRACE_SECONDS", "TICK_SECONDS"):
+        monkeypatch.setattr(watch, name, 0.05)
+    link = LinkToABoard(after)
+    with pytest.raises(Exited, match=str(HANG_EXIT_CODE)):
+        run_watched(monkeypatch, link, lambda _: dist.barrier())
+    assert link.looks == looks
 
 
 def test_so_does_one_that_fails_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
