@@ -16,18 +16,35 @@ from megatron_ogpsa.errors import TransientError, UserError
 SEAL = "sha256"
 """The key of a sealed JSON object that holds the SHA-256 of the others."""
 
-_LASTING = frozenset(
+_TRANSIENT = frozenset(
     {
-        *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
-        *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+        *(errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN),
+        *(
+            errno.ECONNRESET,
+            errno.ECONNREFUSED,
+            errno.ECONNABORTED,
+            errno.EHOSTUNREACH,
+            errno.ENETDOWN,
+            errno.ENETUNREACH,
+        ),
+        *(
+            errno.EAGAIN,
+            errno.EINTR,
+            errno.EBUSY,
+            errno.ETXTBSY,
+            errno.ENFILE,
+            errno.EMFILE,
+            errno.ENOMEM,
+            errno.ENOLCK,
+        ),
     }
 )
-"""What is the same at the next start, until somebody mends it."""
+"""What may be over at the next start; all else is the same until somebody mends it."""
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether the file system may do at the next try what it refuses now: EIO, ESTALE, and whatever is not known to last."""
-    return isinstance(error, OSError) and error.errno is not None and error.errno not in _LASTING
+    """Whether the file system may do at the next try what it refuses now: EIO and ESTALE, say."""
+    return isinstance(error, OSError) and error.errno in _TRANSIENT
 
 
 def file_error(error: BaseException, message: str) -> UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from contextlib import suppress
 
 _ENOUGH = 2**20
 """Some systems allow a thousand times more, and some programs then take minutes to close what was never opened."""
@@ -23,7 +24,8 @@ def raise_limit() -> None:
     _at_start = _at_start or (soft, hard)
     wanted = min(_finite(hard), _ENOUGH)
     if _finite(soft) < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        with suppress(OSError, ValueError):  # the kernel's own limit is lower: doctor counts what there is
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def limits_at_start() -> tuple[int, int]:

@@ -195,7 +195,9 @@ class Data:
             return json.loads(text(name)) if (folder / name).exists() else None
 
         def tests(name: str) -> Sequence[TestRun]:
-            return read_tests(folder / name) if (folder / name).exists() else ()
+            """Those of a run that was cut off too: pytest writes what it has when it is interrupted."""
+            found = [path for path in (folder / name, folder / f"unfinished-{name}") if path.exists()]
+            return read_tests(found[0]) if found else ()
 
         return cls(
             projection=json.loads(text("projection.json")),

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_ogpsa.benchmarks.gpu_tests import failures, read_tests
 from megatron_ogpsa.commands import Command, in_turn, show_end
 from megatron_ogpsa.errors import UserError
 
@@ -125,7 +126,8 @@ def measure(args: argparse.Namespace) -> list[str]:
     args.folder.mkdir(parents=True, exist_ok=True)
     wanted = {one.title: one for one in measurements(args)}
     for one in wanted.values():
-        one.unfinished(args.folder).unlink(missing_ok=True)  # the step appends
+        if one.file.endswith(".jsonl"):  # which the step appends to
+            one.unfinished(args.folder).unlink(missing_ok=True)
     told = []
     for command, exit_code in in_turn([one.command(args.folder) for one in wanted.values()], until=until):
         one = wanted[command.title]
@@ -134,8 +136,15 @@ def measure(args: argparse.Namespace) -> list[str]:
         if exit_code:
             show_end(command)
             told.append(f"{command.title}: failed, see {command.log}")
+    for one in wanted.values():
+        failed = failures(read_tests(args.folder / one.file)) if _has_tests(args.folder / one.file) else []
+        told += [f"{one.title}: failed: {name}" for name in failed]
     left = [one.title for one in wanted.values() if not (args.folder / one.file).exists()]
     return [*told, *(f"{title}: not measured yet" for title in left)]
+
+
+def _has_tests(result: Path) -> bool:
+    return result.suffix == ".xml" and result.exists()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -43,14 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _show_flags()
     summary = "Safety post-training on Megatron-Core with orthogonal gradient projection (OGPSA)."
     parser = argparse.ArgumentParser(prog="megatron-ogpsa", description=summary)
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version('megatron-ogpsa')}")
+    if argv[:1] == ["--version"]:
+        print(f"megatron-ogpsa {version('megatron-ogpsa')}")
+        return 0
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, (_, summary) in VERBS.items():
         verb_parser = verbs.add_parser(name, help=summary, description=summary)
         if argv[:1] == [name]:  # the others are not even imported
             import_module(VERBS[name][0]).add_arguments(verb_parser)
             if name in TAKE_FLAGS:
-                verb_parser.epilog = f"megatron-ogpsa {name} CONFIG.yaml --help lists all flags, --ogpsa-* at its end."
+                verb_parser.epilog = "megatron-ogpsa train CONFIG.yaml --help lists all flags, --ogpsa-* at its end."
+                if {"-h", "--help"} & set(argv):
+                    argv = [name, "--help"]
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         first = ": give CONFIG.yaml first, and flags after it" if args.verb in TAKE_FLAGS else ""
@@ -68,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _asks_for_flags(argv: Sequence[str]) -> bool:
-    """``train CONFIG.yaml --help``; ``train --help`` is the verb's own."""
-    names_a_file = len(argv) > 1 and argv[0] in TAKE_FLAGS and not argv[1].startswith("-")
+    """``train CONFIG.yaml --help``; ``train --help`` is the verb's own, which other verbs show for both."""
+    names_a_file = len(argv) > 1 and argv[0] == "train" and not argv[1].startswith("-")
     return names_a_file and not {"-h", "--help"}.isdisjoint(argv)
 
 

@@ -197,7 +197,8 @@ def _run_single(config: ConfigFile, overrides: list[str]) -> int:
     from megatron_ogpsa.integration.stages import require_data
 
     flags = config.as_flags(build_parser(), overrides)
-    require_data(parse_flags(flags))
+    if os.environ["RANK"] == "0":  # which reads it; others may not have it
+        require_data(parse_flags(flags))
     run_training(flags)
     return 0
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from datasets import packaged_modules
 
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.files import file_error
+from megatron_ogpsa.files import file_error, may_pass
 
 LocatedRow = tuple[str, object]
 
@@ -285,8 +285,9 @@ def _located(source: str, rows: Iterable[object]) -> Iterator[LocatedRow]:
         for number, row in enumerate(rows, start=1):
             yield f"{source}: row {number}", row
     except Exception as error:  # Arrow's and Python's own, of any kind: text that is no UTF-8, dates that are none
-        raise UserError(
-            f"{source}: row {number + 1} cannot be read ({_first_line(error)}); write the file again"
+        remedy = "mend the file system" if may_pass(error) else "write the file again"
+        raise file_error(
+            error, f"{source}: row {number + 1} cannot be read ({_first_line(error)}); {remedy}"
         ) from error
 
 

@@ -55,10 +55,9 @@ def make_datasets_provider(load: Callable[[str], Rows]) -> Callable[..., tuple[A
             left = (args.train_iters - args.iteration) * args.global_batch_size if args.train_iters else 0
             length = max(num_train, args.consumed_train_samples + left) + args.global_batch_size
             train_stream = EpochStream(train, length=length, seed=args.seed, split=Split.train)
-        if args.ogpsa_valid_data is None:
+        if args.ogpsa_valid_data is None or args.eval_iters == 0:
             return train_stream, None, None
         valid = load(args.ogpsa_valid_data)
-        agreed(lambda: check_enough_samples(args, valid, "--ogpsa-valid-data", args.eval_micro_batch_size))
         return train_stream, _evaluations(args, valid), None
 
     datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron: call me on every rank

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from megatron_ogpsa.errors import UnsupportedError, UserError
 
 _OF_THE_MODEL = "num_layers hidden_size num_attention_heads max_position_embeddings".split()
-_WANTED = {
-    "seq_length": "positions of a row, such as 2048",
-    "micro_batch_size": "rows that a rank computes at once, such as 1",
-}
+_WANTED_BESIDE_CHECKPOINT = {"micro_batch_size": "rows that a rank computes at once, such as 1"}
+_WANTED = {"seq_length": "positions of a row, such as 2048"} | _WANTED_BESIDE_CHECKPOINT
 _WANTED_IN_TRAINING = {"lr": "the highest learning rate, such as 1e-6"}
 
 _PLACES = "save load pretrained_checkpoint non_persistent_global_ckpt_dir".split()
@@ -49,7 +47,10 @@ def require_flags(args: argparse.Namespace, *, for_training: bool) -> None:
         for name in _OF_THE_MODEL:
             if getattr(args, name) is None:
                 raise UserError(f"--{_flag(name)} is missing: give it, or 'model: FOLDER' of a converted model")
-    for name, meaning in (_WANTED | (_WANTED_IN_TRAINING if for_training else {})).items():
+    wanted = (_WANTED if not args.use_checkpoint_args else _WANTED_BESIDE_CHECKPOINT) | (
+        _WANTED_IN_TRAINING if for_training else {}
+    )
+    for name, meaning in wanted.items():
         if getattr(args, name) is None:
             raise UserError(f"--{_flag(name)} is missing: {meaning}")
     if for_training and args.train_samples is None and (args.train_iters is None or args.train_iters < 1):
@@ -114,6 +115,11 @@ def _unsupported(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
             "--dataloader-type external",
             args.dataloader_type == "external",
             "the data is read by Megatron's own loaders",
+        ),
+        (
+            "--dataloader-type cyclic with --ogpsa-valid-data",
+            args.dataloader_type == "cyclic" and args.ogpsa_valid_data is not None,
+            "Megatron would shuffle the samples of all evaluations among each other",
         ),
         (
             "--hybrid-context-parallel",

@@ -163,7 +163,7 @@ class ReferencePolicy:
         """
         if self._log_probs is None:
             found = self._found()
-            self._take(agreed(lambda: self._resumed(found, step)).log_probs)
+            self._take(agreed(lambda: self._resumed(found, step, of_all_data=False)).log_probs)
 
     def figures(self) -> dict[str, Tensor]:
         """None of its own: rewards and margins come with the loss."""
@@ -205,15 +205,20 @@ class ReferencePolicy:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def _resumed(self, found: Found | None, iteration: int) -> Found:
-        """What training goes on with."""
+    def _resumed(self, found: Found | None, iteration: int, *, of_all_data: bool = True) -> Found:
+        """What training goes on with.
+
+        Args:
+            of_all_data: whether all data sets have been taken in; references of the loss ``dpo`` bring theirs with the first
+                step, numbered after the others.
+        """
         if found is None:
             place = self._own_path or Path(self._args.load or ".") / LOG_PROBS_FILE
             raise UserError(
                 f"{place} is missing, and the model has been trained on since: restore it, or start DPO from this "
                 "checkpoint with --pretrained-checkpoint (or --finetune) and a new --save"
             )
-        self._check_data(found)
+        self._check_data(found, of_all_data=of_all_data)
         self._check_settings(found, MODEL_ARGUMENTS)
         before = read_state(self._args, iteration)
         self._compare_loss(before.get("preference loss"))
@@ -254,8 +259,9 @@ class ReferencePolicy:
                 f"{found.path} was computed with {different}: use that again, delete the file and start DPO anew"
             )
 
-    def _check_data(self, found: Found) -> None:
-        if found.log_probs.data != tuple(self._datasets):
+    def _check_data(self, found: Found, *, of_all_data: bool = True) -> None:
+        known = found.log_probs.data if of_all_data else found.log_probs.data[: len(self._datasets)]
+        if known != tuple(self._datasets):
             raise UserError(
                 f"{found.path} is of other data, tokenizer, chat template or --seq-length: use those again, or start anew "
                 "with another --save"

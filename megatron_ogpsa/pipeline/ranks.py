@@ -36,6 +36,8 @@ _PORTS = range(10000, 20000)
 
 _OUTGOING = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
+_USUALLY_OUTGOING = (32768, 60999)
+
 _FAREWELL = timedelta(minutes=10)
 """That rank 0 waits for the others when all is done: its process may hold the store that they still ask."""
 
@@ -139,6 +141,15 @@ class JobRank:
                 self._store.wait([f"{left}/{rank}" for rank in range(self._world)], _FAREWELL)
 
 
+def _outgoing_ports() -> tuple[int, int]:
+    """The first and last port that Linux gives to outgoing connections."""
+    try:
+        first, last = map(int, _OUTGOING.read_text(encoding="ascii").split())
+    except OSError:  # some containers mask /proc/sys
+        return _USUALLY_OUTGOING
+    return first, last
+
+
 def _free_port() -> int:
     """A port that nobody has here, and that no outgoing connection gets in the minutes until the stage's process binds it.
 
@@ -147,7 +158,7 @@ def _free_port() -> int:
     Raises:
         UserError: there is none.
     """
-    first, last = map(int, _OUTGOING.read_text(encoding="ascii").split())
+    first, last = _outgoing_ports()
     for port in sorted(random.sample(_PORTS, len(_PORTS)), key=lambda port: first <= port <= last):
         with socket.socket() as listener, suppress(OSError):
             listener.bind(("", port))

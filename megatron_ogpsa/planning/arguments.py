@@ -28,13 +28,13 @@ def cluster_arguments(flags: list[str], world_size: int) -> argparse.Namespace:
 
     early = parse_flags(flags)
     check_before_validation(early, is_here=False)
-    require_flags(early, for_training=False)
     if not early.ogpsa_reference:
         raise UserError("--ogpsa-reference is missing: without references there is nothing to plan")
     if early.hybrid_layer_pattern or early.spec:
         raise UnsupportedError(
             "--hybrid-layer-pattern and --spec: only Megatron's GPT models are planned; train unplanned"
         )
+    require_flags(early, for_training=False)
     require_even_layout(early, world_size)
     args = megatron_arguments(flags, world_size)
     args.vocab_size = _vocabulary(args)

@@ -131,6 +131,10 @@ ASYNC = "--async-save --use-persistent-ckpt-worker"
         ("--full-validation", "--full-validation is not supported: "),
         ("--dataloader-type external", "--dataloader-type external is not supported: "),
         ("--hybrid-context-parallel", "--hybrid-context-parallel is not supported: "),
+        (
+            "--dataloader-type cyclic --ogpsa-valid-data valid.jsonl",
+            "--dataloader-type cyclic with --ogpsa-valid-data is not supported: ",
+        ),
         ("--overlap-moe-expert-parallel-comm", "--overlap-moe-expert-parallel-comm is not supported: "),
         (
             "--cuda-graph-impl local --ogpsa-packing",
@@ -186,6 +190,14 @@ def test_what_megatron_misses_in_an_assertion_is_asked_for(flags: str, expected:
     with pytest.raises(UserError) as raised:
         require_flags(parse_flags(given), for_training=True)
     assert str(raised.value).startswith(expected)
+
+
+def test_what_a_checkpoint_says_need_not_be_given() -> None:
+    from megatron_ogpsa.integration.arguments import parse_flags
+    from megatron_ogpsa.integration.loop_arguments import require_flags
+
+    flags = "--use-checkpoint-args --load run --lr 1 --train-iters 5 --micro-batch-size 1"
+    require_flags(parse_flags(flags.split()), for_training=True)
 
 
 def test_a_run_that_goes_on_with_another_schedule_is_told_how(train: Train, tmp_path: Path) -> None:

@@ -216,12 +216,23 @@ def test_the_authors_rule_and_their_leak(train: Train, tmp_path: Path) -> None:
     [("dpo", r"8 samples, \d+ tokens, dpo"), ("general=nll_pair", r"8 samples, \d+ tokens, nll_pair")],
 )
 def test_the_loss_of_a_reference_is_chosen(train: Train, tmp_path: Path, loss: str, words: str) -> None:
+    """And a run with validation data of its own evaluates when it is started again after its last step."""
     flags = dpo_flags(tmp_path, "dp1", "run", "--train-iters", "2", "--ogpsa-reference-loss", loss)
+    lines = (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "valid.jsonl").write_text("".join(lines[:5]), encoding="utf-8")
+    flags += ["--ogpsa-valid-data", "valid.jsonl", "--load", "run"]
     outcome = train(*flags)
     assert outcome.exit_code == 0, outcome.output[-3000:]
     assert re.search(rf"OGPSA: references general \({words}\)", outcome.output)
-    pairs = 49 if loss == "dpo" else 41
+    pairs = 54 if loss == "dpo" else 46
     assert f"reference log-probabilities of {pairs} pairs" in outcome.output
+    assert "validation: 5 of 5 rows at each evaluation" in outcome.output  # fewer than a batch of 8
+    again = train(*flags)
+    assert again.exit_code == 0, again.output[-3000:]
+    evaluated = [re.search(r"validation loss at iteration 2 .*", one.output) for one in (outcome, again)]
+    assert evaluated[0]
+    assert evaluated[1]
+    assert evaluated[0][0] == evaluated[1][0]
 
 
 def test_conversations_under_a_loss_of_pairs_are_refused(train: Train, tmp_path: Path, inputs: Path) -> None:
