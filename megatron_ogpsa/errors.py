@@ -18,7 +18,7 @@ class UserError(Exception):
     exit_code: int = 2
 
     is_alike: bool = True
-    """Whether every rank has it; see :func:`megatron_ogpsa.integration.agreement.of_this_rank`."""
+    """Whether every rank has it; one that does not is told already (:mod:`megatron_ogpsa.integration.agreement`)."""
 
     def __init__(self, message: str) -> None:
         """``message`` may quote names and data that nobody has checked; see :func:`shown`."""

@@ -16,8 +16,6 @@ and the user reads it once. Ranks that this command has started know better, see
 ERRORS_VARIABLE = "MEGATRON_OGPSA_ERRORS"
 """Folder in which the ranks of one launch note the errors that one of them has told."""
 
-_told: set[str] = set()
-
 
 def print_error(message: str) -> None:
     """One line on stderr."""
@@ -30,18 +28,14 @@ def write_error(message: str) -> None:
 
 
 def tell_once(message: str, *, key: str | None = None, write: Callable[[str], None] = print_error) -> None:
-    """Print an error if neither this process nor another rank of this launch has printed it.
+    """Print an error if no other rank of this launch has printed it.
 
     Args:
         key: what the error is about, if ranks say it in different words.
     """
-    if (key or message) in _told:
-        return
-    _told.add(key or message)
     if folder := os.environ.get(ERRORS_VARIABLE):
-        start = os.environ.get(
-            "TORCHELASTIC_RESTART_COUNT", "0"
-        )  # what ends ranks that were started again is told again
+        # What ends ranks that were started again is told again.
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         try:
             Path(folder, hashlib.sha256(f"{start} {key or message}".encode()).hexdigest()).touch(exist_ok=False)
         except FileExistsError:

@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(import_module(VERBS[args.verb][0]).run(args))
     except UserError as error:
-        tell_once(str(error))
+        if error.is_alike:
+            tell_once(str(error))
         return error.exit_code
     except Exception as error:
         from megatron_ogpsa.cluster.failures import record_failure  # which imports torch: --help does without

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megatron_ogpsa.checkpoints import examine
 from megatron_ogpsa.doctor.findings import Finding, fail, ok, size_in_words, warn
 
@@ -63,7 +65,7 @@ def bytes_per_element(args: argparse.Namespace) -> int:
 
 
 def training_bytes(args: argparse.Namespace, elements: int) -> int:
-    """Memory of all ranks for weights, gradients, optimizer state and basis; activations are left out.
+    """Memory of all ranks, where they compute, for weights, gradients, optimizer state and basis; without activations.
 
     Args:
         args: validated.
@@ -75,6 +77,8 @@ def training_bytes(args: argparse.Namespace, elements: int) -> int:
     moments = (1 if args.sgd_momentum else 0) if args.optimizer == "sgd" else 2
     references = len(args.ogpsa_reference) * args.ogpsa_rank_per_reference
     basis = references * (2 if args.ogpsa_basis_dtype == "bf16" else _FP32)
+    if args.ogpsa_basis_device == "cpu" and torch.cuda.is_available():
+        basis = 0  # where the GPU's memory is meant
     shards = 1 if args.use_distributed_optimizer else copies
     return elements * (copies * (weights + gradients) + shards * (_FP32 * (moments + has_copy) + basis))
 

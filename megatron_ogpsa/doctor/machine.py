@@ -69,6 +69,19 @@ def check_memory(available: int, *, ranks: int) -> Finding:
     return ok("host memory", f"{size_in_words(available)} free")
 
 
+def check_gpu_memory(total: int, needed: int) -> Finding:
+    """A GPU's memory against what a rank keeps there.
+
+    Args:
+        total: bytes of the smallest GPU.
+        needed: bytes of weights, gradients, optimizer state and basis of one rank; activations come on top.
+    """
+    what = "weights, gradients, optimizer and basis of a rank, without activations,"
+    text = f"{what} take {size_in_words(needed)} of a GPU's {size_in_words(total)}"
+    remedy = "use more GPUs, more tensor or pipeline parallelism, --ogpsa-basis-device cpu, or a smaller model"
+    return fail("GPU memory", text, remedy) if needed > total else ok("GPU memory", text)
+
+
 def check_model_memory(available: int, needed: int) -> Finding:
     """Free host memory against a model that is trained in it.
 

@@ -193,13 +193,16 @@ class Stage:
 
     def _measure(self) -> Iterator[Finding]:
         from megatron_ogpsa.doctor import disk, machine
+        from megatron_ogpsa.doctor.gpu import visible_gpus
 
         elements = disk.elements_of(self._args, self._tokenizer.vocab_size)
         self.saving, self.is_measured = disk.saving_of(self._args, elements), True
         yield ok("model", f"about {_shown(elements)} parameters")
+        needed = disk.training_bytes(self._args, elements)
         if self._generation is None:
-            needed = disk.training_bytes(self._args, elements)
             yield machine.check_model_memory(machine.available_memory(), needed)
+        elif gpus := visible_gpus():
+            yield machine.check_gpu_memory(min(gpu.total for gpu in gpus), needed // self._ranks)
 
 
 def _ranks(number: int) -> str:

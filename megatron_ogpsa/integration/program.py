@@ -19,6 +19,7 @@ from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
 from megatron_ogpsa.integration.loop_arguments import check_before_validation, require_flags
 from megatron_ogpsa.integration.stages import build_stage
 from megatron_ogpsa.integration.training import prepare_megatron, run_loop
+from megatron_ogpsa.precision.fp8_support import rounding_told
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,10 @@ def run_training(flags: list[str]) -> None:
     """
     prepare_megatron()
     args = validated_arguments(flags, for_training=True)
-    if not args.save and os.environ.get("RANK", "0") == "0":
-        logger.warning("no --save: nothing will be kept of this run")
+    if os.environ.get("RANK", "0") == "0":
+        for told in ("" if args.save else "no --save: nothing will be kept of this run", rounding_told(args)):
+            if told:
+                logger.warning(told)
     stage = build_stage(args)
 
     from megatron.core.enums import ModelType

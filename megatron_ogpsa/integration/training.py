@@ -193,7 +193,23 @@ def _in_process_unless_async(original: Callable[..., Any]) -> Callable[..., Any]
     return get_write_results_queue
 
 
+def _with_forked_workers(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def build_pretraining_data_loader(*args: Any, **kwargs: Any) -> Any:
+        loader = original(*args, **kwargs)
+        if getattr(loader, "num_workers", 0):
+            loader.multiprocessing_context = "fork"
+        return loader
+
+    return build_pretraining_data_loader
+
+
 _WHEEL_PATCHES = (
+    Patch(
+        target="megatron.training.training:build_pretraining_data_loader",
+        reason="its workers take a local function along, so they must be forked: Python 3.14 does so no longer unasked",
+        replace=_with_forked_workers,
+    ),
     Patch(
         target="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.sharded_state_dict",
         reason=(

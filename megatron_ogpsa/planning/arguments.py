@@ -64,6 +64,8 @@ def megatron_arguments(flags: list[str], world_size: int) -> argparse.Namespace:
 @contextmanager
 def _as_first_rank(flags: list[str], world_size: int) -> Iterator[None]:
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
+    # Ranks get it where Megatron demands it (cli/connections.py); what the user has set stays, and may be refused.
+    variables["CUDA_DEVICE_MAX_CONNECTIONS"] = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     before, argv = {name: os.environ.get(name) for name in variables}, sys.argv
     os.environ |= variables
     sys.argv = [argv[0], *flags]

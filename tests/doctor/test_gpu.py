@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import pytest
 
 from megatron_ogpsa.doctor.gpu import Gpu, check_compiler, check_gpus
+from megatron_ogpsa.doctor.machine import check_gpu_memory
+from megatron_ogpsa.planning.arguments import _as_first_rank
 
 HOPPER = Gpu(name="NVIDIA H200", capability=(9, 0), free=140 * 2**30, total=141 * 2**30)
 BUSY = Gpu(name="NVIDIA H200", capability=(9, 0), free=20 * 2**30, total=141 * 2**30)
@@ -47,3 +50,21 @@ def test_kernels_need_a_c_compiler_and_pythons_headers(tmp_path: Path) -> None:
     headers.touch()
     assert check_compiler({"PATH": str(tmp_path)}, headers).level == "OK"
     assert check_gpus([HOPPER], built_in=1, cuda_build="13.0")[2].name == "compiler"
+
+
+@pytest.mark.parametrize(("needed", "level"), [(60, "OK"), (140, "FAIL")])
+def test_what_a_rank_keeps_is_held_against_a_gpu(needed: int, level: str) -> None:
+    found = check_gpu_memory(80 * 2**30, needed * 2**30)
+    assert found.level == level
+    assert re.search("of a GPU's 85.9 GB", found.value)
+
+
+def test_variables_that_ranks_get_are_no_fault_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron demands it of GPUs up to Hopper, and the command gives it to ranks."""
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    with _as_first_rank([], 8):
+        assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    with _as_first_rank([], 8):
+        assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"

@@ -22,7 +22,7 @@ FIGURES = ("lm loss", "grad-norm", "ogpsa removed")
 CUTS = {
     "micro-batches of 1": "--nproc-per-node 1 --micro-batch-size 1",
     "one micro-batch": "--nproc-per-node 1 --micro-batch-size 8",
-    "two ranks": "--nproc-per-node 2 --micro-batch-size 2",
+    "two ranks, each with two that read": "--nproc-per-node 2 --micro-batch-size 2 --num-workers 2",
 }
 
 

@@ -17,6 +17,7 @@ from megatron_ogpsa.precision.fp8_support import (
     check_fp8_available,
     check_fp8_flags,
     check_fp8_modules,
+    rounding_told,
 )
 from tests.precision import stand_in
 
@@ -166,3 +167,12 @@ def test_a_missing_transformer_engine_is_told() -> None:
         UserError, match=r"^--fp8-format needs Transformer Engine, which cannot be imported .*: pip install"
     ):
         check_fp8_available(arguments())
+
+
+def test_what_is_rounded_beside_the_computation_is_told() -> None:
+    args = argparse.Namespace(fp8_param_gather=False, pretrained_checkpoint="sft", finetune=False)
+    assert rounding_told(args) == ""
+    args.fp8_param_gather = True
+    assert "training begins from weights rounded to FP8, and what the next stage" in rounding_told(args)
+    args.pretrained_checkpoint = None
+    assert rounding_told(args).startswith("--fp8-param-gather: what the next stage, evaluate and convert read")
