@@ -59,7 +59,7 @@ IN_THE_LOOP = (
     Mutation(
         "flags-that-megatron-misses-in-an-assertion",
         "megatron_ogpsa/integration/loop_arguments.py",
-        "    for name, meaning in (_WANTED | (_WANTED_IN_TRAINING if for_training else {})).items():\n",
+        "    for name, meaning in wanted.items():\n",
         "    for name, meaning in _WANTED.items():\n",
         (f"{_BAD_INPUT}::test_what_megatron_misses_in_an_assertion_is_asked_for",),
         "a configuration without a learning rate ends in a TypeError of Megatron's",
