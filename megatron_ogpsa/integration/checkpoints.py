@@ -101,6 +101,8 @@ def _verified_first(original: Callable[..., Any]) -> Callable[..., Any]:
         step = _verified_step(flags, load_arg)
         kind = _verified_kind(flags, load_arg)
         settings = {"ckpt_step": step, "verify_integrity": False, "non_persistent_ckpt_type": kind}
+        if flags.fp8_param_gather:  # of weights alone Megatron would make fp32 main parameters from rounded ones
+            settings["load_main_params_from_ckpt"] = True
         with _settings(flags, **settings), _told_in_one_line(flags, load_arg):
             return original(ddp_model, optimizer, opt_param_scheduler, load_arg, *args, **kwargs)
 

@@ -137,14 +137,13 @@ def _check_scales_can_be_loaded(args: argparse.Namespace) -> None:
 def rounding_told(args: argparse.Namespace) -> str:
     """What ``--fp8-param-gather`` rounds beside the computation; empty without it.
 
-    Megatron makes fp32 main parameters of the model's, which are rounded by then (``reload_model_params``), and stores the
-    model's in checkpoints (``core/dist_checkpointing/strategies/filesystem_async.py``).
+    Megatron stores the model's weights in checkpoints, not the optimizer's fp32 main parameters in their place
+    (``core/dist_checkpointing/strategies/filesystem_async.py``).
     """
     if not args.fp8_param_gather:
         return ""
-    begins = "training begins from weights rounded to FP8, and " if args.pretrained_checkpoint or args.finetune else ""
     return (
-        f"--fp8-param-gather: {begins}what the next stage, evaluate and convert read of checkpoints are rounded weights, in "
+        "--fp8-param-gather: what the next stage, evaluate and convert read of checkpoints are weights rounded to FP8, in "
         "which small learning rates may not show: leave it out to keep them"
     )
 

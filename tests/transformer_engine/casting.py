@@ -127,7 +127,7 @@ def _fill_delayed(source: Tensor, quantizer: Any, output: Any) -> None:
 
 
 def _fill_current(source: Tensor, quantizer: Any, output: Any) -> None:
-    amax = source.abs().max()
+    amax = source.abs().max() if source.numel() else source.new_zeros(())  # an expert without tokens
     if quantizer.with_amax_reduction:
         dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=quantizer.amax_reduction_group)
     _fill_whole(source, _scale_for(amax, quantizer), quantizer.dtype, output)

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_ogpsa.precision.fp8_support import ALLOW_PICKLES, AVAILABILITY
+from tests.integration.checkpoints import checkpoint_tensors
 from tests.integration.conftest import Train
 from tests.precision.fp8_training import VARIANTS, Fp8Training, fp8, refusal_of
 
@@ -22,6 +25,8 @@ MODEL = (
     "--transformer-impl transformer_engine --num-layers 3 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 2 "
     "--global-batch-size 2"
 ).split()
+
+MAIN_PARAMETER = "optimizer.state.param."
 
 NO_TRACE = [("delayed", "recompute"), ("mxfp8", "param-gather, no overlap")]
 if ALL:
@@ -80,3 +85,26 @@ def test_references_without_fp8_are_those_of_a_run_in_bf16(training: Fp8Training
 def test_losses_are_near_those_in_bf16(training: Fp8Training, recipe: str, stage: str) -> None:
     in_fp8, in_bf16 = training.losses_beside_bf16(recipe, stage)
     assert in_fp8 == pytest.approx(in_bf16, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "--nproc-per-node 2 --tensor-model-parallel-size 2",
+        "--nproc-per-node 2 --expert-model-parallel-size 2 --num-experts 4 --moe-router-topk 2 --moe-grouped-gemm "
+        "--moe-token-dispatcher-type allgather --moe-ffn-hidden-size 128",
+    ],
+    ids=["tp2", "ep2"],
+)
+@pytest.mark.parametrize("recipe", ["tensorwise"])
+def test_a_loaded_model_begins_from_weights_before_rounding(training: Fp8Training, recipe: str, layout: str) -> None:
+    """Of ``--fp8-param-gather``; a step without a learning rate leaves the fp32 main parameters as they were loaded."""
+    one_step = replace(training, steps=1, model=(*training.model, *layout.split()))
+    one_step.run("start")
+    still = ("--lr", "1e-30", "--weight-decay", "0", "--dist-ckpt-optim-fully-reshardable")
+    one_step.run("tuned", *fp8(recipe, "param-gather, no overlap"), *still, "--pretrained-checkpoint", "start")
+    loaded, tuned = checkpoint_tensors(training.folder / "start"), checkpoint_tensors(training.folder / "tuned")
+    main = {name: value for name, value in tuned.items() if name.startswith(MAIN_PARAMETER)}
+    assert main
+    for name, value in main.items():
+        assert torch.equal(value, loaded[name.removeprefix(MAIN_PARAMETER)].float()), name
