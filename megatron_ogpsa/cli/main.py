@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["--version"]:
         print(f"megatron-ogpsa {version('megatron-ogpsa')}")
         return 0
-    parser.add_argument("--version", action="store_true", help="show the version and exit")
+    parser.add_argument("--version", action="store_true", default=argparse.SUPPRESS, help="show the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, (_, summary) in VERBS.items():
         verb_parser = verbs.add_parser(name, help=summary, description=summary)
