@@ -228,6 +228,8 @@ def _loader_with_own_generator(original: Callable[..., Any]) -> Callable[..., An
         loader = original(dataset, consumed_samples)
         if isinstance(loader, torch.utils.data.DataLoader):
             loader.generator = torch.Generator().manual_seed(consumed_samples)
+            if loader.num_workers:  # they take a local function along
+                loader.multiprocessing_context = "fork"
         return loader
 
     return build_pretraining_data_loader

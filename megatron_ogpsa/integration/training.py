@@ -121,6 +121,8 @@ def prepare_megatron() -> None:
     if found != _PRETRAIN_PARAMETERS:
         raise UserError(f"this megatron.training.pretrain takes {found}, not Megatron 0.19's arguments: reinstall it")
     apply_patches(_WHEEL_PATCHES)
+    if not install_if_no_gpu():
+        apply_patches(_GPU_PATCHES)
     install_in_training_loop()
 
 
@@ -204,12 +206,16 @@ def _with_forked_workers(original: Callable[..., Any]) -> Callable[..., Any]:
     return build_pretraining_data_loader
 
 
-_WHEEL_PATCHES = (
+_GPU_PATCHES = (
     Patch(
         target="megatron.training.training:build_pretraining_data_loader",
         reason="its workers take a local function along, so they must be forked: Python 3.14 does so no longer unasked",
         replace=_with_forked_workers,
     ),
+)
+"""The CPU runtime has a patch of its own for this place."""
+
+_WHEEL_PATCHES = (
     Patch(
         target="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.sharded_state_dict",
         reason=(

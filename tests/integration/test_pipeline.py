@@ -147,7 +147,7 @@ def test_a_mistake_in_the_last_stage_is_told_before_the_first_one_trains(train: 
     outcome = train(*DP2, config=pipeline, plain=True)
     assert outcome.exit_code == 2, outcome.output[-3000:]
     assert len(outcome.error_lines) == 1, outcome.error_lines
-    assert "--ogpsa-dpo-beta" in outcome.error_lines[0]
+    assert "ogpsa-dpo-beta: invalid float value: 'a lot'" in outcome.error_lines[0]
     assert "iteration" not in outcome.output
 
 
