@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_ogpsa.config import OGPSAConfig
-    from megatron_ogpsa.integration.arguments import add_ogpsa_arguments
+    from megatron_ogpsa.integration.arguments.parser import add_ogpsa_arguments
     from megatron_ogpsa.integration.training import pretrain
-    from megatron_ogpsa.plugin import OGPSA, attach
+    from megatron_ogpsa.plugin.ogpsa import OGPSA, attach
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "OGPSA": "megatron_ogpsa.plugin",
+    "OGPSA": "megatron_ogpsa.plugin.ogpsa",
     "OGPSAConfig": "megatron_ogpsa.config",
-    "add_ogpsa_arguments": "megatron_ogpsa.integration.arguments",
-    "attach": "megatron_ogpsa.plugin",
+    "add_ogpsa_arguments": "megatron_ogpsa.integration.arguments.parser",
+    "attach": "megatron_ogpsa.plugin.ogpsa",
     "pretrain": "megatron_ogpsa.integration.training",
 }
 

@@ -12,13 +12,13 @@ class UserError(Exception):
 
     The message is one line: what is wrong, where (``file:line`` or the flag's name), and the remedy. The command line
     prints it without a traceback and exits with :attr:`exit_code`. In a distributed run it is raised on every rank alike
-    (see :mod:`megatron_ogpsa.integration.agreement`), so that no rank waits for another one.
+    (see :mod:`megatron_ogpsa.integration.ranks.agreement`), so that no rank waits for another one.
     """
 
     exit_code: int = 2
 
     is_alike: bool = True
-    """Whether every rank has it; one that does not is told already (:mod:`megatron_ogpsa.integration.agreement`)."""
+    """Whether every rank has it; one that does not is told already (:mod:`megatron_ogpsa.integration.ranks.agreement`)."""
 
     def __init__(self, message: str) -> None:
         """``message`` may quote names and data that nobody has checked; see :func:`shown`."""

@@ -117,8 +117,8 @@ memory, {basis:.1f} GB in fp32, which each of the two passes brings to the GPU i
 * Beside computation of the same length copies are hidden whole: of 16 tiles, 2.1 GB, 34 ms; products of matrices 43 ms; both
   together 43 ms (`python -m pytest tests/core/test_streaming.py -m gpu -s -k overlap`).
 
-Page-locked memory of exact size (`megatron_ogpsa/host_memory.py`) takes 0.6 s a GiB to lock; copies from it run at 54 GB/s,
-from PyTorch's own at 55.
+Page-locked memory of exact size (`megatron_ogpsa/plugin/host_memory.py`) takes 0.6 s a GiB to lock; copies from it run at
+54 GB/s, from PyTorch's own at 55.
 
 {further}
 """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 
 if TYPE_CHECKING:
     from megatron_ogpsa import OGPSA

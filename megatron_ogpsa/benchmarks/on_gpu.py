@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from megatron_ogpsa.benchmarks.gpu_tests import failures, read_tests
-from megatron_ogpsa.commands import Command, in_turn, show_end
+from megatron_ogpsa.console.commands import Command, in_turn, show_end
 from megatron_ogpsa.errors import UserError
 
 _PYTEST = ("pytest", "-m", "gpu", "-v", "-rA")

@@ -32,10 +32,10 @@ import torch
 import yaml
 
 from megatron_ogpsa.benchmarks import trl_training
-from megatron_ogpsa.commands import Command, run_commands
+from megatron_ogpsa.console.commands import Command, run_commands
+from megatron_ogpsa.console.training_log import read_curves
 from megatron_ogpsa.data.sources import open_source, require_source
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.training_log import read_curves
 
 COMMAND = [sys.executable, "-m", "megatron_ogpsa.cli.main"]
 PLAIN = "plain"

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megatron_ogpsa.files import file_error, may_pass, write_json
+from megatron_ogpsa.system.files import file_error, may_pass, write_json
 
 MANIFEST_FILE = "integrity.json"
 ALGORITHM = "sha256"

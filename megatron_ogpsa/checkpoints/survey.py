@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ogpsa.checkpoints.manifest import MANIFEST_FILE, ManifestError, read_manifest, seen
-from megatron_ogpsa.files import file_error, write_atomically
+from megatron_ogpsa.system.files import file_error, write_atomically
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 STATE_FILE = "ogpsa.json"

@@ -128,7 +128,7 @@ class ConfigFile:
         for entry in self.entries:
             action = options.get(entry.key)
             if action is None:
-                from megatron_ogpsa.integration.arguments import nearest
+                from megatron_ogpsa.integration.arguments.parser import nearest
 
                 raise UserError(f"{entry.place}: unknown key '{entry.key}'{nearest(entry.key, options)}")
             if isinstance(action, argparse._AppendAction) and set(action.option_strings) & overridden:
@@ -231,7 +231,7 @@ def _launch_settings(path: Path, node: yaml.Node) -> dict[str, str]:
     for key, value in pairs:
         name = _normal(key)
         if name not in FILE_KEYS:
-            from megatron_ogpsa.integration.arguments import nearest
+            from megatron_ogpsa.integration.arguments.parser import nearest
 
             place = f"{path}:{line_of(key)}: launch: "
             if name in OF_ONE_NODE:

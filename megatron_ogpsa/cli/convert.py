@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: what is wrong with the source, or with the place to write.
     """
-    from megatron_ogpsa.integration.cpu_runtime import install_on_meta
+    from megatron_ogpsa.integration.runtime.cpu import install_on_meta
 
     install_on_meta()  # before Megatron is imported: models of any size are built without memory
     from megatron_ogpsa.conversion.checkpoint_reader import is_checkpoint_folder

@@ -15,8 +15,8 @@ from megatron_ogpsa.doctor.collectives import SECONDS_PER_RANK, START_SECONDS
 from megatron_ogpsa.doctor.examination import Examination, Request
 from megatron_ogpsa.doctor.findings import Report
 from megatron_ogpsa.doctor.ranks import Connections, JobRanks, LocalRanks
-from megatron_ogpsa.open_files import raise_limit
-from megatron_ogpsa.processes import is_rank
+from megatron_ogpsa.system.open_files import raise_limit
+from megatron_ogpsa.system.processes import is_rank
 
 DEFAULT_TIMEOUT = 30.0
 

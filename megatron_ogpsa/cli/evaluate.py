@@ -14,8 +14,8 @@ from megatron_ogpsa.cli.connections import set_connections
 from megatron_ogpsa.cluster.settings import FLAGS, launch_settings
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.evaluation.request import Request, add_request_arguments
-from megatron_ogpsa.open_files import raise_limit
-from megatron_ogpsa.processes import end_with_starter, is_rank
+from megatron_ogpsa.system.open_files import raise_limit
+from megatron_ogpsa.system.processes import end_with_starter, is_rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,17 +69,17 @@ def _run_as_rank(config: ConfigFile, flags: list[str]) -> int:
     elif own.stage:
         raise UserError(f"--stage {own.stage}: {config.path} has no 'stages': leave the flag out")
 
-    from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+    from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 
     install_if_no_gpu()
     import torch.distributed as dist
 
     from megatron_ogpsa.evaluation import report
     from megatron_ogpsa.evaluation.scoring import score_checkpoints
-    from megatron_ogpsa.integration.agreement import agreed
-    from megatron_ogpsa.integration.arguments import build_parser
-    from megatron_ogpsa.integration.hang_watch import watched
-    from megatron_ogpsa.integration.loaded_model import LoadedModel
+    from megatron_ogpsa.integration.arguments.parser import build_parser
+    from megatron_ogpsa.integration.checkpoints.loaded_model import LoadedModel
+    from megatron_ogpsa.integration.loop.hang_watch import watched
+    from megatron_ogpsa.integration.ranks.agreement import agreed
 
     model = LoadedModel.build(config.as_flags(build_parser(), overrides))
     with watched(model.args):

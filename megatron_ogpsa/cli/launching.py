@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from megatron_ogpsa.cli.main import ERRORS_VARIABLE
 from megatron_ogpsa.cluster.settings import LaunchSettings
-from megatron_ogpsa.processes import PARENT_VARIABLE
+from megatron_ogpsa.system.processes import PARENT_VARIABLE
 
 RANK_MODULE = "megatron_ogpsa.cli.main"
 """What each rank runs."""

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
+from megatron_ogpsa.console.telling import ERRORS_VARIABLE as ERRORS_VARIABLE
+from megatron_ogpsa.console.telling import tell_once
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.telling import ERRORS_VARIABLE as ERRORS_VARIABLE
-from megatron_ogpsa.telling import tell_once
 
 VERBS = {
     "train": ("megatron_ogpsa.cli.train", "fine-tune from a configuration file"),
@@ -80,10 +80,10 @@ def _asks_for_flags(argv: Sequence[str]) -> bool:
 
 
 def _show_flags() -> int:
-    from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+    from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 
     install_if_no_gpu()
-    from megatron_ogpsa.integration.arguments import build_parser
+    from megatron_ogpsa.integration.arguments.parser import build_parser
 
     build_parser().print_help()
     return 0

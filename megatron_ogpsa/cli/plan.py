@@ -92,10 +92,10 @@ def _runs(config: ConfigFile, overrides: list[str], only: str | None) -> dict[st
 
 
 def _planned(flags_of: FlagsOf, world_size: int) -> Plan:
-    from megatron_ogpsa.integration.cpu_runtime import install_on_meta
+    from megatron_ogpsa.integration.runtime.cpu import install_on_meta
 
     install_on_meta()  # before Megatron is imported: its flags keep a GPU's defaults
-    from megatron_ogpsa.integration.arguments import build_parser
+    from megatron_ogpsa.integration.arguments.parser import build_parser
     from megatron_ogpsa.planning.arguments import cluster_arguments
     from megatron_ogpsa.planning.plan import make_plan
 

@@ -17,10 +17,10 @@ from megatron_ogpsa.cli.connections import set_connections
 from megatron_ogpsa.cluster.restarts import require_resumable, require_resumable_ranks
 from megatron_ogpsa.cluster.settings import FLAGS, LaunchSettings, launch_settings
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.open_files import raise_limit
 from megatron_ogpsa.pipeline import progress
 from megatron_ogpsa.pipeline.plan import Stage, plan_stages
-from megatron_ogpsa.processes import end_with_starter, is_rank, require_common_count
+from megatron_ogpsa.system.open_files import raise_limit
+from megatron_ogpsa.system.processes import end_with_starter, is_rank, require_common_count
 
 STAGE_VARIABLE = "MEGATRON_OGPSA_STAGE"
 """Name of the stage that this process is to run; set for the processes that the command starts."""
@@ -170,10 +170,10 @@ def _run_stage(stages: tuple[Stage, ...], name: str) -> int:
     index = next(number for number, stage in enumerate(stages) if stage.name == name)
     stage, is_first = stages[index], os.environ["RANK"] == "0"
 
-    from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+    from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 
     install_if_no_gpu()
-    from megatron_ogpsa.integration.arguments import build_parser, parse_flags
+    from megatron_ogpsa.integration.arguments.parser import build_parser, parse_flags
     from megatron_ogpsa.integration.program import run_training
     from megatron_ogpsa.integration.stages import require_data
 
@@ -189,10 +189,10 @@ def _run_stage(stages: tuple[Stage, ...], name: str) -> int:
 
 
 def _run_single(config: ConfigFile, overrides: list[str]) -> int:
-    from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+    from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 
     install_if_no_gpu()
-    from megatron_ogpsa.integration.arguments import build_parser, parse_flags
+    from megatron_ogpsa.integration.arguments.parser import build_parser, parse_flags
     from megatron_ogpsa.integration.program import run_training
     from megatron_ogpsa.integration.stages import require_data
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.files import file_error
+from megatron_ogpsa.system.files import file_error
 
 _MOST_BYTES = 1 << 20
 _STANDARD = "tag:yaml.org,2002:"

@@ -29,7 +29,7 @@ from megatron_ogpsa.cluster.settings import LaunchSettings
 from megatron_ogpsa.cluster.thawing import stopped_processes_end
 from megatron_ogpsa.cluster.words import say
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.open_files import raise_limit
+from megatron_ogpsa.system.open_files import raise_limit
 
 _STORE_SECONDS = 60
 """For one answer from the store of the rendezvous."""

@@ -15,7 +15,7 @@ from megatron_ogpsa.checkpoints import examine
 from megatron_ogpsa.checkpoints.survey import TRACKER_FILE, survey
 from megatron_ogpsa.conversion.model import CONTENT, Piece
 from megatron_ogpsa.errors import UserError, one_line
-from megatron_ogpsa.integration.model_arguments import MODEL_ARGUMENTS
+from megatron_ogpsa.integration.arguments.model import MODEL_ARGUMENTS
 
 _REMEDY = "name with --hf the Hugging Face folder that the training began with"
 _OF_THE_MODEL = ("decoder.", "embedding.", "output_layer.")

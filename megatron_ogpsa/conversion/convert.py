@@ -30,7 +30,7 @@ from megatron_ogpsa.conversion.model import CONTENT, Piece, arguments_of, unshar
 from megatron_ogpsa.conversion.model_file import CARRIED_FOLDER, write_model_file
 from megatron_ogpsa.conversion.safetensors_writer import Planned, write_weights
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.integration.disk import disk_error
+from megatron_ogpsa.integration.checkpoints.disk import disk_error
 
 PROGRESS_DELAY_SECONDS = 3.0
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_ogpsa.conversion.model import Piece
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.files import read_json, write_json
+from megatron_ogpsa.system.files import read_json, write_json
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"

@@ -90,10 +90,10 @@ def unsharded(args: argparse.Namespace, family: Family, content: Mapping[str, An
 
     Args:
         args: of :func:`arguments_of`; the process has called
-            :func:`megatron_ogpsa.integration.cpu_runtime.install_on_meta`.
+            :func:`megatron_ogpsa.integration.runtime.cpu.install_on_meta`.
         content: how a checkpoint is laid out, as noted in it; :data:`CONTENT` for a new one.
     """
-    from megatron_ogpsa.integration.cpu_runtime import META
+    from megatron_ogpsa.integration.runtime.cpu import META
     from megatron_ogpsa.planning.simulation import build_chunks, fake_world
     from megatron_ogpsa.sharding.names import named_parameters, unwrapped
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_ogpsa.conversion.huggingface import INDEX_FILE, SINGLE_FILE
-from megatron_ogpsa.files import write_json
+from megatron_ogpsa.system.files import write_json
 
 _CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 

@@ -14,7 +14,7 @@ import sentencepiece
 from megatron_ogpsa.data.template import ChatTemplate, Span, read_template_file
 from megatron_ogpsa.data.tokenizer import ChatTokenizer, sha256_of
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.files import file_error
+from megatron_ogpsa.system.files import file_error
 
 
 class SentencePieceChatTokenizer(ChatTokenizer):

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from datasets import packaged_modules
 
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.files import file_error, may_pass
+from megatron_ogpsa.system.files import file_error, may_pass
 
 LocatedRow = tuple[str, object]
 

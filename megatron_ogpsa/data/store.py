@@ -15,7 +15,7 @@ import datasets
 import pyarrow as pa
 
 from megatron_ogpsa.data.truncation import Document
-from megatron_ogpsa.files import file_error
+from megatron_ogpsa.system.files import file_error
 
 _DOCUMENT_SCHEMA = pa.schema({"token_ids": pa.list_(pa.int32()), "is_supervised": pa.list_(pa.bool_())})
 _ROW_SCHEMA = pa.schema({"documents": pa.list_(pa.int64())})

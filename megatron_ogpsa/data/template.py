@@ -15,7 +15,7 @@ from megatron_ogpsa.data.extras import Extras
 from megatron_ogpsa.data.limits import limited
 from megatron_ogpsa.data.messages import Message
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.files import file_error
+from megatron_ogpsa.system.files import file_error
 
 Span = tuple[int, int]  # characters, [begin, end)
 

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_ogpsa.cli.config_file import ConfigFile
 from megatron_ogpsa.demo.benchmark import Benchmark
 from megatron_ogpsa.demo.scoring import score
-from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 
 BATCH = 256
 """Prompts that go through a rank together."""
@@ -27,9 +27,9 @@ def evaluate(config: Path, data: Path, checkpoints: dict[str, str]) -> Iterator[
     """Scores of each checkpoint, in the model that ``config`` describes. Every rank must call it."""
     from megatron_ogpsa.evaluation.generation import generate
     from megatron_ogpsa.evaluation.losses import measure
-    from megatron_ogpsa.integration.arguments import build_parser
-    from megatron_ogpsa.integration.datasets import chat_tokenizer, load_conversations
-    from megatron_ogpsa.integration.loaded_model import LoadedModel
+    from megatron_ogpsa.integration.arguments.parser import build_parser
+    from megatron_ogpsa.integration.checkpoints.loaded_model import LoadedModel
+    from megatron_ogpsa.integration.inputs.datasets import chat_tokenizer, load_conversations
 
     model = LoadedModel.build(ConfigFile.read(config).as_flags(build_parser(), []))
     tokenizer = chat_tokenizer()

@@ -8,9 +8,9 @@ from typing import Any
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from megatron_ogpsa.console.training_log import Curve
 from megatron_ogpsa.demo.results import Results
 from megatron_ogpsa.demo.scoring import Scores
-from megatron_ogpsa.training_log import Curve
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers, by what is trained; black is the starting model.
 _COLOURS = {None: "#000000", "sft": "#E69F00", "dpo": "#0072B2", "sft-dpo": "#009E73"}

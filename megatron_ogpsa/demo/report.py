@@ -7,10 +7,10 @@ import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_ogpsa.console.tables import aligned_table
 from megatron_ogpsa.demo import plots
 from megatron_ogpsa.demo.results import Estimate, Results
 from megatron_ogpsa.demo.scoring import Recovered, Scores
-from megatron_ogpsa.tables import aligned_table
 
 NOT_APPLICABLE = "n/a"
 _BLANK = "–"

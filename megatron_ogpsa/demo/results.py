@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from megatron_ogpsa.console.training_log import Curve
 from megatron_ogpsa.demo.recipes import Variant
 from megatron_ogpsa.demo.scoring import Recovered, Scores, tax_recovered
-from megatron_ogpsa.training_log import Curve
 
 
 @dataclass(frozen=True, kw_only=True)

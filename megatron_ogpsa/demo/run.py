@@ -11,14 +11,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ogpsa.commands import Command, run_commands
+from megatron_ogpsa.console.commands import Command, run_commands
+from megatron_ogpsa.console.training_log import read_curves
 from megatron_ogpsa.demo.benchmark import BenchmarkSpec, write_benchmark
 from megatron_ogpsa.demo.recipes import START, DemoSizes, Recipe, Variant, write_config
 from megatron_ogpsa.demo.report import terminal_table, write_report
 from megatron_ogpsa.demo.results import Results, Run
 from megatron_ogpsa.demo.scoring import Scores
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.training_log import read_curves
 
 START_UP = 12.0
 """Seconds that a job of two ranks takes to start on two cores."""

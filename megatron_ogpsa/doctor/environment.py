@@ -63,8 +63,8 @@ def check_megatron() -> Finding:
     Raises:
         UserError: it is absent, or of another series.
     """
-    from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
-    from megatron_ogpsa.integration.patching import MEGATRON_SERIES, require_supported_megatron
+    from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
+    from megatron_ogpsa.integration.runtime.patching import MEGATRON_SERIES, require_supported_megatron
 
     require_supported_megatron()
     install_if_no_gpu()

@@ -14,7 +14,7 @@ from megatron_ogpsa.doctor.findings import Finding, Report, made, not_made, ok, 
 from megatron_ogpsa.doctor.gpu import Gpu, built_in_gpus, check_gpus, visible_gpus
 from megatron_ogpsa.doctor.world import MOST_RANKS_ON_CPU, World, can_start, find_world
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.open_files import limits_at_start
+from megatron_ogpsa.system.open_files import limits_at_start
 
 if TYPE_CHECKING:
     from megatron_ogpsa.cli.config_file import ConfigFile

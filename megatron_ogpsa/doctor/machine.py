@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_ogpsa.doctor.findings import Finding, fail, ok, size_in_words, warn
-from megatron_ogpsa.open_files import files_of_store_holder
+from megatron_ogpsa.system.open_files import files_of_store_holder
 
 RANK_BYTES = 1 << 30
 """Host memory of a rank that has imported torch and Megatron, before any model: 0.74 GB measured, and room to work."""

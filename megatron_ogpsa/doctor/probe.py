@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from megatron_ogpsa.doctor.steps import ALL, GROUPS, PATIENCE, START, Layout, Probe
-from megatron_ogpsa.processes import end_with_parent
+from megatron_ogpsa.system.processes import end_with_parent
 
 
 def main(text: str) -> None:

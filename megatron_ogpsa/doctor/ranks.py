@@ -15,7 +15,7 @@ from typing import IO, Any, Protocol
 from megatron_ogpsa.doctor.collectives import watch
 from megatron_ogpsa.doctor.findings import Finding
 from megatron_ogpsa.doctor.steps import PATIENCE, Layout, Probe
-from megatron_ogpsa.processes import attempt_in_store
+from megatron_ogpsa.system.processes import attempt_in_store
 
 PROBE_MODULE = "megatron_ogpsa.doctor.probe"
 

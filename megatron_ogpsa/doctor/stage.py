@@ -70,7 +70,7 @@ class Stage:
         report.examine("model", self._measure, needs=(MEGATRON, "tokenizer"))
 
     def _parse(self) -> Finding:
-        from megatron_ogpsa.integration.arguments import build_parser, parse_flags
+        from megatron_ogpsa.integration.arguments.parser import build_parser, parse_flags
 
         self._flags = self._flags_of(build_parser())
         self._early = parse_flags(self._flags)
@@ -100,8 +100,8 @@ class Stage:
 
     def _validate(self) -> Iterator[Finding]:
         from megatron_ogpsa.doctor.environment import installed_version
-        from megatron_ogpsa.integration.cpu_arguments import check_supported_on_cpu
-        from megatron_ogpsa.integration.loop_arguments import check_before_validation, require_flags
+        from megatron_ogpsa.integration.arguments.cpu import check_supported_on_cpu
+        from megatron_ogpsa.integration.arguments.loop import check_before_validation, require_flags
         from megatron_ogpsa.planning.arguments import megatron_arguments
 
         if self._generation is None:
@@ -125,8 +125,8 @@ class Stage:
         return ok("FP8", f"--fp8-recipe {self._args.fp8_recipe}: Transformer Engine and this GPU have it")
 
     def _project(self) -> Finding:
-        from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
-        from megatron_ogpsa.integration.schedule import schedule_from_arguments
+        from megatron_ogpsa.integration.arguments.projection import check_projection_arguments
+        from megatron_ogpsa.integration.projection.schedule import schedule_from_arguments
         from megatron_ogpsa.integration.stages import check_arguments
 
         args = self._args
@@ -151,7 +151,7 @@ class Stage:
     def _sources(self) -> Iterator[tuple[str, Check]]:
         """Name of each source that the run reads, and its check."""
         from megatron_ogpsa.doctor.inputs import Kind, check_data
-        from megatron_ogpsa.integration.reference_data import loss_of_reference
+        from megatron_ogpsa.integration.projection.reference_data import loss_of_reference
 
         args = self._early
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_ogpsa.cluster.settings import number_of_nodes
-from megatron_ogpsa.processes import is_rank
+from megatron_ogpsa.system.processes import is_rank
 
 MOST_RANKS_ON_CPU = 16
 """Ranks that are started for a trial where there is no GPU to limit them."""

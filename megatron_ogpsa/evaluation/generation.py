@@ -19,7 +19,7 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_ogpsa.integration.loaded_model import LoadedModel
+from megatron_ogpsa.integration.checkpoints.loaded_model import LoadedModel
 
 PROGRESS_DELAY_SECONDS = 3.0
 

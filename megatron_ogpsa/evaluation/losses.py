@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from megatron_ogpsa.data import TokenizedChatDataset, TokenizedPreferenceDataset
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.integration.batch import Batch
-from megatron_ogpsa.integration.forward import make_forward_step
-from megatron_ogpsa.integration.loaded_model import LoadedModel
+from megatron_ogpsa.integration.checkpoints.loaded_model import LoadedModel
+from megatron_ogpsa.integration.inputs.batch import Batch
+from megatron_ogpsa.integration.inputs.forward import make_forward_step
 from megatron_ogpsa.losses.preference import answer_log_probs, chosen_mask
 from megatron_ogpsa.reference_policy.passes import Passes
 

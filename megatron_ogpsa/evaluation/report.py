@@ -8,12 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_ogpsa.console.tables import aligned_table
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.evaluation.losses import Loss
 from megatron_ogpsa.evaluation.rates import Rate
 from megatron_ogpsa.evaluation.scoring import Answered, Scores
-from megatron_ogpsa.files import write_atomically, write_json
-from megatron_ogpsa.tables import aligned_table
+from megatron_ogpsa.system.files import write_atomically, write_json
 
 
 def terminal_table(found: Sequence[Scores]) -> str:

@@ -16,10 +16,10 @@ from megatron_ogpsa.evaluation.judges import verdicts_of
 from megatron_ogpsa.evaluation.losses import Dataset, Loss, measure
 from megatron_ogpsa.evaluation.rates import Rate, rate_of
 from megatron_ogpsa.evaluation.request import Checkpoint, Request
-from megatron_ogpsa.integration.agreement import agreed
-from megatron_ogpsa.integration.datasets import chat_tokenizer, load_conversations, load_pairs
-from megatron_ogpsa.integration.loaded_model import LoadedModel
-from megatron_ogpsa.integration.packing import check_packing
+from megatron_ogpsa.integration.checkpoints.loaded_model import LoadedModel
+from megatron_ogpsa.integration.inputs.datasets import chat_tokenizer, load_conversations, load_pairs
+from megatron_ogpsa.integration.inputs.packing import check_packing
+from megatron_ogpsa.integration.ranks.agreement import agreed
 
 
 @dataclass(frozen=True)

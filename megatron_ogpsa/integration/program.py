@@ -12,14 +12,14 @@ import traceback
 import torch.distributed as dist
 
 from megatron_ogpsa.errors import UserError, one_line
-from megatron_ogpsa.files import file_error
-from megatron_ogpsa.integration.arguments import add_training_arguments, parse_flags
-from megatron_ogpsa.integration.cpu_arguments import check_supported_on_cpu
-from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
-from megatron_ogpsa.integration.loop_arguments import check_before_validation, require_flags
+from megatron_ogpsa.integration.arguments.cpu import check_supported_on_cpu
+from megatron_ogpsa.integration.arguments.loop import check_before_validation, require_flags
+from megatron_ogpsa.integration.arguments.parser import add_training_arguments, parse_flags
+from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 from megatron_ogpsa.integration.stages import build_stage
 from megatron_ogpsa.integration.training import prepare_megatron, run_loop
 from megatron_ogpsa.precision.fp8_support import rounding_told
+from megatron_ogpsa.system.files import file_error
 
 logger = logging.getLogger(__name__)
 

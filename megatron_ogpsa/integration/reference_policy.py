@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 from megatron_ogpsa.data.micro_batches import micro_batches_at_once
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.integration.agreement import agreed
-from megatron_ogpsa.integration.batch import Batch
-from megatron_ogpsa.integration.checkpoints import read_state
-from megatron_ogpsa.integration.forward import make_forward_step
-from megatron_ogpsa.integration.model_arguments import MODEL_ARGUMENTS, PRECISION_ARGUMENTS, described, difference
+from megatron_ogpsa.integration.arguments.model import MODEL_ARGUMENTS, PRECISION_ARGUMENTS, described, difference
+from megatron_ogpsa.integration.checkpoints.loading import read_state
+from megatron_ogpsa.integration.inputs.batch import Batch
+from megatron_ogpsa.integration.inputs.forward import make_forward_step
+from megatron_ogpsa.integration.ranks.agreement import agreed
 from megatron_ogpsa.losses.output import LossFunction
 from megatron_ogpsa.losses.preference import PreferenceLossConfig, answer_log_probs, summed_pair_loss
-from megatron_ogpsa.references import PROGRESS_DELAY_SECONDS
+from megatron_ogpsa.references.gradients import PROGRESS_DELAY_SECONDS
 from megatron_ogpsa.watchdog import progress
 
 if TYPE_CHECKING:

@@ -9,17 +9,17 @@ from functools import partial
 from typing import Any
 
 from megatron_ogpsa.errors import UnsupportedError, UserError
-from megatron_ogpsa.integration.arguments import WHOLE_SET
-from megatron_ogpsa.integration.context_parallel import check_context_parallel
-from megatron_ogpsa.integration.datasets import load_conversations, load_pairs, make_datasets_provider
-from megatron_ogpsa.integration.forward import ForwardStep, make_forward_step
-from megatron_ogpsa.integration.loop import LoopHook
-from megatron_ogpsa.integration.loop_arguments import check_loop_arguments
-from megatron_ogpsa.integration.packing import check_packing
-from megatron_ogpsa.integration.projection import ProjectionRun
-from megatron_ogpsa.integration.reference_data import reference_loader
+from megatron_ogpsa.integration.arguments.loop import check_loop_arguments
+from megatron_ogpsa.integration.arguments.parser import WHOLE_SET
+from megatron_ogpsa.integration.inputs.context_parallel import check_context_parallel
+from megatron_ogpsa.integration.inputs.datasets import load_conversations, load_pairs, make_datasets_provider
+from megatron_ogpsa.integration.inputs.forward import ForwardStep, make_forward_step
+from megatron_ogpsa.integration.inputs.packing import check_packing
+from megatron_ogpsa.integration.loop.hooks import LoopHook
+from megatron_ogpsa.integration.loop.time_left import TimeLeft
+from megatron_ogpsa.integration.projection.reference_data import reference_loader
+from megatron_ogpsa.integration.projection.run import ProjectionRun
 from megatron_ogpsa.integration.reference_policy import ReferencePolicy
-from megatron_ogpsa.integration.time_left import TimeLeft
 from megatron_ogpsa.losses.sft import summed_token_loss
 
 

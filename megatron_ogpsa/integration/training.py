@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.integration.checkpoints import guard_checkpoints
-from megatron_ogpsa.integration.cpu_arguments import check_supported_on_cpu
-from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu, install_in_training_loop
-from megatron_ogpsa.integration.disk import check_folders, install_disk_errors
-from megatron_ogpsa.integration.hang_watch import pulsing, watched
-from megatron_ogpsa.integration.loop import LoopHook, install_hooks
-from megatron_ogpsa.integration.loop_arguments import check_places
-from megatron_ogpsa.integration.patching import Patch, apply_patches, require_supported_megatron
-from megatron_ogpsa.open_files import raise_limit
+from megatron_ogpsa.integration.arguments.cpu import check_supported_on_cpu
+from megatron_ogpsa.integration.arguments.loop import check_places
+from megatron_ogpsa.integration.checkpoints.disk import check_folders, install_disk_errors
+from megatron_ogpsa.integration.checkpoints.loading import guard_checkpoints
+from megatron_ogpsa.integration.loop.hang_watch import pulsing, watched
+from megatron_ogpsa.integration.loop.hooks import LoopHook, install_hooks
+from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu, install_in_training_loop
+from megatron_ogpsa.integration.runtime.patching import Patch, apply_patches, require_supported_megatron
 from megatron_ogpsa.precision.fp8_support import check_fp8_available
-from megatron_ogpsa.processes import require_common_count
+from megatron_ogpsa.system.open_files import raise_limit
+from megatron_ogpsa.system.processes import require_common_count
 
 _PRETRAIN_PARAMETERS = (
     "cfg_container",

@@ -12,8 +12,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from megatron_ogpsa.console.telling import print_error
 from megatron_ogpsa.errors import UserError, one_line
-from megatron_ogpsa.telling import print_error
 
 _INSTEAD = "take the model's safetensors release"
 

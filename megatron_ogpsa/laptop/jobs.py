@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_ogpsa.commands import Command
+from megatron_ogpsa.console.commands import Command
 from megatron_ogpsa.laptop.recipe import Recipe
 from megatron_ogpsa.study.settings import Setting
 

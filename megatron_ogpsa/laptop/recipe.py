@@ -14,9 +14,9 @@ import yaml
 
 from megatron_ogpsa.data.sources import open_source
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.files import write_atomically
 from megatron_ogpsa.laptop.safety_data import held_out_prompts, training_examples
 from megatron_ogpsa.study.settings import Setting
+from megatron_ogpsa.system.files import write_atomically
 
 NUM_SAMPLES, SAMPLE_BYTES = 64, 2**16
 """Pieces of a file by which a model is known again without reading all of it."""

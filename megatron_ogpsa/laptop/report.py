@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_ogpsa.console.tables import aligned_table
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.laptop.recipe import Sizes
 from megatron_ogpsa.study.report import as_json, read_json, tradeoff_figure
 from megatron_ogpsa.study.settings import PLAIN, SETTINGS
 from megatron_ogpsa.study.tradeoff import LEVELS, Curve, Curves, Point, Safety, at_safety, compare, over_levels
-from megatron_ogpsa.tables import aligned_table
 
 ENDS = {"after SFT": "sft", "after DPO": "dpo"}
 

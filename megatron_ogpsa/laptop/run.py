@@ -8,7 +8,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_ogpsa.commands import run_commands
+from megatron_ogpsa.console.commands import run_commands
 from megatron_ogpsa.data.sources import require_source
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.laptop.jobs import Job, chatting_steps, start_result, starting_steps

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.files import read_sealed_json, write_sealed_json
 from megatron_ogpsa.pipeline.plan import Stage
+from megatron_ogpsa.system.files import read_sealed_json, write_sealed_json
 
 RECORD_FILE = "stage.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from megatron_ogpsa.errors import TransientError, UserError
-from megatron_ogpsa.processes import ATTEMPT_VARIABLE, PARENT_VARIABLE, attempt_in_store
+from megatron_ogpsa.system.processes import ATTEMPT_VARIABLE, PARENT_VARIABLE, attempt_in_store
 from megatron_ogpsa.watchdog.board import STORE_VARIABLE
 
 _HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)

@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 
 from megatron_ogpsa.errors import UnsupportedError, UserError, one_line
-from megatron_ogpsa.integration.arguments import add_training_arguments, parse_flags
+from megatron_ogpsa.integration.arguments.parser import add_training_arguments, parse_flags
 from megatron_ogpsa.planning.layout import Dimensions, Mesh, nearest, problem
 
 
@@ -22,8 +22,8 @@ def cluster_arguments(flags: list[str], world_size: int) -> argparse.Namespace:
         UserError: a wrong flag, or a layout that does not come out even, with the nearest that does.
         UnsupportedError: a model that is no GPT, or a flag with which projection is refused.
     """
-    from megatron_ogpsa.integration.loop_arguments import check_before_validation, require_flags
-    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
+    from megatron_ogpsa.integration.arguments.loop import check_before_validation, require_flags
+    from megatron_ogpsa.integration.arguments.projection import check_projection_arguments
     from megatron_ogpsa.integration.stages import check_arguments
 
     early = parse_flags(flags)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_ogpsa.plugin.streaming import NUM_BUFFERS
 from megatron_ogpsa.projection.segments import TileLimits
-from megatron_ogpsa.streaming import NUM_BUFFERS
 
 FP32, FP64 = 4, 8
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ogpsa.data.micro_batches import micro_batches_at_once
-from megatron_ogpsa.integration.schedule import schedule_from_arguments
+from megatron_ogpsa.integration.projection.schedule import schedule_from_arguments
 from megatron_ogpsa.planning import costs
 from megatron_ogpsa.planning.simulation import LocalParameter, SimulatedRank, simulate
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_ogpsa.integration.cpu_runtime import META
+from megatron_ogpsa.integration.runtime.cpu import META
 from megatron_ogpsa.planning.costs import FP32, ShardSize
 from megatron_ogpsa.sharding.gradients import Piece, leaf_optimizers, pieces_of
 from megatron_ogpsa.sharding.logical import logical_name, logical_runs, row_pattern
@@ -97,7 +97,7 @@ def simulate(args: argparse.Namespace, rank: int) -> SimulatedRank:
 
     Args:
         args: Megatron's, validated; the process has called
-            :func:`megatron_ogpsa.integration.cpu_runtime.install_on_meta`.
+            :func:`megatron_ogpsa.integration.runtime.cpu.install_on_meta`.
     """
     with fake_world(args, rank):
         chunks = build_chunks(args, META)

@@ -19,9 +19,9 @@ from torch.utils.data import Dataset, Subset
 
 from megatron_ogpsa.data.micro_batches import Rows, deal_out
 from megatron_ogpsa.precision.fp8_state import adopt_forward_scales, starts_without_scales
-from megatron_ogpsa.reference_pass import no_trace
 from megatron_ogpsa.reference_policy.store import LogProbs
-from megatron_ogpsa.references import MicroBatch
+from megatron_ogpsa.references.gradients import MicroBatch
+from megatron_ogpsa.references.one_pass import no_trace
 
 MICRO_BATCHES_PER_STAGE = 16
 """Micro-batches of a round, for each pipeline stage: the pipeline is full most of the time, and an interrupted

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.files import file_error, write_atomically
+from megatron_ogpsa.system.files import file_error, write_atomically
 
 _FORMAT = "2"
 

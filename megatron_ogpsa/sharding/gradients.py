@@ -73,7 +73,7 @@ class GradientShard:
     """This rank's part of the model's gradient, as contiguous spans cut into blocks.
 
     Args:
-        optimizer: a supported Megatron optimizer (see :func:`megatron_ogpsa.plugin.attach`).
+        optimizer: a supported Megatron optimizer (see :func:`megatron_ogpsa.plugin.ogpsa.attach`).
         chunks: this rank's model chunks.
         by_tensor: one block for each logical tensor, or one for the whole model.
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_ogpsa.commands import Command, run_commands
+from megatron_ogpsa.console.commands import Command, run_commands
 from megatron_ogpsa.demo.benchmark import BenchmarkSpec, write_benchmark
 from megatron_ogpsa.demo.recipes import DemoSizes, Recipe, write_config
 from megatron_ogpsa.demo.recipes import Settings as Flags

@@ -12,7 +12,7 @@ from datetime import timedelta
 
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from megatron_ogpsa.processes import attempt_in_store
+from megatron_ogpsa.system.processes import attempt_in_store
 from megatron_ogpsa.watchdog.story import Record
 
 STORE_VARIABLE = "MEGATRON_OGPSA_STORE"

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn
 
+from megatron_ogpsa.console.telling import tell_once, write_error
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.telling import tell_once, write_error
 from megatron_ogpsa.watchdog.board import Address, Ending, run_prefix
 from megatron_ogpsa.watchdog.link import Link, StoreSilent
 from megatron_ogpsa.watchdog.place import Place, fingerprint, place_of, thread_stack, traceback_stack

@@ -59,8 +59,8 @@ def bridge_modules(*, real: bool, **training: Any) -> Iterator[None]:
     top = "megatron.bridge"
     names = [top, f"{top}.training", f"{top}.training.utils", f"{top}.training.utils.train_utils"]
     names += [f"{top}.training.{name}" for name in (*training, "callbacks")]
-    ours = "megatron_ogpsa.integration.bridge"
-    saved = {name: sys.modules.pop(name, None) for name in (*names, ours)}
+    ours = [f"megatron_ogpsa.integration.bridge{module}" for module in ("", ".callback", ".settings")]
+    saved = {name: sys.modules.pop(name, None) for name in (*names, *ours)}
     try:
         for name in names[:-1]:
             sys.modules[name] = ModuleType(name)

@@ -20,7 +20,7 @@ def test_the_loop_of_the_page_resumes_as_if_undisturbed(distributed: Callable[[i
 
 @pytest.mark.parametrize("page", sorted(page.name for page in PAGES.glob("*.md")))
 def test_links_exist_and_flags_are_known(page: str) -> None:
-    from megatron_ogpsa.integration.arguments import build_parser
+    from megatron_ogpsa.integration.arguments.parser import build_parser
 
     text = (PAGES / page).read_text(encoding="utf-8")
     for path in re.findall(r"\]\((?!http|#)([^)]+)\)", text):

@@ -82,7 +82,7 @@ def test_the_diff_is_all_that_an_existing_script_needs(tmp_path: Path) -> None:
 
 
 def test_the_flags_are_those_of_the_parser() -> None:
-    from megatron_ogpsa.integration.arguments import build_parser
+    from megatron_ogpsa.integration.arguments.parser import build_parser
 
     text = next(block for block in blocks("text") if "--ogpsa-reference NAME" in block)
     actions = {option: action for action in build_parser()._actions for option in action.option_strings}
@@ -112,14 +112,13 @@ def test_paths_and_links_exist(page: Path) -> None:
 def test_every_room_of_the_code_is_on_the_map() -> None:
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     package = ROOT / "megatron_ogpsa"
-    rooms = [path for path in package.iterdir() if path.is_dir() and (path / "__init__.py").exists()]
+    floors = (package, package / "integration")
+    rooms = [path.parent for floor in floors for path in floor.glob("*/__init__.py")]
     modules = [path for path in package.glob("*.py") if path.name not in ("__init__.py", "config.py")]
     for path in (*rooms, *modules):
         assert f"`{path.name}{'/' * path.is_dir()}`" in page, path.name
     for named in re.findall(r"`([a-z_]+(?:\.py|/))`", page):
-        assert any((folder / named).exists() for folder in (package, package / "integration", ROOT / "tests/core")), (
-            named
-        )
+        assert any((folder / named).exists() for folder in (*floors, package / "plugin", ROOT / "tests/core")), named
 
 
 @pytest.mark.parametrize("line", re.findall(r"^\$ megatron-ogpsa (.*)", README, re.MULTILINE))

@@ -11,9 +11,9 @@ import pytest
 
 from megatron_ogpsa.benchmarks import training, trl_training
 from megatron_ogpsa.cli.config_file import ConfigFile
-from megatron_ogpsa.commands import Command
+from megatron_ogpsa.console.commands import Command
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.integration.arguments import build_parser, parse_flags
+from megatron_ogpsa.integration.arguments.parser import build_parser, parse_flags
 
 STEP_MILLISECONDS = {"plain": 400.0, "gradient": 440.0, "update": 500.0}
 REFRESH_MILLISECONDS = 3000.0

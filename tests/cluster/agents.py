@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_ogpsa.cluster.node import run_node
 from megatron_ogpsa.cluster.settings import launch_settings
-from megatron_ogpsa.processes import PARENT_VARIABLE, end_with_parent
+from megatron_ogpsa.system.processes import PARENT_VARIABLE, end_with_parent
 
 RANKS_PER_NODE = 2
 ROOT = Path(__file__).parents[2]

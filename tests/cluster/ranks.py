@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from megatron_ogpsa.processes import end_with_starter
+from megatron_ogpsa.system.processes import end_with_starter
 
 RANK = int(os.environ["RANK"])
 LAST = int(os.environ["WORLD_SIZE"]) - 1

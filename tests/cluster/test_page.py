@@ -43,8 +43,8 @@ def test_commands_of_the_page_are_accepted(line: str) -> None:
     settings = launch_settings(found, config.launch, environment)
     require_resumable(config, flags, settings)
 
-    from megatron_ogpsa.integration.arguments import build_parser
-    from megatron_ogpsa.integration.loop_arguments import check_before_validation
+    from megatron_ogpsa.integration.arguments.loop import check_before_validation
+    from megatron_ogpsa.integration.arguments.parser import build_parser
 
     megatron = build_parser()
     check_before_validation(megatron.parse_args(config.as_flags(megatron, flags)))

@@ -188,6 +188,6 @@ def test_mistakes_in_the_files_launch(tmp_path: Path, text: str, expected: str) 
 
 
 def test_no_flag_of_a_launch_is_one_of_megatrons() -> None:
-    from megatron_ogpsa.integration.arguments import build_parser
+    from megatron_ogpsa.integration.arguments.parser import build_parser
 
     assert not {f"--{key}" for key in FLAGS} & set(build_parser()._option_string_actions)

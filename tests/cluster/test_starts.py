@@ -12,7 +12,7 @@ from megatron_ogpsa.cli import train
 from megatron_ogpsa.cli.config_file import ConfigFile
 from megatron_ogpsa.cli.connections import VARIABLE, set_connections
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.processes import is_rank, require_common_count
+from megatron_ogpsa.system.processes import is_rank, require_common_count
 
 REFUSED = {
     "TORCHELASTIC_USE_AGENT_STORE": "True",

@@ -64,7 +64,7 @@ def test_mistakes_are_named(write: Write, tmp_path: Path, text: str, base: str |
 
 
 def test_an_unknown_key_of_the_base_is_named_in_the_base(write: Write, tmp_path: Path) -> None:
-    from megatron_ogpsa.integration.arguments import build_parser
+    from megatron_ogpsa.integration.arguments.parser import build_parser
 
     config = ConfigFile.read(write("base: shared/base.yaml\n", "lr: 1.0e-6\nseeed: 1\n"))
     with pytest.raises(UserError, match=rf"^{tmp_path}/shared/base\.yaml:2: unknown key 'seeed', did you mean"):

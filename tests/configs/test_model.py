@@ -11,7 +11,7 @@ import pytest
 from megatron_ogpsa.cli.config_file import ConfigFile
 from megatron_ogpsa.conversion.model_file import write_model_file
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.integration.arguments import build_parser, parse_flags
+from megatron_ogpsa.integration.arguments.parser import build_parser, parse_flags
 from megatron_ogpsa.pipeline.plan import plan_stages
 
 FLAGS = {"num-layers": 2, "swiglu": True, "norm-epsilon": 1e-6, "window-size": "(4,0)", "max-position-embeddings": 64}

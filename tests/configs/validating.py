@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ogpsa.cli.config_file import ConfigFile
-from megatron_ogpsa.integration.cpu_runtime import install_on_meta
+from megatron_ogpsa.integration.runtime.cpu import install_on_meta
 
 SHOWN = (
     "lr lr_decay_style weight_decay clip_grad global_batch_size train_iters train_samples bf16 fp8 fp8_recipe "
@@ -25,7 +25,7 @@ def validated(config: str, ranks: int, flags: list[str]) -> dict[str, Any]:
     """Arguments of each stage by its name, '' for a single run; an error's text in place of a stage that is refused."""
     from megatron_ogpsa.cli.plan import _runs
     from megatron_ogpsa.errors import UserError
-    from megatron_ogpsa.integration.arguments import build_parser
+    from megatron_ogpsa.integration.arguments.parser import build_parser
     from megatron_ogpsa.planning.arguments import cluster_arguments
 
     parser = build_parser()

@@ -172,8 +172,8 @@ def not_finite(layout: str, bad_rank: int, space: str = "gradient") -> dict[str,
     warnings: list[str] = []
     told = lambda text, *arguments: warnings.append(text % arguments)  # noqa: E731
     with (
-        mock.patch.object(logging.getLogger("megatron_ogpsa.plugin"), "warning", told),
-        mock.patch.object(logging.getLogger("megatron_ogpsa.spaces"), "warning", told),
+        mock.patch.object(logging.getLogger("megatron_ogpsa.plugin.ogpsa"), "warning", told),
+        mock.patch.object(logging.getLogger("megatron_ogpsa.plugin.space"), "warning", told),
     ):
         second = refreshed(bad, poisoned=True)
         kept = torch.equal(basis, ogpsa._space.basis.rows_KN)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_ogpsa.plugin.streaming import HostRows, host_rows
 from megatron_ogpsa.projection.segments import (
     Segment,
     SegmentLayout,
@@ -25,7 +26,6 @@ from megatron_ogpsa.projection.segments import (
     gram_and_dots,
     subtract_combination,
 )
-from megatron_ogpsa.streaming import HostRows, host_rows
 
 if TYPE_CHECKING:
     from megatron_ogpsa.projection.gpu_kernels import GpuKernels

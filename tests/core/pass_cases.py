@@ -17,8 +17,8 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_ogpsa import attach
-from megatron_ogpsa.reference_pass import LARGEST_LOGITS
-from megatron_ogpsa.references import MicroBatch, Reference, refresh
+from megatron_ogpsa.references.gradients import MicroBatch, Reference, refresh
+from megatron_ogpsa.references.one_pass import LARGEST_LOGITS
 from tests.core import oracle
 from tests.core.cases import REFERENCES, batch_of, expectation
 from tests.core.gradients import plant, reduced_gradient

@@ -11,7 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ogpsa import OGPSAConfig, attach
-from megatron_ogpsa.references import MicroBatch, Reference, refresh
+from megatron_ogpsa.references.gradients import MicroBatch, Reference, refresh
 from tests.core import oracle
 from tests.core.cases import batch_of
 from tests.core.gradients import reduced_gradient

@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ogpsa import OGPSAConfig, attach
-from megatron_ogpsa.streaming import HostRows
+from megatron_ogpsa.plugin.streaming import HostRows
 from tests.core import oracle
 from tests.core.cases import planted, refresh_planted
 from tests.core.gradients import plant

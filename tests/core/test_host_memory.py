@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from megatron_ogpsa import host_memory
-from megatron_ogpsa.host_memory import HostMemory
-from megatron_ogpsa.streaming import host_rows
+from megatron_ogpsa.plugin import host_memory
+from megatron_ogpsa.plugin.host_memory import HostMemory
+from megatron_ogpsa.plugin.streaming import host_rows
 
 
 @dataclass

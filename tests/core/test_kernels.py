@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_ogpsa.benchmarks import projection as benchmark
+from megatron_ogpsa.plugin.streaming import HostRows
 from megatron_ogpsa.projection import passes
 from megatron_ogpsa.projection.cpu_kernels import CpuKernels
 from megatron_ogpsa.projection.gpu_kernels import GpuKernels
@@ -27,7 +28,6 @@ from megatron_ogpsa.projection.segments import (
     gram_and_dots,
     subtract_combination,
 )
-from megatron_ogpsa.streaming import HostRows
 from tests.core import gpu_kernel_cases
 from tests.harness import WorkerGroup
 

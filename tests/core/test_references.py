@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_ogpsa import reference_pass
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.precision.loss_scale import FIRST_SCALE
-from megatron_ogpsa.references import Reference, cut_reference
+from megatron_ogpsa.references import one_pass
+from megatron_ogpsa.references.gradients import Reference, cut_reference
 from tests.core.layouts import LAYOUTS
 from tests.core.test_parity import FP32_TOLERANCE
 from tests.harness import WorkerGroup
@@ -63,11 +63,11 @@ def test_generators_of_a_tracker_for_cuda_graphs_are_put_back(monkeypatch: pytes
 
     tracker = Tracker()
     generator = tracker.states_["model-parallel-rng"]
-    monkeypatch.setattr(reference_pass, "get_cuda_rng_tracker", lambda: tracker)
+    monkeypatch.setattr(one_pass, "get_cuda_rng_tracker", lambda: tracker)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.zeros(1))
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: None)
     before = generator.get_state()
-    with reference_pass._random_states():
+    with one_pass._random_states():
         torch.rand(3, generator=generator)
     assert tracker.states_["model-parallel-rng"] is generator  # graphs hold on to it
     assert torch.equal(generator.get_state(), before)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ogpsa.plugin.streaming import NUM_BUFFERS, HostRows, host_rows
 from megatron_ogpsa.projection.segments import (
     Rows,
     Segment,
@@ -20,7 +21,6 @@ from megatron_ogpsa.projection.segments import (
     gram_and_dots,
     subtract_combination,
 )
-from megatron_ogpsa.streaming import NUM_BUFFERS, HostRows, host_rows
 from tests.core.test_projection import CPU, LIMITS, NUM_BLOCKS, SPANS, layout_of, random
 from tests.harness import WorkerGroup
 

@@ -90,7 +90,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
 def test_unsupported_flags_are_refused_by_name_with_references_only(
     arguments: Callable[..., argparse.Namespace], change: dict[str, Any], flag: str
 ) -> None:
-    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
+    from megatron_ogpsa.integration.arguments.projection import check_projection_arguments
 
     check_projection_arguments(arguments())
     check_projection_arguments(arguments(**change, ogpsa_reference=[]))
@@ -106,7 +106,7 @@ def test_unsupported_flags_are_refused_by_name_with_references_only(
     ],
 )
 def test_what_updates_cannot_do_with_is_refused_by_a_loop_of_ones_own(name: str, value: Any, told: str) -> None:
-    from megatron_ogpsa.support import _check_update_space
+    from megatron_ogpsa.plugin.support import _check_update_space
 
     plain = {"optimizer_cpu_offload": False, "grad_norm_skip_threshold": float("inf")}
     _check_update_space(SimpleNamespace(config=SimpleNamespace(**plain)))  # type: ignore[arg-type]
@@ -131,7 +131,7 @@ def test_rows_of_references_are_looked_at_as_those_of_training(
     arguments: Callable[..., argparse.Namespace], change: dict[str, Any], flag: str, rows: dict[str, Any]
 ) -> None:
     """Pairs as references of SFT, and ``--ogpsa-packing`` in a script of one's own, which builds no stage of ours."""
-    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
+    from megatron_ogpsa.integration.arguments.projection import check_projection_arguments
 
     check_projection_arguments(arguments(**change))
     check_projection_arguments(arguments(**rows, **ONE_AT_A_TIME))
@@ -143,7 +143,7 @@ def test_rows_of_references_are_looked_at_as_those_of_training(
 
 def test_rows_of_validation_are_looked_at_where_they_are_packed(arguments: Callable[..., argparse.Namespace]) -> None:
     """Pairs are references alone, in a stage that validates on conversations."""
-    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
+    from megatron_ogpsa.integration.arguments.projection import check_projection_arguments
 
     change = ONE_AT_A_TIME | {"eval_micro_batch_size": 2}
     check_projection_arguments(arguments(**change, **PAIRS))
@@ -162,7 +162,7 @@ def test_rows_of_validation_are_looked_at_where_they_are_packed(arguments: Calla
 def test_what_context_parallelism_cannot_split_is_refused_by_name(
     arguments: Callable[..., argparse.Namespace], change: dict[str, Any], flag: str
 ) -> None:
-    from megatron_ogpsa.integration.context_parallel import check_context_parallel
+    from megatron_ogpsa.integration.inputs.context_parallel import check_context_parallel
 
     plain = {"transformer_impl": "transformer_engine", "context_parallel_size": 2}
     check_context_parallel(arguments(**plain))
@@ -172,7 +172,7 @@ def test_what_context_parallelism_cannot_split_is_refused_by_name(
 
 
 def test_the_papers_refresh_interval_is_the_stages(arguments: Callable[..., argparse.Namespace]) -> None:
-    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
+    from megatron_ogpsa.integration.arguments.projection import check_projection_arguments
 
     for stage, given, expected in (("sft", None, 30), ("dpo", None, 5), ("dpo", 7, 7)):
         args = arguments(ogpsa_stage=stage, ogpsa_refresh_interval=given)
@@ -193,7 +193,7 @@ def test_the_papers_refresh_interval_is_the_stages(arguments: Callable[..., argp
 def test_conflicts_are_taken_out_of_updates_unless_the_authors_rule_is_asked_for(
     arguments: Callable[..., argparse.Namespace], change: dict[str, Any], rule: tuple[str, str]
 ) -> None:
-    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
+    from megatron_ogpsa.integration.arguments.projection import check_projection_arguments
 
     args = arguments(**change)
     check_projection_arguments(args)
@@ -201,7 +201,7 @@ def test_conflicts_are_taken_out_of_updates_unless_the_authors_rule_is_asked_for
 
 
 def test_references_in_bf16_of_parameters_in_another_type(arguments: Callable[..., argparse.Namespace]) -> None:
-    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
+    from megatron_ogpsa.integration.arguments.projection import check_projection_arguments
 
     check_projection_arguments(arguments(ogpsa_references_in_bf16=True, bf16=True))
     with pytest.raises(UserError, match=r"^--ogpsa-references-in-bf16: .+ with --bf16 only; add it, or leave"):
@@ -209,14 +209,14 @@ def test_references_in_bf16_of_parameters_in_another_type(arguments: Callable[..
 
 
 def test_the_loss_of_a_reference_that_is_not_there(arguments: Callable[..., argparse.Namespace]) -> None:
-    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
+    from megatron_ogpsa.integration.arguments.projection import check_projection_arguments
 
     with pytest.raises(UserError, match=r"^--ogpsa-reference-loss chat=…: no --ogpsa-reference has this name"):
         check_projection_arguments(arguments(ogpsa_reference_loss=[("chat", "nll")]))
 
 
 def test_more_gradients_than_conflict_mode_solves_for(arguments: Callable[..., argparse.Namespace]) -> None:
-    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
+    from megatron_ogpsa.integration.arguments.projection import check_projection_arguments
 
     named = [(name, "x.jsonl") for name in "abc"]
     check_projection_arguments(arguments(ogpsa_reference=named, ogpsa_rank_per_reference=2))
@@ -227,7 +227,7 @@ def test_more_gradients_than_conflict_mode_solves_for(arguments: Callable[..., a
 def test_two_references_of_one_name_and_a_script_without_our_flags(
     arguments: Callable[..., argparse.Namespace],
 ) -> None:
-    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
+    from megatron_ogpsa.integration.arguments.projection import check_projection_arguments
 
     with pytest.raises(UserError, match="--ogpsa-reference math=… is given twice"):
         check_projection_arguments(arguments(ogpsa_reference=[("math", "a"), ("math", "b")]))
@@ -236,7 +236,7 @@ def test_two_references_of_one_name_and_a_script_without_our_flags(
 
 
 def test_another_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_ogpsa import support
+    from megatron_ogpsa.plugin import support
 
     monkeypatch.setattr(support.megatron.core, "__version__", "0.21.0")
     with pytest.raises(UnsupportedError, match=r"megatron-core 0\.21\.0 is installed.*pip install"):
@@ -246,7 +246,7 @@ def test_another_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_attach_refuses_what_is_not_a_megatron_model() -> None:
     import torch
 
-    from megatron_ogpsa.plugin import attach
+    from megatron_ogpsa.plugin.ogpsa import attach
 
     with pytest.raises(UserError, match=r"attach\(\) got a Linear"):
         attach(SimpleNamespace(), [torch.nn.Linear(2, 2)])  # type: ignore[arg-type]
@@ -293,7 +293,7 @@ def test_misuse_of_a_refresh_is_told(distributed: Callable[[int], WorkerGroup]) 
 def test_what_is_not_the_authors_is_refused_with_their_rule(
     arguments: Callable[..., argparse.Namespace], change: dict[str, Any], words: str
 ) -> None:
-    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
+    from megatron_ogpsa.integration.arguments.projection import check_projection_arguments
 
     check_projection_arguments(arguments(ogpsa_authors_rule=True, ogpsa_authors_leak=True))
     with pytest.raises(UserError, match=f"^{words}"):
@@ -339,7 +339,7 @@ TWO = {"ogpsa_reference": [("math", "math.jsonl"), ("code", "code.jsonl")]}
 def test_schedules_that_cannot_be_are_refused_with_a_remedy(
     arguments: Callable[..., argparse.Namespace], change: dict[str, Any], words: str
 ) -> None:
-    from megatron_ogpsa.integration.projection_arguments import check_projection_arguments
+    from megatron_ogpsa.integration.arguments.projection import check_projection_arguments
 
     check_projection_arguments(arguments(**TWO, ogpsa_stagger_references=True, ogpsa_adaptive_interval=0.9))
     check_projection_arguments(arguments(ogpsa_energy=0.9, ogpsa_adaptive_interval=0.8, ogpsa_mode="orthogonal"))

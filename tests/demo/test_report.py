@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from megatron_ogpsa.cli.config_file import ConfigFile
-from megatron_ogpsa.commands import Command, CommandFailed, run_commands
+from megatron_ogpsa.console.commands import Command, CommandFailed, run_commands
+from megatron_ogpsa.console.training_log import Curve, read_curves
 from megatron_ogpsa.demo.benchmark import Benchmark, BenchmarkSpec, read_conversations, write_benchmark
 from megatron_ogpsa.demo.recipes import START, VARIANTS, DemoSizes, Recipe
 from megatron_ogpsa.demo.report import terminal_table, write_report
@@ -21,9 +22,8 @@ from megatron_ogpsa.demo.results import Results, Run
 from megatron_ogpsa.demo.run import plan_steps
 from megatron_ogpsa.demo.scoring import Scores, score, tax_recovered
 from megatron_ogpsa.demo.tasks import GENERAL_TASKS
-from megatron_ogpsa.integration.arguments import build_parser, parse_flags
+from megatron_ogpsa.integration.arguments.parser import build_parser, parse_flags
 from megatron_ogpsa.pipeline.plan import plan_stages
-from megatron_ogpsa.training_log import Curve, read_curves
 
 START_SCORES = Scores(
     unsafe_refused=0.0,

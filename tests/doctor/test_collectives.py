@@ -16,7 +16,7 @@ from megatron_ogpsa.doctor.findings import Finding
 from megatron_ogpsa.doctor.layout import layout_of
 from megatron_ogpsa.doctor.ranks import LocalRanks
 from megatron_ogpsa.doctor.steps import Layout
-from megatron_ogpsa.integration.arguments import parse_flags
+from megatron_ogpsa.integration.arguments.parser import parse_flags
 from megatron_ogpsa.planning.arguments import mesh_of
 from tests.doctor.conftest import ROOT
 

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron_ogpsa.files import write_json
+from megatron_ogpsa.system.files import write_json
 from tests.endurance import running
 from tests.endurance.judging import Sample, judge
 from tests.endurance.report import as_markdown, plot

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from megatron_ogpsa.evaluation.generation import generate
-from megatron_ogpsa.integration.loaded_model import LoadedModel
+from megatron_ogpsa.integration.checkpoints.loaded_model import LoadedModel
 from tests.core.layouts import LAYOUTS, Layout
 from tests.core.megatron_model import build
 from tests.core.oracle import ModelShape, random_weights

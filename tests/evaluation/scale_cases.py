@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.integration import loaded_model
+from megatron_ogpsa.integration.checkpoints import loaded_model
 
 
 def scales_on(ranks: list[int]) -> str:

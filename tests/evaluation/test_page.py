@@ -40,7 +40,7 @@ def test_the_commands_are_accepted() -> None:
     request = Request.of(own)
     assert list(request.data) == ["general", "safety", "pairs"]
     assert list(request.prompts) == ["unsafe", "benign"]
-    from megatron_ogpsa.integration.arguments import build_parser
+    from megatron_ogpsa.integration.arguments.parser import build_parser
 
     megatron = build_parser()
     assert megatron.parse_args(ConfigFile.read(ROOT / args.config).as_flags(megatron, flags)).load == "runs/sft"

@@ -11,18 +11,18 @@ import torch
 from megatron_ogpsa.cli import launching, main
 
 if "RANK" in os.environ:
-    from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+    from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 
     install_if_no_gpu()
-    from megatron_ogpsa import plugin
+    from megatron_ogpsa.plugin import ogpsa
 
-    attach = plugin.attach
+    attach = ogpsa.attach
 
-    def attach_keeping(optimizer: Any, model: Any, *args: Any, **kwargs: Any) -> plugin.OGPSA:
-        ogpsa = attach(optimizer, model, *args, **kwargs)
+    def attach_keeping(optimizer: Any, model: Any, *args: Any, **kwargs: Any) -> ogpsa.OGPSA:
+        plugin = attach(optimizer, model, *args, **kwargs)
         chunks = model if isinstance(model, list) else [model]
         kept: dict[str, dict[str, torch.Tensor]] = {}
-        capture, finish = ogpsa.capture, ogpsa.finish_refresh
+        capture, finish = plugin.capture, plugin.finish_refresh
 
         def keeping(name: str, *, loss_scale: float | None = None) -> None:
             if name not in kept:
@@ -39,10 +39,10 @@ if "RANK" in os.environ:
             torch.save(kept, "gradients.pt")
             return finish()
 
-        ogpsa.capture, ogpsa.finish_refresh = keeping, finishing  # type: ignore[method-assign]
-        return ogpsa
+        plugin.capture, plugin.finish_refresh = keeping, finishing  # type: ignore[method-assign]
+        return plugin
 
-    plugin.attach = attach_keeping
+    ogpsa.attach = attach_keeping
 
 if __name__ == "__main__":
     launching.RANK_MODULE = "tests.gpu.keeping_gradients"

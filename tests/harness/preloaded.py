@@ -33,7 +33,7 @@ from types import FrameType
 from typing import Any
 
 from megatron_ogpsa.cluster.settings import LaunchSettings
-from megatron_ogpsa.processes import PARENT_VARIABLE, end_with_parent
+from megatron_ogpsa.system.processes import PARENT_VARIABLE, end_with_parent
 from tests.harness.docstrings import keep_docstrings
 from tests.harness.forking import fork_module, fork_python_modules
 
@@ -44,7 +44,7 @@ PRELOADED = (
     "transformers",
     "megatron.training.training",
     "megatron_ogpsa.integration.program",
-    "megatron_ogpsa.references",
+    "megatron_ogpsa.references.gradients",
     "megatron_ogpsa.reference_policy.passes",
     "megatron_ogpsa.cluster.node",
 )
@@ -206,12 +206,12 @@ def _serve(connection: Connection, setup: str) -> None:
 
 
 def _preload() -> None:
-    from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+    from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 
     install_if_no_gpu()
     for name in PRELOADED:
         import_module(name)
-    from megatron_ogpsa.integration.arguments import build_parser
+    from megatron_ogpsa.integration.arguments.parser import build_parser
 
     keep_docstrings()
     build_parser()

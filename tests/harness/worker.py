@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 from tests.harness.isolation import fresh_state
 
 

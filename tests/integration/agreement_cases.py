@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from megatron_ogpsa.errors import TransientError, UserError
-from megatron_ogpsa.integration.agreement import agreed
+from megatron_ogpsa.integration.ranks.agreement import agreed
 
 _ERRORS = {
     "user": UserError("data.jsonl:3: broken"),

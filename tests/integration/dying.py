@@ -19,10 +19,10 @@ def _die() -> None:
 
 
 if os.environ.get("RANK") == "1" and os.environ.get(STAGE_VARIABLE) == _STAGE:
-    from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+    from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 
     install_if_no_gpu()
-    from megatron_ogpsa.integration.projection import ProjectionRun
+    from megatron_ogpsa.integration.projection.run import ProjectionRun
     from megatron_ogpsa.reference_policy.passes import Passes
 
     before_step, run_passes, rounds = ProjectionRun.before_step, Passes.run, []

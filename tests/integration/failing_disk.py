@@ -69,10 +69,10 @@ def _remounting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 if os.environ.get("RANK") == "0":
-    from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+    from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 
     install_if_no_gpu()
-    from megatron_ogpsa.integration.patching import Patch, apply_patches
+    from megatron_ogpsa.integration.runtime.patching import Patch, apply_patches
 
     if _PLACE == "read-only":
         target, replace = "megatron.training.training:training_log", _remounting

@@ -50,7 +50,7 @@ def misbehave() -> None:
 if rank := os.environ.get("RANK"):
     Path(f"rank-{rank}").write_text(str(os.getpid()), encoding="utf-8")
     if rank == _RANK:
-        from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+        from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 
         install_if_no_gpu()
         import torch.distributed as dist

@@ -19,10 +19,10 @@ from megatron_ogpsa.watchdog.watch import Watch
 HELD = Path("held")
 
 if int(os.environ.get("GROUP_RANK", "0")) > 0 and not HELD.exists():
-    from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+    from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 
     install_if_no_gpu()
-    from megatron_ogpsa.integration.projection import ProjectionRun
+    from megatron_ogpsa.integration.projection.run import ProjectionRun
 
     before_step = ProjectionRun.before_step
 

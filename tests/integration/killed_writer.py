@@ -15,7 +15,7 @@ _RANK = os.getpid()
 _TARGETS = {
     "idle": "megatron.training.training:training_log",
     "copying": "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.preload_tensors",
-    "writing": "megatron_ogpsa.integration.checkpoint_saving:_write_and_hash",
+    "writing": "megatron_ogpsa.integration.checkpoints.saving:_write_and_hash",
 }
 
 
@@ -37,10 +37,10 @@ def _killing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 if os.environ.get("RANK") == "1":
-    from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+    from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 
     install_if_no_gpu()
-    from megatron_ogpsa.integration.patching import Patch, apply_patches
+    from megatron_ogpsa.integration.runtime.patching import Patch, apply_patches
 
     target, is_static = _TARGETS[os.environ["KILL"]], os.environ["KILL"] == "copying"
     replace = (lambda original: staticmethod(_killing(original))) if is_static else _killing

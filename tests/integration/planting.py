@@ -13,15 +13,15 @@ from typing import Any
 from megatron_ogpsa.cli import launching, main
 
 if "RANK" in os.environ:
-    from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+    from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 
     install_if_no_gpu()
-    from megatron_ogpsa import references
-    from megatron_ogpsa.integration import projection
+    from megatron_ogpsa.integration.projection import run
+    from megatron_ogpsa.references import gradients
 
     what, rank, first = os.environ["PLANT"].split()
     is_mine = os.environ["RANK"] == rank
-    before_step, capture = projection.ProjectionRun.before_step, references.OGPSA.capture
+    before_step, capture = run.ProjectionRun.before_step, gradients.OGPSA.capture
     now = {"step": 0}
 
     def planted_before_step(self: Any, model: list[Any], optimizer: Any, forward_backward: Any, step: int) -> None:
@@ -38,8 +38,8 @@ if "RANK" in os.environ:
         if what == "reference" and is_mine and now["step"] >= int(first):
             self._captured_KN[-1, 0] = float("nan")
 
-    projection.ProjectionRun.before_step = planted_before_step  # type: ignore[method-assign]
-    references.OGPSA.capture = planted_capture  # type: ignore[method-assign]
+    run.ProjectionRun.before_step = planted_before_step  # type: ignore[method-assign]
+    gradients.OGPSA.capture = planted_capture  # type: ignore[method-assign]
 
 if __name__ == "__main__":
     launching.RANK_MODULE = "tests.integration.planting"

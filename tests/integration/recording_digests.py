@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_ogpsa.cli import launching, main
-from megatron_ogpsa.integration.patching import Patch, apply_patches
+from megatron_ogpsa.integration.runtime.patching import Patch, apply_patches
 
 _PROCESS = os.getpid()
 

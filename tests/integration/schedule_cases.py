@@ -6,8 +6,8 @@ import math
 
 import torch.distributed as dist
 
-from megatron_ogpsa.integration.schedule import least_captured
-from megatron_ogpsa.plugin import ReferenceInterval
+from megatron_ogpsa.integration.projection.schedule import least_captured
+from megatron_ogpsa.plugin.ogpsa import ReferenceInterval
 
 
 def decided() -> dict[str, float | None]:

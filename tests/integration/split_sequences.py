@@ -11,17 +11,18 @@ import sys
 from megatron_ogpsa.cli import launching, main
 
 if "RANK" in os.environ:
-    from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+    from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 
     install_if_no_gpu()
     from megatron.core.models import backends
 
-    from megatron_ogpsa.integration import context_parallel, cpu_arguments
+    from megatron_ogpsa.integration.arguments import cpu
+    from megatron_ogpsa.integration.inputs import context_parallel
     from tests.core.context_parallel import GatheringAttention
 
     backends.DotProductAttention = GatheringAttention
     context_parallel.check_attention = lambda args: None
-    cpu_arguments._REFUSALS = tuple(r for r in cpu_arguments._REFUSALS if r.flag != "--context-parallel-size")
+    cpu._REFUSALS = tuple(r for r in cpu._REFUSALS if r.flag != "--context-parallel-size")
 
 if __name__ == "__main__":
     launching.RANK_MODULE = "tests.integration.split_sequences"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.integration.agreement import agreed
+from megatron_ogpsa.integration.ranks.agreement import agreed
 from tests.harness import WorkerGroup
 
 JOB = "tests.integration.agreement_cases:outcome"

@@ -65,7 +65,7 @@ def test_mistakes_are_told_in_one_line(train: Train, tmp_path: Path, case: str) 
 def test_the_configurations_mistakes_have_a_line_number(tmp_path: Path, line: str, expected: str) -> None:
     from megatron_ogpsa.cli.config_file import ConfigFile
     from megatron_ogpsa.errors import UserError
-    from megatron_ogpsa.integration.arguments import build_parser
+    from megatron_ogpsa.integration.arguments.parser import build_parser
 
     path = tmp_path / "config.yaml"
     path.write_text(f"num-layers: 2\n{line}\n", encoding="utf-8")
@@ -77,7 +77,7 @@ def test_the_configurations_mistakes_have_a_line_number(tmp_path: Path, line: st
 
 def test_the_example_is_valid_and_overrides_win() -> None:
     from megatron_ogpsa.cli.config_file import ConfigFile
-    from megatron_ogpsa.integration.arguments import build_parser, parse_flags
+    from megatron_ogpsa.integration.arguments.parser import build_parser, parse_flags
 
     config = ConfigFile.read(CONFIG)
     assert config.launch == {"nproc-per-node": "4"}
@@ -101,7 +101,7 @@ def test_the_example_is_valid_and_overrides_win() -> None:
 )
 def test_values_that_megatrons_flags_look_up_or_evaluate(flags: list[str], expected: str) -> None:
     from megatron_ogpsa.errors import UserError
-    from megatron_ogpsa.integration.arguments import parse_flags
+    from megatron_ogpsa.integration.arguments.parser import parse_flags
 
     with pytest.raises(UserError) as raised:
         parse_flags(flags)
@@ -148,8 +148,8 @@ ASYNC = "--async-save --use-persistent-ckpt-worker"
 )
 def test_flags_that_the_loop_would_drop_or_fail_with_late(flags: str, expected: str) -> None:
     from megatron_ogpsa.errors import UserError
-    from megatron_ogpsa.integration.arguments import parse_flags
-    from megatron_ogpsa.integration.loop_arguments import check_before_validation, check_loop_arguments
+    from megatron_ogpsa.integration.arguments.loop import check_before_validation, check_loop_arguments
+    from megatron_ogpsa.integration.arguments.parser import parse_flags
 
     def check(flags: str) -> None:
         args = parse_flags(flags.split())
@@ -181,8 +181,8 @@ def test_flags_that_the_loop_would_drop_or_fail_with_late(flags: str, expected: 
 )
 def test_what_megatron_misses_in_an_assertion_is_asked_for(flags: str, expected: str) -> None:
     from megatron_ogpsa.errors import UserError
-    from megatron_ogpsa.integration.arguments import parse_flags
-    from megatron_ogpsa.integration.loop_arguments import require_flags
+    from megatron_ogpsa.integration.arguments.loop import require_flags
+    from megatron_ogpsa.integration.arguments.parser import parse_flags
 
     model = "num-layers 2 hidden-size 8 num-attention-heads 2 max-position-embeddings 8"
     words = flags.replace("model", model).split()
@@ -193,8 +193,8 @@ def test_what_megatron_misses_in_an_assertion_is_asked_for(flags: str, expected:
 
 
 def test_what_a_checkpoint_says_need_not_be_given() -> None:
-    from megatron_ogpsa.integration.arguments import parse_flags
-    from megatron_ogpsa.integration.loop_arguments import require_flags
+    from megatron_ogpsa.integration.arguments.loop import require_flags
+    from megatron_ogpsa.integration.arguments.parser import parse_flags
 
     flags = "--use-checkpoint-args --load run --lr 1 --train-iters 5 --micro-batch-size 1"
     require_flags(parse_flags(flags.split()), for_training=True)

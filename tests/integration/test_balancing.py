@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from megatron_ogpsa.integration.datasets import balancing_told
+from megatron_ogpsa.integration.inputs.datasets import balancing_told
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):

@@ -7,7 +7,7 @@ import sys
 
 PROGRAM = """
 import torch
-from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 install_if_no_gpu()
 with torch.device("meta"):
     made = [torch.arange(3), torch.ones(2), torch.tensor([1.0])]

@@ -12,8 +12,8 @@ import pytest
 
 from megatron_ogpsa.checkpoints import examine
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.integration import disk as disk_of_run
-from megatron_ogpsa.integration.disk import check_folders
+from megatron_ogpsa.integration.checkpoints import disk as disk_of_run
+from megatron_ogpsa.integration.checkpoints.disk import check_folders
 from tests.integration.conftest import Outcome, Train
 from tests.integration.test_manifests import ASYNC
 

@@ -7,7 +7,7 @@ import argparse
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_ogpsa.integration.gpu_arguments import set_gpu_defaults
+from megatron_ogpsa.integration.arguments.gpu import set_gpu_defaults
 
 APEX = {"apex", "fused_weight_gradient_mlp_cuda", "scaled_masked_softmax_cuda"}
 CASES = {

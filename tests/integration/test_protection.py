@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from megatron_ogpsa.integration.protection import as_line, interval_figures
-from megatron_ogpsa.plugin import ReferenceInterval
-from megatron_ogpsa.references import MeanLoss
+from megatron_ogpsa.integration.projection.protection import as_line, interval_figures
+from megatron_ogpsa.plugin.ogpsa import ReferenceInterval
+from megatron_ogpsa.references.gradients import MeanLoss
 
 TOLD = {
     "math": ReferenceInterval(captured=0.83, predicted_change=0.001),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.utils.data import Dataset
 
-from megatron_ogpsa.integration.batch import document_boundaries
-from megatron_ogpsa.integration.sampling import EpochStream, EvaluationStream
+from megatron_ogpsa.integration.inputs.batch import document_boundaries
+from megatron_ogpsa.integration.inputs.sampling import EpochStream, EvaluationStream
 
 
 class Numbers(Dataset[dict[str, torch.Tensor]]):

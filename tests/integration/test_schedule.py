@@ -8,7 +8,7 @@ from itertools import accumulate, chain, repeat
 
 import pytest
 
-from megatron_ogpsa.integration.schedule import RefreshSchedule, adapted
+from megatron_ogpsa.integration.projection.schedule import RefreshSchedule, adapted
 from tests.harness import WorkerGroup
 
 Share = Callable[[int], float]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ogpsa.integration.datasets import DATA_FOLDER
+from megatron_ogpsa.integration.inputs.datasets import DATA_FOLDER
 from tests.harness import WorkerGroup
 from tests.integration.conftest import Train
 

@@ -6,7 +6,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_ogpsa.integration.time_left import TimeLeft, in_words
+from megatron_ogpsa.integration.loop.time_left import TimeLeft, in_words
 
 
 def test_the_pace_leaves_the_first_step_out_and_lines_are_half_a_minute_apart() -> None:

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from megatron_ogpsa.data import load_chat_tokenizer, sources
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.integration import datasets, turns
+from megatron_ogpsa.integration.inputs import datasets
+from megatron_ogpsa.integration.ranks import turns
 from megatron_ogpsa.watchdog import progress
 from megatron_ogpsa.watchdog.place import place_of, thread_stack
 

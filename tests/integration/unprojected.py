@@ -9,19 +9,19 @@ from typing import Any
 from megatron_ogpsa.cli import launching, main
 
 if "RANK" in os.environ:
-    from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+    from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 
     install_if_no_gpu()
-    from megatron_ogpsa import plugin
+    from megatron_ogpsa.plugin import ogpsa
 
-    attach = plugin.attach
+    attach = ogpsa.attach
 
-    def attach_disabled(*args: Any, **kwargs: Any) -> plugin.OGPSA:
-        ogpsa = attach(*args, **kwargs)
-        ogpsa.enabled = False
-        return ogpsa
+    def attach_disabled(*args: Any, **kwargs: Any) -> ogpsa.OGPSA:
+        plugin = attach(*args, **kwargs)
+        plugin.enabled = False
+        return plugin
 
-    plugin.attach = attach_disabled
+    ogpsa.attach = attach_disabled
 
 if __name__ == "__main__":
     launching.RANK_MODULE = "tests.integration.unprojected"

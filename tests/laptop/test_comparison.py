@@ -12,7 +12,7 @@ import pytest
 
 from megatron_ogpsa.cli.config_file import ConfigFile
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.integration.arguments import build_parser, parse_flags
+from megatron_ogpsa.integration.arguments.parser import build_parser, parse_flags
 from megatron_ogpsa.laptop.jobs import Job
 from megatron_ogpsa.laptop.recipe import Recipe, Sizes
 from megatron_ogpsa.laptop.report import markdown_tables, read_curve, terminal_table, write_report

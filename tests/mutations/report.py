@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron_ogpsa.files import write_atomically, write_json
+from megatron_ogpsa.system.files import write_atomically, write_json
 from tests.mutations.mutation import Mutation
 from tests.mutations.running import Outcome
 

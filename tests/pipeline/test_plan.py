@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ogpsa.cli.config_file import ConfigFile
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.integration.arguments import build_parser, parse_flags
+from megatron_ogpsa.integration.arguments.parser import build_parser, parse_flags
 from megatron_ogpsa.pipeline.plan import Stage, plan_stages
 
 EXAMPLE = Path(__file__).parents[2] / "configs/example/sft-dpo.yaml"

@@ -47,7 +47,7 @@ def recorded_collectives() -> Iterator[Calls]:
 def collectives(world: World, rank: int, space: str) -> dict[str, Any]:
     """Of one rank; the blocks are its own, since no other rank tells it of more."""
     from megatron_ogpsa import OGPSAConfig, attach
-    from megatron_ogpsa.integration.cpu_runtime import CPU
+    from megatron_ogpsa.integration.runtime.cpu import CPU
     from megatron_ogpsa.planning.arguments import cluster_arguments
     from megatron_ogpsa.planning.simulation import build_chunks, build_optimizer, fake_world
 
@@ -100,7 +100,7 @@ def _as_list(calls: Calls) -> list[Any]:
 
 def main() -> None:
     """Each rank that is named, in both spaces."""
-    from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+    from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 
     install_if_no_gpu()
     name, *ranks = sys.argv[1:]

@@ -41,7 +41,7 @@ def simulated(world: World, ranks: Sequence[int]) -> list[Any]:
 
 @cache
 def _prepare() -> None:
-    from megatron_ogpsa.integration.cpu_runtime import install_on_meta
+    from megatron_ogpsa.integration.runtime.cpu import install_on_meta
 
     install_on_meta()
     from megatron.core.parallel_state import RankGenerator

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_ogpsa.files import write_json
+from megatron_ogpsa.system.files import write_json
 from tests.precision.measuring import CASES, SIZES, STORAGES, all_measurements
 from tests.precision.report import as_markdown, plot
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_ogpsa.data import ChatTokenizer, TokenizedPreferenceDataset, build_preference_dataset, load_chat_tokenizer
 from megatron_ogpsa.data.micro_batches import deal_out
 from megatron_ogpsa.integration import reference_policy
-from megatron_ogpsa.integration.model_arguments import MODEL_ARGUMENTS, PRECISION_ARGUMENTS
+from megatron_ogpsa.integration.arguments.model import MODEL_ARGUMENTS, PRECISION_ARGUMENTS
 from megatron_ogpsa.integration.reference_policy import ReferencePolicy
 from megatron_ogpsa.reference_policy import weights
 from megatron_ogpsa.reference_policy.store import LogProbs

@@ -11,7 +11,7 @@ import pytest
 from megatron_ogpsa.cli.config_file import ConfigFile
 from megatron_ogpsa.demo.recipes import Recipe
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.integration.arguments import build_parser, parse_flags
+from megatron_ogpsa.integration.arguments.parser import build_parser, parse_flags
 from megatron_ogpsa.study.report import markdown_table, read_json, write_report
 from megatron_ogpsa.study.run import (
     SIZES,

@@ -44,17 +44,17 @@ def _watch(owner: Any, name: str, phase: str, *, at_end: bool = False) -> None:
 
 
 if os.environ.get("RANK") == "0" and os.environ.get("KILL"):
-    from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+    from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 
     install_if_no_gpu()
-    from megatron_ogpsa import references
-    from megatron_ogpsa.integration import loop
-    from megatron_ogpsa.integration.projection import ProjectionRun
+    from megatron_ogpsa.integration.loop import hooks
+    from megatron_ogpsa.integration.projection.run import ProjectionRun
     from megatron_ogpsa.reference_policy.passes import Passes
+    from megatron_ogpsa.references import gradients
 
-    _watch(references, "refresh", "refresh")
+    _watch(gradients, "refresh", "refresh")
     _watch(ProjectionRun, "before_step", "step", at_end=True)
-    _watch(loop, "announce_state", "save")
+    _watch(hooks, "announce_state", "save")
     _watch(Passes, "run", "policy")
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_ogpsa import attach
 from megatron_ogpsa.precision.fp8_state import FIRST_MICRO_BATCH, ModuleState, has_forward_scales, quantizing_modules
 from megatron_ogpsa.precision.passes_without_fp8 import without_fp8
-from megatron_ogpsa.references import refresh
+from megatron_ogpsa.references.gradients import refresh
 from tests.core import oracle
 from tests.core.cases import batch_of
 from tests.core.gradients import reduced_gradient

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ogpsa.integration.cpu_runtime import install_if_no_gpu
+from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 from tests.transformer_engine import extension
 from tests.transformer_engine.wheel import python_of_wheel
 
@@ -93,12 +93,10 @@ def _install_for_commands(capability: tuple[int, int]) -> None:
     install(capability)
     from megatron.core.transformer.enums import AttnBackend
 
-    from megatron_ogpsa.integration import arguments, cpu_arguments
+    from megatron_ogpsa.integration.arguments import cpu, parser
 
-    cpu_arguments._REFUSALS = tuple(
-        refusal for refusal in cpu_arguments._REFUSALS if refusal.flag not in BROUGHT_BY_TRANSFORMER_ENGINE
-    )
-    set_cpu_defaults = cpu_arguments.set_cpu_defaults
+    cpu._REFUSALS = tuple(refusal for refusal in cpu._REFUSALS if refusal.flag not in BROUGHT_BY_TRANSFORMER_ENGINE)
+    set_cpu_defaults = cpu.set_cpu_defaults
 
     def set_defaults(parser: argparse.ArgumentParser) -> None:
         set_cpu_defaults(parser)
@@ -107,7 +105,7 @@ def _install_for_commands(capability: tuple[int, int]) -> None:
             transformer_impl="transformer_engine", use_cpu_initialization=None, attention_backend=AttnBackend.auto
         )
 
-    arguments.set_cpu_defaults = set_defaults
+    parser.set_cpu_defaults = set_defaults
 
 
 def _import_package(folder: Path) -> None:

@@ -16,7 +16,7 @@ from megatron_ogpsa.data.messages import messages_from_row
 from megatron_ogpsa.data.preferences import pair_from_row
 from megatron_ogpsa.data.sources import open_source
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.integration.arguments import build_parser
+from megatron_ogpsa.integration.arguments.parser import build_parser
 from tests.data.conftest import build_hugging_face_folder
 
 MOST_CHARACTERS = 2100

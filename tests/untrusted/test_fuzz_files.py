@@ -26,9 +26,9 @@ from megatron_ogpsa.data.messages import messages_from_row
 from megatron_ogpsa.data.preferences import pair_from_row
 from megatron_ogpsa.data.sources import open_source
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.files import read_sealed_json, write_sealed_json
-from megatron_ogpsa.integration.arguments import build_parser
+from megatron_ogpsa.integration.arguments.parser import build_parser
 from megatron_ogpsa.reference_policy.store import LogProbs, read_log_probs, write_log_probs
+from megatron_ogpsa.system.files import read_sealed_json, write_sealed_json
 from tests.data.conftest import build_hugging_face_folder, build_sentencepiece_model
 
 EXAMPLES = int(os.environ.get("OGPSA_FUZZ_EXAMPLES", "0"))

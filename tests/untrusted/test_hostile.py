@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron_ogpsa.files import read_sealed_json
 from megatron_ogpsa.reference_policy.store import read_log_probs
+from megatron_ogpsa.system.files import read_sealed_json
 from tests.data.conftest import chat
 from tests.untrusted.conftest import read_chats, read_config, read_sentencepiece, read_tokenizer, refusal, spoil
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from torch.distributed import TCPStore
 
-from megatron_ogpsa.processes import ATTEMPT_VARIABLE
+from megatron_ogpsa.system.processes import ATTEMPT_VARIABLE
 from megatron_ogpsa.watchdog.board import STORE_VARIABLE, Address, Board
 
 ELASTIC = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE", STORE_VARIABLE, ATTEMPT_VARIABLE)

@@ -7,7 +7,7 @@ from argparse import Namespace
 import pytest
 
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.integration.hang_watch import hang_timeout
+from megatron_ogpsa.integration.loop.hang_watch import hang_timeout
 
 GIVEN = Namespace(
     ogpsa_hang_timeout=None,

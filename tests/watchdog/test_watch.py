@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from megatron_ogpsa.telling import ERRORS_VARIABLE
+from megatron_ogpsa.console.telling import ERRORS_VARIABLE
 from megatron_ogpsa.watchdog import HANG_EXIT_CODE, Watch, watch
 from megatron_ogpsa.watchdog.board import Address, Ending
 from megatron_ogpsa.watchdog.link import StoreSilent

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from megatron_ogpsa.data.messages import type_name
 from megatron_ogpsa.data.sources import open_source
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.files import write_atomically
+from megatron_ogpsa.system.files import write_atomically
 
 PROGRESS_DELAY_SECONDS = 3.0
 

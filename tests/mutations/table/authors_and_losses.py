@@ -8,7 +8,7 @@ from tests.mutations.table.tests_named import AUTHORS_LEAK, PREFERENCE, REFUSED_
 AUTHORS_AND_LOSSES = (
     Mutation(
         "leak-at-the-first-refresh",
-        "megatron_ogpsa/integration/authors.py",
+        "megatron_ogpsa/integration/projection/authors.py",
         "is_leaking = args.ogpsa_authors_leak and step > 0 and step % interval == 0",
         "is_leaking = args.ogpsa_authors_leak and step % interval == 0",
         (AUTHORS_LEAK,),
@@ -16,7 +16,7 @@ AUTHORS_AND_LOSSES = (
     ),
     Mutation(
         "authors-rule-with-three-references",
-        "megatron_ogpsa/integration/authors.py",
+        "megatron_ogpsa/integration/projection/authors.py",
         "MAX_REFERENCES = 2\n",
         "MAX_REFERENCES = 3\n",
         (REFUSED_WITH_AUTHORS,),

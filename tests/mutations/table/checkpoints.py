@@ -59,7 +59,7 @@ CHECKPOINTS = (
     ),
     Mutation(
         "digests-of-a-save-cut-short",
-        "megatron_ogpsa/integration/checkpoint_saving.py",
+        "megatron_ogpsa/integration/checkpoints/saving.py",
         "    drop_digests(folder, rank)\n    if rank == 0:\n",
         "    if rank == 0:\n",
         (f"{MANIFESTS}::test_each_rank_hashes_what_it_wrote",),
@@ -75,7 +75,7 @@ CHECKPOINTS = (
     ),
     Mutation(
         "writer-hashes-nothing",
-        "megatron_ogpsa/integration/checkpoint_saving.py",
+        "megatron_ogpsa/integration/checkpoints/saving.py",
         "        keep_digests(folder, rank)\n",
         "        pass\n",
         (f"{MANIFESTS}::test_each_rank_hashes_what_it_wrote",),
@@ -83,7 +83,7 @@ CHECKPOINTS = (
     ),
     Mutation(
         "non-persistent-not-verified",
-        "megatron_ogpsa/integration/checkpoints.py",
+        "megatron_ogpsa/integration/checkpoints/loading.py",
         "        kind = _verified_kind(flags, load_arg)\n",
         "        kind = flags.non_persistent_ckpt_type\n",
         ("tests/integration/test_torn_checkpoints.py::test_a_non_persistent_checkpoint_is_verified_too",),

@@ -74,7 +74,7 @@ CLUSTER = (
     ),
     Mutation(
         "pods-variables-are-a-ranks",
-        "megatron_ogpsa/processes.py",
+        "megatron_ogpsa/system/processes.py",
         '    if "LOCAL_RANK" not in environment:\n',
         '    if "RANK" not in environment:\n',
         ("tests/cluster/test_starts.py::test_a_pods_variables_are_not_a_ranks",),

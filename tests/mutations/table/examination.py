@@ -26,7 +26,7 @@ EXAMINATION = (
     ),
     Mutation(
         "folder-made-by-looking",
-        "megatron_ogpsa/integration/disk.py",
+        "megatron_ogpsa/integration/checkpoints/disk.py",
         '    file = _nearest(folder) / f".{uuid',
         '    folder.mkdir(parents=True, exist_ok=True)\n    file = _nearest(folder) / f".{uuid',
         ("tests/integration/test_disk.py::test_folders_are_looked_at_and_not_made",),

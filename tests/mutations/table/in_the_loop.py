@@ -18,7 +18,7 @@ IN_THE_LOOP = (
     ),
     Mutation(
         "evaluation-before-the-reference-policy-is-read",
-        "megatron_ogpsa/integration/loop.py",
+        "megatron_ogpsa/integration/loop/hooks.py",
         "            hook.before_evaluation(iteration)\n",
         "            pass\n",
         (f"{_DPO}::test_the_result_of_fine_tuning_is_the_reference_policy",),
@@ -34,7 +34,7 @@ IN_THE_LOOP = (
     ),
     Mutation(
         "evaluations-move-on",
-        "megatron_ogpsa/integration/sampling.py",
+        "megatron_ogpsa/integration/inputs/sampling.py",
         "        position = index % self._window\n",
         "        position = index % self._num_samples\n",
         ("tests/integration/test_sampling.py",),
@@ -42,7 +42,7 @@ IN_THE_LOOP = (
     ),
     Mutation(
         "fusion-without-apex",
-        "megatron_ogpsa/integration/gpu_arguments.py",
+        "megatron_ogpsa/integration/arguments/gpu.py",
         "        parser.set_defaults(gradient_accumulation_fusion=False)\n",
         "        pass\n",
         ("tests/integration/test_gpu_arguments.py",),
@@ -50,7 +50,7 @@ IN_THE_LOOP = (
     ),
     Mutation(
         "main-parameters-of-rounded-weights",
-        "megatron_ogpsa/integration/checkpoints.py",
+        "megatron_ogpsa/integration/checkpoints/loading.py",
         '            settings["load_main_params_from_ckpt"] = True\n',
         "            pass\n",
         (
@@ -60,7 +60,7 @@ IN_THE_LOOP = (
     ),
     Mutation(
         "another-schedule-in-a-traceback",
-        "megatron_ogpsa/integration/checkpoints.py",
+        "megatron_ogpsa/integration/checkpoints/loading.py",
         "        if remedy := _other_schedule(error):\n",
         '        if remedy := "":\n',
         (f"{_BAD_INPUT}::test_a_run_that_goes_on_with_another_schedule_is_told_how",),
@@ -68,7 +68,7 @@ IN_THE_LOOP = (
     ),
     Mutation(
         "flags-that-megatron-misses-in-an-assertion",
-        "megatron_ogpsa/integration/loop_arguments.py",
+        "megatron_ogpsa/integration/arguments/loop.py",
         "    for name, meaning in wanted.items():\n",
         "    for name, meaning in _WANTED.items():\n",
         (f"{_BAD_INPUT}::test_what_megatron_misses_in_an_assertion_is_asked_for",),

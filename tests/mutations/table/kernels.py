@@ -27,7 +27,7 @@ KERNELS = (
     ),
     Mutation(
         "buffer-written-before-its-reader-is-done",
-        "megatron_ogpsa/streaming.py",
+        "megatron_ogpsa/plugin/streaming.py",
         "                buffer.mark = self._lane.computed()\n",
         "                buffer.mark = buffer.mark\n",
         (BUFFERS,),
@@ -35,7 +35,7 @@ KERNELS = (
     ),
     Mutation(
         "buffer-read-before-its-copy",
-        "megatron_ogpsa/streaming.py",
+        "megatron_ogpsa/plugin/streaming.py",
         "            self._lane.await_copy(buffer.mark)\n",
         "",
         (BUFFERS,),
@@ -43,7 +43,7 @@ KERNELS = (
     ),
     Mutation(
         "first-tiles-of-another-layout",
-        "megatron_ogpsa/streaming.py",
+        "megatron_ogpsa/plugin/streaming.py",
         "if [columns for columns, _ in self._fetched] != wanted:",
         "if not self._fetched:",
         ("tests/core/test_streaming.py::test_another_layout_or_a_pass_that_breaks_off_does_not_confuse_the_next",),
@@ -91,7 +91,7 @@ KERNELS = (
     ),
     Mutation(
         "host-memory-serves-again-at-once",
-        "megatron_ogpsa/host_memory.py",
+        "megatron_ogpsa/plugin/host_memory.py",
         "        if self._free:\n            self.wait()\n",
         "",
         ("tests/core/test_host_memory.py::test_memory_serves_again_once_no_view_has_it",),
@@ -99,7 +99,7 @@ KERNELS = (
     ),
     Mutation(
         "host-memory-of-other-sizes-is-hoarded",
-        "megatron_ogpsa/host_memory.py",
+        "megatron_ogpsa/plugin/host_memory.py",
         "        while self._free:\n            self.unregister(_address(self._free.pop()))\n",
         "",
         ("tests/core/test_host_memory.py::test_memory_that_does_not_fit_is_given_back_first",),

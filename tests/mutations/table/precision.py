@@ -41,7 +41,7 @@ PRECISION = (
     ),
     Mutation(
         "loss-scale-left-in",
-        "megatron_ogpsa/plugin.py",
+        "megatron_ogpsa/plugin/ogpsa.py",
         "            row_N.div_(scale)\n",
         "            row_N.mul_(1.0)\n",
         (f"{GRAM}[tp2-fp16]",),
@@ -49,7 +49,7 @@ PRECISION = (
     ),
     Mutation(
         "packed-gradient-not-written-back",
-        "megatron_ogpsa/spaces.py",
+        "megatron_ogpsa/plugin/gradient_space.py",
         "        self._shard.store()\n",
         "",
         (f"{SIXTEEN_BIT}[dp2-bf16-grads-tensor]",),

@@ -16,7 +16,7 @@ REDUCTIONS = (
     ),
     Mutation(
         "tp-reduction-dropped",
-        "megatron_ogpsa/spaces.py",
+        "megatron_ogpsa/plugin/gradient_space.py",
         """        sums = sum_over_ranks(dots(layout, basis.rows_KN, self._shard.spans), self._shard.reduction.group)
         coefficients_BK""",
         """        from megatron.core import parallel_state
@@ -29,7 +29,7 @@ REDUCTIONS = (
     ),
     Mutation(
         "pp-reduction-dropped",
-        "megatron_ogpsa/plugin.py",
+        "megatron_ogpsa/plugin/ogpsa.py",
         "        summed = sum_over_ranks(joined, self._shard.reduction.group).cpu()",
         """        from megatron.core import parallel_state
 
@@ -50,7 +50,7 @@ REDUCTIONS = (
     ),
     Mutation(
         "conflict-decided-per-rank",
-        "megatron_ogpsa/spaces.py",
+        "megatron_ogpsa/plugin/gradient_space.py",
         """        sums = sum_over_ranks(dots(layout, basis.rows_KN, self._shard.spans), self._shard.reduction.group)
         coefficients_BK, squared_norm_B = sums[:, :-1], sums[:, -1]
         removed_BK = basis.removed(coefficients_BK)
@@ -66,7 +66,7 @@ REDUCTIONS = (
     ),
     Mutation(
         "nan-decided-on-each-rank",
-        "megatron_ogpsa/spaces.py",
+        "megatron_ogpsa/plugin/gradient_space.py",
         "        if not self._is_finite(squared_norm_B, before, trace):\n",
         "        if not all(bool(span.isfinite().all()) for span in self._shard.spans):\n",
         (f"{NOT_FINITE}[tp2-1]",),
@@ -74,7 +74,7 @@ REDUCTIONS = (
     ),
     Mutation(
         "one-collective-more",
-        "megatron_ogpsa/spaces.py",
+        "megatron_ogpsa/plugin/space.py",
         '        if self._norm is None:\n            return self._megatrons["get_grad_norm"]()\n        if clip_grads',
         "        if self._norm is not None or self.basis is None:\n"
         '            return self._megatrons["get_grad_norm"]()\n        if clip_grads',

@@ -8,7 +8,7 @@ from tests.mutations.table.tests_named import AUTHORS_LEAK, NOT_FINITE, PASSES, 
 REFRESH = (
     Mutation(
         "stale-basis",
-        "megatron_ogpsa/plugin.py",
+        "megatron_ogpsa/plugin/ogpsa.py",
         "        self._space.basis = None  # its memory serves the new one\n"
         "        self._space.needs_refresh = False\n        self._space.basis = Basis(\n",
         "        self._space.basis = self._space.basis or Basis(\n",
@@ -17,16 +17,17 @@ REFRESH = (
     ),
     Mutation(
         "refresh-in-the-basis-own-memory",
-        "megatron_ogpsa/plugin.py",
-        "        self._captured_KN = self._rows(len(self.reference_names) if num_references is None else num_references)\n",
+        "megatron_ogpsa/plugin/ogpsa.py",
+        "        self._captured_KN = self._storage.rows("
+        "len(self.reference_names) if num_references is None else num_references)\n",
         "        basis = self._space.basis\n"
-        "        self._captured_KN = self._rows(0) if basis is None else basis.rows_KN\n",
+        "        self._captured_KN = self._storage.rows(0) if basis is None else basis.rows_KN\n",
         (f"{NOT_FINITE}[tp2-1]",),
         "new references overwrite the basis in use: memory for one less, and nothing to keep if they are not finite",
     ),
     Mutation(
         "reference-that-is-not-finite-taken",
-        "megatron_ogpsa/plugin.py",
+        "megatron_ogpsa/plugin/ogpsa.py",
         "        self.rejected_references = self._not_finite(gram_BKK, names)\n",
         "        self.rejected_references = self._not_finite(gram_BKK.nan_to_num_(), names)\n",
         (f"{NOT_FINITE}[tp2-1]",),
@@ -34,7 +35,7 @@ REFRESH = (
     ),
     Mutation(
         "references-not-zeroed-between",
-        "megatron_ogpsa/references.py",
+        "megatron_ogpsa/references/gradients.py",
         "        self.zero_gradients()\n        # Rank 0 is",
         "        if bar is None or not bar.n:\n            self.zero_gradients()\n        # Rank 0 is",
         (f"{PASSES}[dp2-overlap]",),
@@ -42,7 +43,7 @@ REFRESH = (
     ),
     Mutation(
         "reference-gradient-left-behind",
-        "megatron_ogpsa/references.py",
+        "megatron_ogpsa/references/gradients.py",
         "            break\n    passes.zero_gradients()\n",
         "            break\n",
         (f"{PASSES}[dp2-overlap]",),
@@ -50,7 +51,7 @@ REFRESH = (
     ),
     Mutation(
         "references-captured-before-finalisation",
-        "megatron_ogpsa/reference_pass.py",
+        "megatron_ogpsa/references/one_pass.py",
         '        settings += [(config, "timers", None), (config, "calculate_per_token_loss", True)]\n',
         '        settings += [(config, "timers", None), (config, "calculate_per_token_loss", True)]\n'
         '        settings += [(config, "finalize_model_grads_func", None)]\n',
@@ -59,7 +60,7 @@ REFRESH = (
     ),
     Mutation(
         "tracked-random-states-not-restored",
-        "megatron_ogpsa/reference_pass.py",
+        "megatron_ogpsa/references/one_pass.py",
         "        tracker.set_states({name: _set_back(state, kept[name]) for name, state in tracked.items()})\n",
         "        tracked.clear()\n",
         (f"{PASSES}[dp2-overlap]",),
@@ -67,7 +68,7 @@ REFRESH = (
     ),
     Mutation(
         "router-buffers-not-restored",
-        "megatron_ogpsa/reference_pass.py",
+        "megatron_ogpsa/references/one_pass.py",
         "                buffer.copy_(value)\n",
         "                value.copy_(buffer)\n",
         (f"{PASSES}[ep2-sigmoid-bias]",),
@@ -75,7 +76,7 @@ REFRESH = (
     ),
     Mutation(
         "router-metrics-not-restored",
-        "megatron_ogpsa/reference_pass.py",
+        "megatron_ogpsa/references/one_pass.py",
         "        tracker._metrics = saved\n",
         "        saved.update(tracker._metrics)\n        tracker._metrics = saved\n",
         (f"{PASSES}[ep2-sigmoid-bias]",),
@@ -83,7 +84,7 @@ REFRESH = (
     ),
     Mutation(
         "refresh-one-step-late",
-        "megatron_ogpsa/integration/schedule.py",
+        "megatron_ogpsa/integration/projection/schedule.py",
         "self._next = (step // self.interval + 1) * self.interval if is_regular",
         "self._next = (step // self.interval + 1) * self.interval + 1 if is_regular",
         (AUTHORS_LEAK,),
@@ -91,7 +92,7 @@ REFRESH = (
     ),
     Mutation(
         "interval-not-restored",
-        "megatron_ogpsa/integration/projection.py",
+        "megatron_ogpsa/integration/projection/run.py",
         'self._schedule.restore(before.get("schedule", {}))',
         'before.get("schedule", {})',
         ("tests/integration/test_train.py::test_a_resumed_run_takes_turns_and_adapts_as_the_undisturbed_one",),
@@ -99,7 +100,7 @@ REFRESH = (
     ),
     Mutation(
         "turns-go-on-over-a-checkpoint",
-        "megatron_ogpsa/integration/schedule.py",
+        "megatron_ogpsa/integration/projection/schedule.py",
         "        self.turn, self._captured = 0, None",
         "        self._captured = None",
         ("tests/integration/test_schedule.py::test_a_resumed_run_refreshes_as_the_undisturbed_one",),
@@ -107,7 +108,7 @@ REFRESH = (
     ),
     Mutation(
         "kept-references-transposed",
-        "megatron_ogpsa/plugin.py",
+        "megatron_ogpsa/plugin/ogpsa.py",
         "basis.reference_BKK[:, :, of_names]",
         "basis.reference_BKK.mT[:, :, of_names]",
         ("tests/core/test_rules.py::test_references_that_wait_for_their_turn_come_out_of_the_basis[tp2-config0]",),
@@ -123,7 +124,7 @@ REFRESH = (
     ),
     Mutation(
         "no-refresh-at-the-start",
-        "megatron_ogpsa/integration/projection.py",
+        "megatron_ogpsa/integration/projection/run.py",
         "        self._refresh_is_due = True\n        self._refresh_seconds = 0.0\n",
         "        self._refresh_is_due = False\n        self._refresh_seconds = 0.0\n",
         ("tests/integration/test_train.py::test_a_resumed_run_takes_turns_and_adapts_as_the_undisturbed_one",),
@@ -131,7 +132,7 @@ REFRESH = (
     ),
     Mutation(
         "no-refresh-after-a-checkpoint",
-        "megatron_ogpsa/integration/projection.py",
+        "megatron_ogpsa/integration/projection/run.py",
         '        """Note that a resumed run would refresh now."""\n        self._refresh_is_due = True\n',
         '        """Note that a resumed run would refresh now."""\n',
         (f"{RESUMED}[dp2-energy]",),
@@ -139,7 +140,7 @@ REFRESH = (
     ),
     Mutation(
         "generators-not-put-back",
-        "megatron_ogpsa/reference_pass.py",
+        "megatron_ogpsa/references/one_pass.py",
         "    return state.set_state(kept) if isinstance(state, torch.Generator) else kept\n",
         "    return state if isinstance(state, torch.Generator) else kept\n",
         ("tests/core/test_references.py::test_generators_of_a_tracker_for_cuda_graphs_are_put_back",),
@@ -171,7 +172,7 @@ REFRESH = (
     ),
     Mutation(
         "references-scaled-for-ranks-and-tokens",
-        "megatron_ogpsa/reference_pass.py",
+        "megatron_ogpsa/references/one_pass.py",
         "    if not is_per_token:\n",
         "    if False:\n",
         ("tests/core/test_references.py::test_references_take_the_mean_over_tokens_whatever_training_takes",),
@@ -179,7 +180,7 @@ REFRESH = (
     ),
     Mutation(
         "largest-logits-of-references",
-        "megatron_ogpsa/reference_pass.py",
+        "megatron_ogpsa/references/one_pass.py",
         "[(module, LARGEST_LOGITS, None) for module",
         "[(module, LARGEST_LOGITS, getattr(module, LARGEST_LOGITS)) for _ in () for module",
         (f"{PASSES}[dp2-plain]",),
@@ -187,7 +188,7 @@ REFRESH = (
     ),
     Mutation(
         "rows-of-references-unseen",
-        "megatron_ogpsa/integration/projection_arguments.py",
+        "megatron_ogpsa/integration/arguments/projection.py",
         "    if args.ogpsa_packing or of_pairs:\n",
         "    if args.ogpsa_packing:\n",
         ("tests/core/test_support.py::test_rows_of_references_are_looked_at_as_those_of_training",),

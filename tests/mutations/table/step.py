@@ -16,7 +16,7 @@ STEP = (
     ),
     Mutation(
         "norm-before-projection",
-        "megatron_ogpsa/spaces.py",
+        "megatron_ogpsa/plugin/gradient_space.py",
         "self._norm, self._norm_there = math.sqrt(after), numbers[-1:]",
         "self._norm, self._norm_there = math.sqrt(before), numbers[:1]",
         (f"{PARITY}[dp2]",),
@@ -32,7 +32,7 @@ STEP = (
     ),
     Mutation(
         "disabled-and-still-projecting",
-        "megatron_ogpsa/spaces.py",
+        "megatron_ogpsa/plugin/space.py",
         "        if not self.enabled or self.basis is None:\n            return found_inf\n",
         "        if self.basis is None:\n            return found_inf\n",
         (f"{DETACHED}[dp2]",),
@@ -40,7 +40,7 @@ STEP = (
     ),
     Mutation(
         "detach-forgets-a-method",
-        "megatron_ogpsa/spaces.py",
+        "megatron_ogpsa/plugin/space.py",
         "        for name in self.hooked:\n            self._optimizer.__dict__.pop(name, None)",
         "        for name in self.hooked[:-1]:\n            self._optimizer.__dict__.pop(name, None)",
         (f"{DETACHED}[dp2]",),
@@ -56,7 +56,7 @@ STEP = (
     ),
     Mutation(
         "cone-of-updates-the-wrong-way-round",
-        "megatron_ogpsa/spaces.py",
+        "megatron_ogpsa/plugin/update_space.py",
         "removed_BK = -basis.removed(-change_BK)",
         "removed_BK = basis.removed(change_BK)",
         (f"{UPDATES}[dp2-plain]",),
@@ -72,7 +72,7 @@ STEP = (
     ),
     Mutation(
         "updates-corrected-after-the-copy",
-        "megatron_ogpsa/spaces.py",
+        "megatron_ogpsa/plugin/update_space.py",
         """        self._step(inner, self.basis, self._along_BK, self._norm)
         self._along_BK = None
         with _stepped_already(inner):
@@ -97,7 +97,7 @@ STEP = (
     ),
     Mutation(
         "references-added-to-every-step",
-        "megatron_ogpsa/spaces.py",
+        "megatron_ogpsa/plugin/gradient_space.py",
         "        self.added_weight = 0.0\n        return must_skip",
         "        return must_skip",
         (f"{ADDED}[dp2-plain-tensor]",),
@@ -105,7 +105,7 @@ STEP = (
     ),
     Mutation(
         "copies-look-for-overflow-alone",
-        "megatron_ogpsa/spaces.py",
+        "megatron_ogpsa/plugin/space.py",
         "        if shard.reduction.holds_copies:\n",
         "        if not shard.reduction.holds_copies:\n",
         ("tests/core/test_contract.py::test_what_is_not_finite_on_one_rank_is_decided_on_all[dp2-fp16-plain-0]",),

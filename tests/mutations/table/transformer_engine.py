@@ -45,7 +45,7 @@ TRANSFORMER_ENGINE = (
     ),
     Mutation(
         "references-asked-for-in-bf16-are-in-fp8",
-        "megatron_ogpsa/references.py",
+        "megatron_ogpsa/references/gradients.py",
         "without_fp8(self.chunks) if self.in_bf16 else nullcontext()",
         "nullcontext()",
         (f"{TE}/test_fp8_state.py::{IN_BF16}[te-dp2-fp8-cached]",),
@@ -69,7 +69,7 @@ TRANSFORMER_ENGINE = (
     ),
     Mutation(
         "packed-rows-attend-to-each-other-in-transformer-engine",
-        "megatron_ogpsa/integration/batch.py",
+        "megatron_ogpsa/integration/inputs/batch.py",
         "    is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]\n",
         "    is_start[:, 1:] = False\n",
         (f"{TE}/test_training.py::test_losses_are_those_of_megatrons_layers[sft-tp2]",),

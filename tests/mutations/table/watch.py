@@ -75,7 +75,7 @@ WATCH = (
     ),
     Mutation(
         "attempt-counted-by-each-agent",
-        "megatron_ogpsa/processes.py",
+        "megatron_ogpsa/system/processes.py",
         'os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if keeps_store else "0"',
         'os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")',
         ("tests/watchdog/test_board.py::test_ranks_of_one_start_share_a_board",),

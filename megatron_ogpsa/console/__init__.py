@@ -1,0 +1,1 @@
+"""What the user reads: tables, errors of several ranks, commands with progress, Megatron's log."""

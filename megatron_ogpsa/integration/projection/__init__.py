@@ -1,0 +1,1 @@
+"""Refreshes in the loop: when, from which data, and what the log says of them."""

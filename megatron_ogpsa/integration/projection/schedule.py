@@ -1,0 +1,226 @@
+"""When references are refreshed in Megatron's loop, and which of them: arithmetic on numbers that all ranks share.
+
+| | all at once | in turns (``--ogpsa-stagger-references``) |
+|---|---|---|
+| at the start, after each checkpoint | all | all |
+| in between | all, every interval | one of J references, every interval / J, rounded up |
+
+With ``--ogpsa-adaptive-interval`` the interval follows how stale the basis was found to be. It begins with the shortest:
+nothing is known at the start, and Adam's first steps move the weights furthest. A run that resumes has no basis to compare
+with at its first refresh, so that refreshes which follow a checkpoint decide nothing in any run; they begin a new
+interval, and a new round of turns. All that a checkpoint has to keep is then the interval in force. With dropout the masks of
+a reference's passes differ from refresh to refresh, which looks like staleness: a bound near 1 then keeps the interval short.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from megatron_ogpsa.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_ogpsa.plugin.ogpsa import ReferenceInterval
+
+
+class RefreshSchedule:
+    """The steps at which one run refreshes.
+
+    Args:
+        longest: steps from one gradient of a reference to its next, at most.
+        turns: references that take turns within an interval; 1 for all at once.
+        bound: share of each fresh reference gradient that the basis is to hold still; None leaves the interval as it is.
+
+    Attributes:
+        interval: the one in force.
+        turn: of the reference whose turn is next.
+    """
+
+    def __init__(self, longest: int, *, turns: int = 1, bound: float | None = None) -> None:
+        self._longest, self._turns, self._bound = longest, turns, bound
+        self.interval = longest if bound is None else self._shortest
+        self.turn = 0
+        self._captured: float | None = None  # the least in this round
+        self._next = 0
+
+    @property
+    def _shortest(self) -> int:
+        """In which every reference gets its turn."""
+        return min(self._turns, self._longest)
+
+    @property
+    def spacing(self) -> int:
+        """Steps from one refresh to the next."""
+        return -(-self.interval // self._turns)
+
+    @property
+    def round(self) -> int:
+        """Steps until every reference was refreshed once."""
+        return self.spacing * self._turns
+
+    @property
+    def longest_spacing(self) -> int:
+        """The same, where the interval is as long as it may become."""
+        return -(-self._longest // self._turns)
+
+    @property
+    def longest_round(self) -> int:
+        """Steps until every reference was refreshed once, at most."""
+        return self.longest_spacing * self._turns
+
+    def is_due(self, step: int) -> bool:
+        """Whether references are to be refreshed before the step after ``step``, whatever else asks for it."""
+        return step >= self._next
+
+    def restart(self, step: int) -> None:
+        """All were refreshed because a run starts, a checkpoint was saved or the basis was lost."""
+        self.turn, self._captured = 0, None
+        self.postpone(step)
+
+    def advance(self, step: int, captured: float | None) -> None:
+        """Those that were due were refreshed.
+
+        Args:
+            captured: the least share that the basis held of one of them, see :func:`least_captured`; None if that is not
+                known.
+        """
+        known = [share for share in (self._captured, captured) if share is not None]
+        self._captured = min(known, default=None)
+        self.turn = (self.turn + 1) % self._turns
+        if self.turn == 0:
+            if self._bound is not None and self._captured is not None:
+                self.interval = adapted(self.interval, self._captured, self._bound, self._shortest, self._longest)
+            self._captured = None
+        self.postpone(step)
+
+    def postpone(self, step: int) -> None:
+        """The same are due again, one spacing later: their gradients were not finite."""
+        is_regular = self._turns == 1 and self._bound is None
+        # Without options refreshes stand at multiples of the interval, whatever checkpoints add between them.
+        self._next = (step // self.interval + 1) * self.interval if is_regular else step + self.spacing
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint has to keep."""
+        return {"interval": self.interval} if self._bound is not None else {}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on with the interval of the run whose :meth:`state` it is, within what this run asks for."""
+        if self._bound is not None:
+            self.interval = min(state.get("interval", self._shortest), self._longest)
+
+    def __str__(self) -> str:
+        told = "one refreshed" if self._turns > 1 else "refreshed"
+        told += f" every {self.spacing} steps" + (", in turns" if self._turns > 1 else "")
+        if self._bound is None:
+            return told
+        return f"{told}, and up to {self.longest_spacing} as long as {100 * self._bound:g}% stays protected"
+
+
+def adapted(interval: int, captured: float, bound: float, shortest: int, longest: int) -> int:
+    """The next interval: half if less than ``bound`` was captured, double if hardly anything was lost, else the same.
+
+    A gradient that turns steadily loses the square of its angle: twice the steps lose at most four times as much. So the
+    interval is doubled where under a quarter of what the bound allows was lost, and the doubled one keeps the bound too:
+    halving and doubling do not take turns for ever.
+    """
+    if captured < bound:
+        return max(shortest, interval // 2)
+    if 1 - captured < (1 - bound) / 4:
+        return min(longest, 2 * interval)
+    return interval
+
+
+def least_captured(references: Iterable[Sequence[str]], interval: Mapping[str, ReferenceInterval]) -> float | None:
+    """The share that the basis still held of the reference that it held least of; None if no share is known. Collective.
+
+    The least and not the mean: each reference is to be protected, and one with a large gradient would hide the others.
+    A reference of several gradients counts with their mean, which is also what the log says. All ranks read these shares off
+    one all-reduce; that processors of several kinds may round them differently must not make ranks part.
+
+    Args:
+        references: names of each reference's gradients.
+    """
+    shares = [
+        sum(interval[name].captured for name in names) / len(names)
+        for names in references
+        if all(name in interval for name in names)
+    ]
+    # NaN: of a gradient that is zero.
+    least = min((share for share in shares if not math.isnan(share)), default=math.inf)
+    agreed = torch.tensor([least], dtype=torch.float64, device=torch.cuda.current_device())
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+    return agreed.item() if math.isfinite(agreed.item()) else None
+
+
+def schedule_from_arguments(args: argparse.Namespace) -> RefreshSchedule:
+    """As the flags say, once they have been checked."""
+    return RefreshSchedule(
+        args.ogpsa_refresh_interval,
+        turns=len(args.ogpsa_reference) if args.ogpsa_stagger_references else 1,
+        bound=args.ogpsa_adaptive_interval,
+    )
+
+
+def check_schedule_arguments(args: argparse.Namespace) -> None:
+    """Refuse what does not go with the options of this module and with ``--ogpsa-energy``.
+
+    Raises:
+        UserError: naming both flags.
+    """
+    staggers, bound, energy = args.ogpsa_stagger_references, args.ogpsa_adaptive_interval, args.ogpsa_energy
+    truncates = energy < 1.0
+    stagger, adaptive = "--ogpsa-stagger-references", f"--ogpsa-adaptive-interval {bound}"
+    saves = [n for n in (args.save_interval, args.non_persistent_save_interval) if args.save and n]
+    decides_after = schedule_from_arguments(args).longest_round
+    for is_given, flags, reason, remedy in (
+        (
+            staggers and len(args.ogpsa_reference) < 2,
+            f"{stagger} with one --ogpsa-reference",
+            "there is nothing to take turns",
+            "leave it out",
+        ),
+        (
+            staggers and args.ogpsa_basis_dtype != "fp32",
+            f"{stagger} with --ogpsa-basis-dtype {args.ogpsa_basis_dtype}",
+            "references that wait for their turn come back out of the basis, whose rounding would blur what tells them apart",
+            "use fp32, with --ogpsa-basis-device cpu if memory is short",
+        ),
+        (
+            staggers and truncates,
+            f"{stagger} with --ogpsa-energy {energy}",
+            "references that wait for their turn come back out of the basis, which would not hold all of them",
+            "use one of the two",
+        ),
+        (
+            truncates and args.ogpsa_mode == "conflict",
+            f"--ogpsa-energy {energy} with --ogpsa-mode conflict",
+            "its cone has a side for every whole reference",
+            "use --ogpsa-mode orthogonal, or leave it out",
+        ),
+        (
+            bound is not None and truncates and energy <= bound,
+            f"{adaptive} with --ogpsa-energy {energy}",
+            "a fresh basis may hold no more than that",
+            "ask for a smaller share, or keep more energy",
+        ),
+        (
+            bound is not None and args.ogpsa_refresh_interval == 1,
+            f"{adaptive} with --ogpsa-refresh-interval 1",
+            "no interval is shorter",
+            "give the longest interval that you want",
+        ),
+        (
+            bound is not None and saves and min(saves) <= decides_after,
+            f"{adaptive} with --ogpsa-refresh-interval {args.ogpsa_refresh_interval} and a checkpoint every "
+            f"{saves and min(saves)} steps",
+            f"the interval cannot adapt: each checkpoint begins it anew, and adapting takes more than {decides_after} steps",
+            "save less often, or give a shorter --ogpsa-refresh-interval",
+        ),
+    ):
+        if is_given:
+            raise UserError(f"{flags}: {reason}; {remedy}")

@@ -1,0 +1,1 @@
+"""Patches of Megatron as data, and Megatron without a GPU."""

@@ -1,0 +1,1 @@
+"""The plugin: a basis kept beside Megatron's optimizer, and what happens within its step."""

@@ -1,0 +1,1 @@
+"""Reference gradients through Megatron's schedules, leaving no trace."""

@@ -1,0 +1,1 @@
+"""Files, open files and processes, as the operating system has them."""
