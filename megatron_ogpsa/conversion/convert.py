@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
+from megatron_ogpsa.conversion.chat import carry_chat
 from megatron_ogpsa.conversion.checkpoint_reader import Checkpoint, saved_arguments
 from megatron_ogpsa.conversion.checkpoint_writer import write_checkpoint
 from megatron_ogpsa.conversion.families import Flags, family_of, model_flags
@@ -129,8 +130,8 @@ def to_hugging_face(
         with _written_whole(target, num_bytes) as folder, _progress(num_bytes, "converting") as advance:
             carry_files(carried, folder)
             write_dtype(folder, config, planned[0].dtype)
+            notes = [f"configuration and tokenizer from {carried}", *carry_chat(folder, checkpoint.arguments)]
             write_weights(folder, planned, tensor_of, most_bytes=most_bytes, after_tensor=advance)
-    notes = [f"configuration and tokenizer from {carried}"]
     if not checkpoint.is_verified:
         notes.append(f"{checkpoint.path} has no manifest (it was saved without --verify-integrity): not verified")
     return Converted(flags=flags, num_tensors=len(planned), num_bytes=num_bytes, notes=tuple(notes))

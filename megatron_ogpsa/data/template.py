@@ -166,6 +166,11 @@ def _shipped() -> str:
     return ", ".join(sorted(path.stem for path in _SHIPPED.glob("*.jinja")))
 
 
+def is_shipped(source: str) -> bool:
+    """Whether it is the text of a template that comes with this project."""
+    return any(path.read_text(encoding="utf-8") == source for path in _SHIPPED.glob("*.jinja"))
+
+
 def _limited() -> AbstractContextManager[None]:
     return limited(seconds=_SECONDS, num_bytes=_BYTES)
 

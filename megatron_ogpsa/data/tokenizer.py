@@ -90,15 +90,16 @@ class ChatTokenizer(ABC):
         return tuple(dict.fromkeys(found))
 
     @property
-    def ends_turns(self) -> bool:
-        """Whether what is learnt of the assistant's turn ends in one of :attr:`eos_ids`.
+    def turn_end_id(self) -> int | None:
+        """The token, one of :attr:`eos_ids`, in which what is learnt of the assistant's turn ends.
 
-        Otherwise a model that is trained on it does not learn to end.
+        Without one a model that is trained on it does not learn to end.
 
         Raises:
             UserError: the template refuses a question and an answer.
         """
-        return bool(self._example_ending) and self._example_ending[-1] in self.eos_ids
+        last = self._example_ending[-1] if self._example_ending else None
+        return last if last in self.eos_ids else None
 
     @cached_property
     def _example_ending(self) -> list[int]:

@@ -58,7 +58,7 @@ def check_tokenizer(tokenizer: ChatTokenizer, *, rows: int | None) -> Finding:
     if not any(is_supervised):
         return fail("tokenizer", "the chat template writes no turn of the assistant", "give another --chat-template")
     text = f"{tokenizer.vocab_size} tokens, with a chat template"
-    if not tokenizer.ends_turns:
+    if tokenizer.turn_end_id is None:
         return warn("tokenizer", f"{text}; {ENDLESS_TURN}", ENDLESS_TURN_REMEDY)
     return ok("tokenizer", f"{text}; an answer ends with token {' or '.join(map(str, tokenizer.eos_ids))}")
 

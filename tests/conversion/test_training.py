@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_ogpsa.conversion.convert import to_hugging_face
 from megatron_ogpsa.data import load_chat_tokenizer
@@ -99,6 +99,15 @@ def test_the_loss_of_an_exported_model_is_megatrons(conversions: Conversions, tr
     assert losses[1] == pytest.approx(before, rel=TOLERANCE)
     assert losses[2] == pytest.approx(after, rel=TOLERANCE)
     assert abs(before - after) > 0.01
+
+
+def test_an_exported_model_stops_where_it_has_learnt_to(conversions: Conversions, trained: Trained) -> None:
+    """Its configuration, of which the tokenizer knows nothing, ends generation at token 2 alone."""
+    original, exported = conversions.original(TRAINED), trained.folder("exported")
+    assert GenerationConfig.from_pretrained(exported).eos_token_id == [2, 3]
+    assert AutoTokenizer.from_pretrained(exported).convert_ids_to_tokens(3) == "<|im_end|>"
+    template = "chat_template.jinja"
+    assert (exported / template).read_bytes() == (original / template).read_bytes()
 
 
 def test_another_dtype_is_told_in_the_configuration(trained: Trained) -> None:

@@ -152,10 +152,10 @@ ENDLESS = {
 def test_turns_that_end_in_no_stop_token_are_noticed(
     tokenizer: ChatTokenizer, with_template: LoadTemplate, case: str
 ) -> None:
-    assert tokenizer.ends_turns
-    assert not with_template(ENDLESS[case]).ends_turns
+    assert tokenizer.turn_end_id == 3
+    assert with_template(ENDLESS[case]).turn_end_id is None
     with_eos = "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}\n{% endfor %}"
-    assert with_template(with_eos).ends_turns
+    assert with_template(with_eos).turn_end_id == tokenizer.eos_id
 
 
 def test_token_over_the_border_belongs_to_its_last_character(with_template: LoadTemplate) -> None:

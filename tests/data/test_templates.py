@@ -85,7 +85,7 @@ def test_qwen3_learns_each_answer_with_its_end(
     assert learnt == ["b<|im_end|>", "\n\nd\n<|im_end|>", f"{no_thoughts} f<|im_end|>"]
     text, spans = qwen3.render_with_spans(CONVERSATIONS["tools called"], answer_from=8)
     assert [text[begin:end] for begin, end in spans] == [f"{no_thoughts}Bye<|im_end|>"]
-    assert with_template(qwen3.source).ends_turns
+    assert with_template(qwen3.source).turn_end_id is not None
 
 
 def test_the_models_own_template_is_refused_with_the_remedy(model_own: ChatTemplate, qwen3: ChatTemplate) -> None:

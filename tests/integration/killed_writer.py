@@ -40,11 +40,11 @@ if os.environ.get("RANK") == "1":
     from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 
     install_if_no_gpu()
-    from megatron_ogpsa.integration.runtime.patching import Patch, apply_patches
+    from megatron_ogpsa.integration.runtime.patching import resolve
 
-    target, is_static = _TARGETS[os.environ["KILL"]], os.environ["KILL"] == "copying"
-    replace = (lambda original: staticmethod(_killing(original))) if is_static else _killing
-    apply_patches([Patch(target=target, reason="a node out of memory", replace=replace)])
+    owner, name = resolve(_TARGETS[os.environ["KILL"]])
+    killing = _killing(getattr(owner, name))
+    setattr(owner, name, staticmethod(killing) if os.environ["KILL"] == "copying" else killing)
 
 if __name__ == "__main__":
     launching.RANK_MODULE = "tests.integration.killed_writer"

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sized
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,7 +174,7 @@ def _warn_of_endless_turns(tokenizer: ChatTokenizer) -> None:
     from megatron_ogpsa.data.tokenizer import ENDLESS_TURN, ENDLESS_TURN_REMEDY
 
     try:
-        if not tokenizer.ends_turns:
+        if tokenizer.turn_end_id is None:
             print_rank_0(f"WARNING: {tokenizer.template.name}: {ENDLESS_TURN}: {ENDLESS_TURN_REMEDY}")
     except UserError:
         pass  # a template that wants more than a question and an answer; the data may have it
@@ -255,6 +256,9 @@ def described(source: str, dataset: TokenizedChatDataset | TokenizedPreferenceDa
 def chat_tokenizer() -> ChatTokenizer:
     """The tokenizer of ``--tokenizer-type``, ``--tokenizer-model`` and ``--chat-template``.
 
+    Checkpoints have Megatron's arguments, so what chats with the trained model is put among them: ``chat_template_text``, and
+    ``chat_end_id``, in which answers end.
+
     Raises:
         UserError: it cannot be loaded, or knows more tokens than the model's embedding has rows.
     """
@@ -269,6 +273,9 @@ def chat_tokenizer() -> ChatTokenizer:
             f"--tokenizer-model {args.tokenizer_model} has {tokenizer.vocab_size} tokens, the model's embedding only "
             f"{args.padded_vocab_size}: leave --vocab-size and --padded-vocab-size out, or make them larger"
         )
+    args.chat_template_text, args.chat_end_id = tokenizer.template.source, None
+    with suppress(UserError):  # a template that wants more than a question and an answer; the data may have it
+        args.chat_end_id = tokenizer.turn_end_id
     return tokenizer
 
 

@@ -12,7 +12,8 @@ from megatron_ogpsa.errors import UserError
 MEGATRON_SERIES = "0.19."
 """The megatron-core releases whose internals the patches of this package were checked on."""
 
-_applied: set[str] = set()
+_applied: dict[str, str] = {}
+"""Targets, and the reasons of their patches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,17 +33,20 @@ def apply_patches(patches: Iterable[Patch]) -> None:
     """Apply each patch once in the life of the process; a second call is a no-op.
 
     Raises:
-        RuntimeError: a target does not exist, so this Torch or Megatron is not the one the patch was written for.
+        RuntimeError: a target does not exist, so this Torch or Megatron is not the one the patch was written for; or it has
+            another patch already, which would have been passed over.
     """
     for patch in patches:
         if patch.target in _applied:
+            if _applied[patch.target] != patch.reason:
+                raise RuntimeError(f"{patch.target} has a patch for another reason already: {_applied[patch.target]}")
             continue
-        owner, name = _resolve(patch.target)
+        owner, name = resolve(patch.target)
         original = getattr(owner, name, None)
         if original is None:
             raise RuntimeError(f"cannot patch {patch.target}: there is no such attribute ({patch.reason})")
         setattr(owner, name, patch.replace(original))
-        _applied.add(patch.target)
+        _applied[patch.target] = patch.reason
 
 
 def require_supported_megatron() -> None:
@@ -64,7 +68,8 @@ def require_supported_megatron() -> None:
         )
 
 
-def _resolve(target: str) -> tuple[Any, str]:
+def resolve(target: str) -> tuple[Any, str]:
+    """What holds the attribute, and its name there."""
     module_name, _, attribute = target.partition(":")
     owner: Any = importlib.import_module(module_name)
     *path, name = attribute.split(".")
