@@ -191,6 +191,17 @@ def _plain(args: argparse.Namespace) -> argparse.Namespace:
     return plain
 
 
+def _copy_latent_projections(module: nn.Module, num_ranks: int) -> None:
+    """Let each tensor-parallel rank have all rows, as with Transformer Engine, where Megatron's own layers share them out.
+
+    ``core/transformer/multi_latent_attention.py``: ``parallel_mode="duplicated"``; not with ``mla_down_proj_fusion``.
+    """
+    for name, layer in module.named_modules():
+        if name.endswith((".linear_q_down_proj", ".linear_kv_down_proj")):
+            rows, columns = layer.weight.shape
+            layer.weight = nn.Parameter(torch.empty(rows * num_ranks, columns))
+
+
 def build_chunks(args: argparse.Namespace, device: torch.device) -> list[Any]:
     """This rank's model chunks, wrapped for data parallelism, on ``device``; they cannot run."""
     from megatron.core.distributed import DistributedDataParallel
@@ -208,6 +219,9 @@ def build_chunks(args: argparse.Namespace, device: torch.device) -> list[Any]:
     for stage in range(virtual or 1):
         with device, redirect_stdout(io.StringIO()):  # it tells how the vocabulary is padded
             module = builder.build_model(groups, vp_stage=stage if virtual else None)
+            is_whole = args.transformer_impl == "transformer_engine" and not args.mla_down_proj_fusion
+            if args.multi_latent_attention and is_whole:
+                _copy_latent_projections(module, args.tensor_model_parallel_size)
         module.to(args.params_dtype)
         chunks.append(DistributedDataParallel(config.transformer, get_megatron_ddp_config(args), module))
     return chunks

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import megatron.core
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
@@ -23,6 +26,8 @@ from megatron_ogpsa.errors import UnsupportedError, UserError
 from megatron_ogpsa.precision.fp8_state import quantizing_modules
 from megatron_ogpsa.precision.fp8_support import check_fp8_modules
 from megatron_ogpsa.sharding.gradients import leaf_optimizers
+
+logger = logging.getLogger(__name__)
 
 SUPPORTED_MEGATRON = "0.19"
 """Minor version of megatron-core whose optimizers and buffers this package was read against."""
@@ -67,6 +72,7 @@ def check_supported(
                 "(--use-torch-fsdp2 is not supported; use --use-distributed-optimizer)"
             )
         _check_parameters(chunk)
+        _check_latent_attention(get_model_config(chunk))
     check_fp8_modules(quantizing_modules([chunk for chunk in chunks if isinstance(chunk, DistributedDataParallel)]))
     if isinstance(optimizer, LayerWiseDistributedOptimizer):
         raise UnsupportedError(_layer_wise_message())
@@ -123,6 +129,25 @@ def _check_parameters(chunk: DistributedDataParallel) -> None:
                 f"--gtp-weight-remat-size: {name} is sharded over an axis that the projection does not count yet; "
                 "use --tensor-model-parallel-size"
             )
+
+
+def _check_latent_attention(config: Any) -> None:
+    """The keys that all heads share are made by each tensor-parallel rank, of weights that each has a copy of.
+
+    Only with sequence parallelism does ``core/transformer/multi_latent_attention.py`` sum what the ranks' heads make of them.
+    """
+    if not getattr(config, "multi_latent_attention", False) or config.tensor_model_parallel_size == 1:
+        return
+    if not config.sequence_parallel:
+        raise UnsupportedError(
+            "--multi-latent-attention with tensor parallelism and without --sequence-parallel: Megatron gives each copy of "
+            "the keys' projection the gradient of one rank's heads, so that copies drift apart; add --sequence-parallel"
+        )
+    if getattr(config, "mla_down_proj_fusion", False) and dist.get_rank() == 0:
+        logger.warning(
+            "--mla-down-proj-fusion with tensor parallelism: Megatron's gradient of the keys' rotary rows is that of one "
+            "rank's heads, with the plugin or without; leave the flag out if that matters"
+        )
 
 
 def _layer_wise_message() -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_ogpsa.sharding.names import NamedParameter
 
 _QKV = re.compile(r"\.self_attention\.linear_qkv\.(weight|bias)$")
+_LATENT_DOWN = re.compile(r"\.self_attention\.linear_qkv_down_proj\.weight$")
 _GATE_UP = re.compile(r"\.linear_fc1\.(weight|bias)\d*$")
 
 
@@ -51,12 +52,20 @@ def row_pattern(parameter: NamedParameter) -> RowPattern:
     * QKV: for each query group the rows of its query heads, then k, then v
       (``core/transformer/attention.py``, ``get_query_key_value_tensors``); with an output gate also its rows. Tensor
       parallelism splits the groups, or, with fewer groups than ranks, cuts through them.
+    * Latent attention's projections down, with ``mla_down_proj_fusion``: each tensor-parallel rank stores its rows of the
+      queries', then its rows of the keys' and values' (``core/transformer/multi_latent_attention.py``,
+      ``FusedMLASelfAttention``); without it they are parameters of their own.
     * Gated MLP: each tensor-parallel rank stores its rows of gate, then its rows of up (``core/transformer/mlp.py``);
       with ``moe_mlp_glu_interleave_size`` they alternate in chunks of that size.
     """
     config = parameter.config
     if _QKV.search(parameter.name):
         return _qkv_pattern(parameter)
+    if _LATENT_DOWN.search(parameter.name):
+        rows = parameter.param.shape[0]
+        whole = config.q_lora_rank + config.kv_lora_rank + config.qk_pos_emb_head_dim
+        query_rows = config.q_lora_rank * rows // whole
+        return RowPattern(parts=(("q_down", query_rows), ("kv_down", rows - query_rows)))
     if config.gated_linear_unit and _GATE_UP.search(parameter.name):
         rows = _interleave_size(config, parameter.name) or parameter.param.shape[0] // 2
         return RowPattern(parts=(("gate", rows), ("up", rows)))

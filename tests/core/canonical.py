@@ -28,6 +28,12 @@ WHOLE = {
     "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+    "self_attention.q_layernorm.weight of latents": "self_attn.q_a_layernorm.weight",
+    "self_attention.kv_layernorm.weight": "self_attn.kv_a_layernorm.weight",
+    # Transformer Engine has these in the projections that follow them.
+    "self_attention.linear_qkv_down_proj.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attn.q_a_layernorm.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attn.kv_a_layernorm.weight",
     "self_attention.linear_proj.bias": "self_attn.o_proj.bias",
     "mlp.router.weight": "mlp.gate.weight",
     "mlp.router.bias": "mlp.gate.bias",
@@ -53,7 +59,8 @@ def canonical_parts(module: GPTModel, shape: ModelShape) -> Iterator[tuple[torch
             yield param, [("model.norm.weight", ALL, ALL)]
         else:
             assert layer is not None, f"the test does not know {name}"
-            parts = _layer_parts(shape, name.split(".", 3)[3], dense)
+            is_copy = name.endswith("_down_proj.weight") and not param.tensor_model_parallel
+            parts = _layer_parts(shape, name.split(".", 3)[3], _share(0, 1) if is_copy else dense)
             yield param, [(f"model.layers.{layer}.{part}", rows, columns) for part, rows, columns in parts]
 
 
@@ -64,10 +71,14 @@ def _share(rank: int, size: int) -> Share:
 def _layer_parts(shape: ModelShape, leaf: str, dense: Share) -> list[Part]:
     """Parts of a parameter of a layer, both named without the layer."""
     kind = leaf.rsplit(".", 1)[1]
+    if shape.latent and leaf == "self_attention.q_layernorm.weight":
+        leaf += " of latents"
     if leaf in WHOLE:
         return [(WHOLE[leaf], ALL, ALL)]
     if leaf == "self_attention.linear_proj.weight":
         return [("self_attn.o_proj.weight", ALL, dense(shape.hidden))]
+    if match := re.fullmatch(r"self_attention\.linear_(q|kv|qkv)_(down|up)_proj\.weight", leaf):
+        return _latent_parts(shape, match[1], match[2], dense)
     if leaf.startswith("self_attention.linear_qkv."):
         return _qkv_parts(shape, kind, dense)
     if match := re.fullmatch(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)", leaf):  # grouped
@@ -91,6 +102,18 @@ def _mlp_parts(prefix: str, leaf: str, ffn: int, share: Share) -> list[Part]:
         return [(f"{prefix}.{part}_proj.{kind}", share(ffn), ALL) for part in ("gate", "up")]
     assert layer == "linear_fc2", f"the test does not know {leaf}"
     return [(f"{prefix}.down_proj.{kind}", ALL, share(ffn) if kind == "weight" else ALL)]
+
+
+def _latent_parts(shape: ModelShape, which: str, way: str, share: Share) -> list[Part]:
+    """Projections to latent vectors and from them; Transformer Engine's to them are whole on each tensor-parallel rank."""
+    tensors = {
+        ("q", "down"): ("q_a_proj", shape.q_rank),
+        ("q", "up"): ("q_b_proj", shape.heads * (shape.head_size + shape.rotary_size)),
+        ("kv", "down"): ("kv_a_proj_with_mqa", shape.kv_rank + shape.rotary_size),
+        ("kv", "up"): ("kv_b_proj", shape.heads * 2 * shape.head_size),
+    }
+    names = ["q", "kv"] if which == "qkv" else [which]
+    return [(f"self_attn.{name}.weight", share(rows), ALL) for name, rows in (tensors[one, way] for one in names)]
 
 
 def _qkv_parts(shape: ModelShape, kind: str, share: Share) -> list[Part]:

@@ -204,6 +204,10 @@ HF_PARTS = {
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+    "self_attention.kv_layernorm.weight": "self_attn.kv_a_layernorm.weight",
+    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attn.q_a_layernorm.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attn.kv_a_layernorm.weight",
+    "self_attention.linear_qkv_down_proj.layer_norm_weight": "input_layernorm.weight",
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
     "mlp.shared_experts.gate_weight": "mlp.shared_expert_gate.weight",
@@ -211,15 +215,30 @@ HF_PARTS = {
 HF_MODULES = {
     "self_attention.linear_proj": "self_attn.o_proj",
     "self_attention.linear_qkv": "self_attn",
+    "self_attention.linear_q_down_proj": "self_attn.q_a_proj",
+    "self_attention.linear_q_up_proj": "self_attn.q_b_proj",
+    "self_attention.linear_kv_down_proj": "self_attn.kv_a_proj_with_mqa",
+    "self_attention.linear_kv_up_proj": "self_attn.kv_b_proj",
+    "self_attention.linear_qkv_down_proj": "self_attn",
     "mlp.router": "mlp.gate",
     "mlp.shared_experts": "mlp.shared_expert",
     "mlp.experts.local_experts": "mlp.experts",
 }
-HF_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "gate": "gate_proj", "up": "up_proj"}
+HF_PROJECTIONS = {
+    "q": "q_proj",
+    "k": "k_proj",
+    "v": "v_proj",
+    "gate": "gate_proj",
+    "up": "up_proj",
+    "q_down": "q_a_proj",
+    "kv_down": "kv_a_proj_with_mqa",
+}
 
 
-def hf_name(block: str) -> str:
+def hf_name(block: str, *, latent: bool = False) -> str:
     """From the name of a block of the plugin to the Hugging Face tensor that it is."""
+    if latent:
+        block = block.replace("q_layernorm.weight", "linear_q_up_proj.layer_norm_weight")
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", block)
     if match is None:
         return HF_PARTS[block]
@@ -253,7 +272,7 @@ def integer_gram(layout: str) -> bool:
     shard = ogpsa._shard
     gram = sum_over_ranks(gram_and_dots(shard.layout, ogpsa._captured_KN), shard.reduction.group)
     for block, actual in zip(ogpsa.block_names, gram, strict=True):
-        rows = torch.stack([reference[hf_name(block)].flatten() for reference in references])
+        rows = torch.stack([reference[hf_name(block, latent=shape.latent)].flatten() for reference in references])
         if not torch.equal(actual, rows @ rows.T):
             raise AssertionError(f"{block}: {actual.tolist()} is not {(rows @ rows.T).tolist()}")
     return True

@@ -1,5 +1,7 @@
 """Context parallelism on the CPU: an attention that gathers keys and values, and this rank's part of a batch.
 
+Latent attention goes through it too, since Megatron's own does not take the sizes of its heads.
+
 Megatron cuts each sequence into 2·cp chunks and gives rank r the chunks r and 2·cp − 1 − r, so that all ranks have as much
 causal attention to do. Its own attention for that is Transformer Engine's.
 
@@ -9,6 +11,7 @@ size.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -56,7 +59,8 @@ class GatheringAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         assert config.attention_dropout == 0.0
-        assert softmax_scale is None
+        head_size = getattr(config, "qk_head_dim", 0) + getattr(config, "qk_pos_emb_head_dim", 0)
+        assert softmax_scale is None or math.isclose(softmax_scale, head_size**-0.5)
         self._group: dist.ProcessGroup = pg_collection.cp
 
     def forward(

@@ -33,6 +33,7 @@ class Layout:
         precision_aware: keep gradients in the dtype of Megatron's buffer up to the inner optimizer.
         cpu_offload: keep optimizer state in host memory.
         transformer_engine: build the layers of Transformer Engine's modules, where a process has it; experts are grouped.
+        fused_down: hold the projections to latent vectors in one parameter.
         fp8: recipe of their products, for models in bf16.
         fp8_format: E4M3 for all, or "hybrid", E5M2 for gradients.
         fp8_params: hold the layers' weights in FP8.
@@ -61,6 +62,7 @@ class Layout:
     precision_aware: bool = False
     cpu_offload: bool = False
     transformer_engine: bool = False
+    fused_down: bool = False
     fp8: str | None = None
     fp8_format: str = "hybrid"
     fp8_params: bool = False
@@ -81,6 +83,7 @@ class Layout:
 
 
 MOE: dict[str, Any] = {"experts": 4, "shared_ffn": 24}
+LATENT: dict[str, Any] = {"latent": True, "query_groups": 4}
 
 LAYOUTS: dict[str, Layout] = {
     "tp2": Layout(tp=2),
@@ -112,6 +115,8 @@ LAYOUTS: dict[str, Layout] = {
     "tp2-moe": Layout(tp=2, sequence_parallel=True, model=MOE | {"shared_gate": True}),
     "ep2-pp2-dense-stage": Layout(pp=2, dp=2, ep=2, distributed_optimizer=False, model=MOE | {"dense_layers": 2}),
     "ep2-bias": Layout(dp=2, ep=2, model={"experts": 4, "linear_bias": True}),
+    "pp2-latent": Layout(pp=2, dp=2, model=LATENT | MOE),
+    "ep2-latent-plain": Layout(dp=2, ep=2, distributed_optimizer=False, model=LATENT | MOE),
     "ep2-sigmoid-bias": Layout(dp=2, ep=2, model=MOE | {"routing_bias": True}),
     # what a training run switches on besides
     "dp2-micro-batch": Layout(dp=2, micro_batches=4),
@@ -188,8 +193,15 @@ TRANSFORMER_ENGINE: dict[str, Layout] = {
         "te-ep2": Layout(dp=2, ep=2, model=MOE),
         "te-ep2-plain": Layout(dp=2, ep=2, distributed_optimizer=False, model=MOE),
         "te-ep2-bias": Layout(dp=2, ep=2, model={"experts": 4, "linear_bias": True}),
+        "te-tp2-latent": Layout(tp=2, sequence_parallel=True, model=LATENT),
+        "te-dp2-latent-fused": Layout(dp=2, fused_down=True, model=LATENT),
         "te-tp2-moe": Layout(tp=2, sequence_parallel=True, model=MOE | {"shared_gate": True}),
     }.items()
+}
+
+# Megatron leaves the rotary rows of the keys' projection the gradient of one rank's heads: only planted ones can be compared.
+FUSED_DOWN: dict[str, Layout] = {
+    "te-tp2-latent-fused": Layout(tp=2, sequence_parallel=True, transformer_engine=True, fused_down=True, model=LATENT),
 }
 
 # The same in FP8, in sizes that its products take, with the layers' weights held in FP8.
@@ -223,4 +235,4 @@ FUSED_ATTENTION: dict[str, Layout] = {
     }.items()
 }
 
-ALL_LAYOUTS = LAYOUTS | PRECISIONS | TRANSFORMER_ENGINE | FP8 | CACHED_FP8 | FUSED_ATTENTION
+ALL_LAYOUTS = LAYOUTS | PRECISIONS | TRANSFORMER_ENGINE | FUSED_DOWN | FP8 | CACHED_FP8 | FUSED_ATTENTION

@@ -24,7 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
@@ -201,22 +201,33 @@ def _layer_spec(layout: Layout, shape: ModelShape, *, is_dense: bool) -> ModuleS
     num_experts = None if is_dense else shape.experts or None
     if layout.transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=num_experts, moe_grouped_gemm=num_experts is not None, qk_layernorm=shape.qk_norm
+            num_experts=num_experts,
+            moe_grouped_gemm=num_experts is not None,
+            qk_layernorm=shape.qk_norm or shape.latent,
+            multi_latent_attention=shape.latent,
+            mla_down_proj_fusion=layout.fused_down,
         )
-    spec = get_gpt_layer_local_spec(num_experts=num_experts, normalization="RMSNorm", qk_layernorm=shape.qk_norm)
+    spec = get_gpt_layer_local_spec(
+        num_experts=num_experts,
+        normalization="RMSNorm",
+        qk_layernorm=shape.qk_norm or shape.latent,
+        multi_latent_attention=shape.latent,
+    )
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    if layout.cp > 1:
+    if layout.cp > 1 or shape.latent:
         attention.core_attention = GatheringAttention
     if layout.sequence_parallel:
         layer.input_layernorm = layer.pre_mlp_layernorm = SequenceParallelNorm
         if shape.qk_norm:
             attention.q_layernorm = attention.k_layernorm = SequenceParallelNorm
+        if shape.latent:
+            attention.q_layernorm = attention.kv_layernorm = SequenceParallelNorm
     return spec
 
 
 def _transformer_config(layout: Layout, shape: ModelShape) -> TransformerConfig:
     dtype = DTYPES[layout.precision]
-    return TransformerConfig(
+    return (MLATransformerConfig if shape.latent else TransformerConfig)(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden,
         num_attention_heads=shape.heads,
@@ -228,7 +239,8 @@ def _transformer_config(layout: Layout, shape: ModelShape) -> TransformerConfig:
         activation_func=torch.nn.functional.silu,
         add_bias_linear=shape.linear_bias,
         add_qkv_bias=shape.qkv_bias,
-        qk_layernorm=shape.qk_norm,
+        qk_layernorm=shape.qk_norm or shape.latent,
+        **_latent_settings(layout, shape),
         hidden_dropout=layout.dropout,
         attention_dropout=layout.dropout,
         use_cpu_initialization=not layout.transformer_engine,
@@ -255,6 +267,20 @@ def _transformer_config(layout: Layout, shape: ModelShape) -> TransformerConfig:
         masked_softmax_fusion=False,
         deallocate_pipeline_outputs=True,
     )
+
+
+def _latent_settings(layout: Layout, shape: ModelShape) -> dict[str, Any]:
+    if not shape.latent:
+        return {}
+    return {
+        "q_lora_rank": shape.q_rank,
+        "kv_lora_rank": shape.kv_rank,
+        "qk_head_dim": shape.head_size,
+        "qk_pos_emb_head_dim": shape.rotary_size,
+        "v_head_dim": shape.head_size,
+        "rope_type": "rope",
+        "mla_down_proj_fusion": layout.fused_down,
+    }
 
 
 def _fp8_settings(layout: Layout) -> dict[str, Any]:

@@ -27,6 +27,8 @@ class ModelShape:
         experts: routed experts of each layer from ``dense_layers`` on; each token goes to ``top_k`` of them.
         shared_ffn: width of the expert that every token goes to, weighted by a gate with ``shared_gate``.
         routing_bias: scores by sigmoid; a bias that is no parameter takes part in the choice of experts.
+        latent: attention like DeepSeek's: queries, and keys with values, go through vectors of ``q_rank`` and ``kv_rank``
+            numbers, and positions through ``rotary_size`` further ones of each head, whose keys all heads share.
     """
 
     num_layers: int = 4
@@ -48,6 +50,10 @@ class ModelShape:
     shared_ffn: int = 0
     shared_gate: bool = False
     routing_bias: bool = False
+    latent: bool = False
+    q_rank: int = 12
+    kv_rank: int = 10
+    rotary_size: int = 4
 
     @property
     def head_size(self) -> int:
@@ -64,9 +70,13 @@ def shapes_of(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocabulary, shape.hidden)}
     for layer in range(shape.num_layers):
         prefix = f"model.layers.{layer}"
-        for name, rows in (("q", shape.hidden), ("k", kv), ("v", kv)):
-            shapes |= linear(f"{prefix}.self_attn.{name}_proj", rows, shape.hidden, shape.qkv_bias or shape.linear_bias)
-        if shape.qk_norm:
+        if shape.latent:
+            shapes |= latent_shapes(shape, f"{prefix}.self_attn")
+        else:
+            bias = shape.qkv_bias or shape.linear_bias
+            for name, rows in (("q", shape.hidden), ("k", kv), ("v", kv)):
+                shapes |= linear(f"{prefix}.self_attn.{name}_proj", rows, shape.hidden, bias)
+        if shape.qk_norm and not shape.latent:
             shapes[f"{prefix}.self_attn.q_norm.weight"] = (shape.head_size,)
             shapes[f"{prefix}.self_attn.k_norm.weight"] = (shape.head_size,)
         shapes |= linear(f"{prefix}.self_attn.o_proj", shape.hidden, shape.hidden, shape.linear_bias)
@@ -87,6 +97,19 @@ def shapes_of(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     if not shape.tied:
         shapes["lm_head.weight"] = (shape.vocabulary, shape.hidden)
     return shapes
+
+
+def latent_shapes(shape: ModelShape, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Of the projections down to latent vectors, their norms, and the projections up to heads."""
+    down, up = shape.q_rank, shape.heads * (shape.head_size + shape.rotary_size)
+    return {
+        f"{prefix}.q_a_proj.weight": (down, shape.hidden),
+        f"{prefix}.q_a_layernorm.weight": (down,),
+        f"{prefix}.q_b_proj.weight": (up, down),
+        f"{prefix}.kv_a_proj_with_mqa.weight": (shape.kv_rank + shape.rotary_size, shape.hidden),
+        f"{prefix}.kv_a_layernorm.weight": (shape.kv_rank,),
+        f"{prefix}.kv_b_proj.weight": (shape.heads * 2 * shape.head_size, shape.kv_rank),
+    }
 
 
 def random_weights(shape: ModelShape, seed: int) -> Tensors:
@@ -119,6 +142,16 @@ def apply_linear(weights: Tensors, name: str, x: Tensor) -> Tensor:
 
 
 def attention(shape: ModelShape, weights: Tensors, prefix: str, x_BSD: Tensor) -> Tensor:
+    q, k, v = (latent_heads if shape.latent else grouped_heads)(shape, weights, prefix, x_BSD)
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    context = scores.masked_fill(future, -torch.inf).softmax(-1) @ v
+    return apply_linear(weights, f"{prefix}.o_proj", context.transpose(1, 2).flatten(2))
+
+
+def grouped_heads(shape: ModelShape, weights: Tensors, prefix: str, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, [B, H, S, E] each."""
+
     def heads(name: str, num_heads: int) -> Tensor:
         flat = apply_linear(weights, f"{prefix}.{name}_proj", x_BSD)
         out = flat.unflatten(-1, (num_heads, shape.head_size)).transpose(1, 2)
@@ -130,10 +163,26 @@ def attention(shape: ModelShape, weights: Tensors, prefix: str, x_BSD: Tensor) -
     k = rotate(heads("k", shape.query_groups))
     v = heads("v", shape.query_groups)
     k, v = (t.repeat_interleave(shape.heads // shape.query_groups, dim=1) for t in (k, v))
-    scores = q @ k.mT / shape.head_size**0.5
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    context = scores.masked_fill(future, -torch.inf).softmax(-1) @ v
-    return apply_linear(weights, f"{prefix}.o_proj", context.transpose(1, 2).flatten(2))
+    return q, k, v
+
+
+def latent_heads(shape: ModelShape, weights: Tensors, prefix: str, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of multi-head latent attention; queries and keys have their rotary part behind the other."""
+
+    def up(latent: Tensor, name: str, *sizes: int) -> tuple[Tensor, ...]:
+        normed = rms_norm(latent, weights[f"{prefix}.{name}_a_layernorm.weight"])
+        flat = apply_linear(weights, f"{prefix}.{name}_b_proj", normed)
+        return flat.unflatten(-1, (shape.heads, sum(sizes))).transpose(1, 2).split(sizes, dim=-1)
+
+    def rotate_pairs(x_BHSE: Tensor) -> Tensor:
+        return rotate(torch.cat((x_BHSE[..., ::2], x_BHSE[..., 1::2]), dim=-1))
+
+    compressed = apply_linear(weights, f"{prefix}.kv_a_proj_with_mqa", x_BSD)
+    latent_kv, shared_BSE = compressed.split((shape.kv_rank, shape.rotary_size), dim=-1)
+    q, rotary_q = up(apply_linear(weights, f"{prefix}.q_a_proj", x_BSD), "q", shape.head_size, shape.rotary_size)
+    k, v = up(latent_kv, "kv", shape.head_size, shape.head_size)
+    rotary_k = rotate_pairs(shared_BSE[:, None]).expand_as(rotary_q)
+    return torch.cat((q, rotate_pairs(rotary_q)), dim=-1), torch.cat((k, rotary_k), dim=-1), v
 
 
 def gated_mlp(weights: Tensors, prefix: str, x: Tensor) -> Tensor:

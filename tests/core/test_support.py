@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,6 +50,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
         "optimizer": "adam",
         "cuda_graph_impl": "none",
         "context_parallel_size": 1,
+        "tensor_model_parallel_size": 1,
         "calculate_per_token_loss": True,
         "transformer_impl": "local",
         "micro_batch_size": 4,
@@ -60,7 +62,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
     switches += ["te_precision_config_file", "ogpsa_references_in_bf16", "bf16", "masked_softmax_fusion", "window_size"]
     switches += "optimizer_cuda_graph perform_rl_step optimizer_cpu_offload use_precision_aware_optimizer".split()
     switches += ["qk_clip", "moe_single_grouped_weight", "moe_paged_stash", "fine_grained_activation_offloading"]
-    switches += ["overlap_moe_expert_parallel_comm"]
+    switches += ["overlap_moe_expert_parallel_comm", "multi_latent_attention", "sequence_parallel"]
     return lambda **changes: argparse.Namespace(**(plain | dict.fromkeys(switches) | changes))
 
 
@@ -85,6 +87,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
         ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
         ({"fine_grained_activation_offloading": True}, "--fine-grained-activation-offloading"),
         ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
+        ({"multi_latent_attention": True, "tensor_model_parallel_size": 2}, "--multi-latent-attention"),
     ],
 )
 def test_unsupported_flags_are_refused_by_name_with_references_only(
@@ -112,6 +115,19 @@ def test_what_updates_cannot_do_with_is_refused_by_a_loop_of_ones_own(name: str,
     _check_update_space(SimpleNamespace(config=SimpleNamespace(**plain)))  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match=f"^{told} with --ogpsa-space update: .+, or use --ogpsa-space gradient"):
         _check_update_space(SimpleNamespace(config=SimpleNamespace(**plain | {name: value})))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_copies_that_megatron_lets_drift_apart_are_refused(is_alone: bool) -> None:
+    from megatron_ogpsa.plugin.support import _check_latent_attention
+
+    latent = {"multi_latent_attention": True, "sequence_parallel": False, "mla_down_proj_fusion": False}
+    config = SimpleNamespace(**latent, tensor_model_parallel_size=1 if is_alone else 2)
+    refused = pytest.raises(UnsupportedError, match=r"^--multi-latent-attention .+; add --sequence-parallel$")
+    with nullcontext() if is_alone else refused:
+        _check_latent_attention(config)
+    config.sequence_parallel = True
+    _check_latent_attention(config)
 
 
 PAIRS = {"ogpsa_reference_loss": [(None, "nll_pair")]}

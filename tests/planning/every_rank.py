@@ -100,7 +100,7 @@ def faults(ranks: Iterable[Any], shape: oracle.ModelShape) -> Iterator[str]:
             if gap := first_fault(covered[group, name, share], length):
                 yield f"{name}, share {share}, in the group of rank {group}: {gap}"
         expected = _expected(shape)
-        actual = {hf_name(block): count for block, count in elements[group].items()}
+        actual = {hf_name(block, latent=shape.latent): count for block, count in elements[group].items()}
         for name in sorted(expected.keys() | actual.keys()):
             if expected.get(name) != actual.get(name):
                 yield f"{name} in the group of rank {group}: {actual.get(name)} elements, not {expected.get(name)}"

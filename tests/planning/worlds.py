@@ -66,6 +66,12 @@ WORLDS: dict[str, World] = {
         "--sequence-parallel --global-batch-size 8",
         model=LARGE | EXPERTS | {"num_layers": 2},
     ),
+    "ep8-etp1-tp2-latent": World(
+        size=16,
+        flags=f"{DISTRIBUTED} --tensor-model-parallel-size 2 --expert-model-parallel-size 8 --expert-tensor-parallel-size 1 "
+        "--sequence-parallel --global-batch-size 8 --transformer-impl transformer_engine",
+        model=LARGE | EXPERTS | {"num_layers": 2, "dense_layers": 1, "latent": True, "q_rank": 48, "kv_rank": 32},
+    ),
 }
 
 THOUSAND: dict[str, World] = {
@@ -91,13 +97,23 @@ def _model_flags(shape: ModelShape) -> list[str]:
         "hidden-size": shape.hidden,
         "ffn-hidden-size": shape.ffn,
         "num-attention-heads": shape.heads,
-        "num-query-groups": shape.query_groups,
         "vocab-size": shape.vocabulary,
         "make-vocab-size-divisible-by": 1,
         "normalization": "RMSNorm",
         "position-embedding-type": "rope",
     }
-    switches = ["group-query-attention", "swiglu", "disable-bias-linear"]
+    switches = ["swiglu", "disable-bias-linear"]
+    if shape.latent:
+        sizes = {
+            "qk-head-dim": shape.head_size,
+            "qk-pos-emb-head-dim": shape.rotary_size,
+            "v-head-dim": shape.head_size,
+        }
+        flags |= sizes | {"q-lora-rank": shape.q_rank, "kv-lora-rank": shape.kv_rank, "rope-type": "rope"}
+        switches += ["multi-latent-attention", "qk-layernorm"]
+    else:
+        flags["num-query-groups"] = shape.query_groups
+        switches.append("group-query-attention")
     switches += [] if shape.tied else ["untie-embeddings-and-output-weights"]
     switches += ["add-qkv-bias"] * shape.qkv_bias + ["qk-layernorm"] * shape.qk_norm
     if shape.experts:

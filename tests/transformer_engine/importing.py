@@ -29,6 +29,7 @@ BLACKWELL = (10, 0)
 BROUGHT_BY_TRANSFORMER_ENGINE = (
     "--transformer-impl transformer_engine",
     "--fp8-format",
+    "--multi-latent-attention",
     "--sequence-parallel",
     "--moe-grouped-gemm",
     "--context-parallel-size",

@@ -7,14 +7,17 @@ from collections.abc import Callable
 import pytest
 
 from tests.core import test_parity, test_update_space
-from tests.core.layouts import ALL_LAYOUTS, FP8, FUSED_ATTENTION, TRANSFORMER_ENGINE
+from tests.core.layouts import ALL_LAYOUTS, FP8, FUSED_ATTENTION, FUSED_DOWN, TRANSFORMER_ENGINE
 from tests.core.test_parity import FP32_TOLERANCE
 from tests.core.test_update_space import SETTINGS
 from tests.harness import WorkerGroup
 
 Distributed = Callable[[int], WorkerGroup]
 
-SHARDED_OTHERWISE = ("te-tp2-sp-bias", "te-tp2-tied", "te-ep2", "te-ep2-bias", "te-tp2-moe")
+SHARDED_OTHERWISE = (
+    *("te-tp2-sp-bias", "te-tp2-tied", "te-ep2", "te-ep2-bias", "te-tp2-moe", "te-tp2-latent", "te-dp2-latent-fused"),
+    *FUSED_DOWN,
+)
 """Layouts that differ in which blocks there are, and who holds what of them."""
 
 UPDATES = ("te-pp2", "te-tp2-sp-bias", "te-dp2-overlap", "te-ep2-plain", *FP8)
@@ -43,9 +46,9 @@ def test_gram_matrices_are_bitwise_those_of_the_unsharded_model(distributed_te: 
     assert all(distributed_te(2).run("tests.core.cases:integer_gram", layout=layout))
 
 
-@pytest.mark.parametrize("layout", FP8)
-def test_gradients_of_fp8_weights_are_projected_in_fp32(distributed_te: Distributed, layout: str) -> None:
-    """On gradients planted in Megatron's buffers: only the projection can round."""
+@pytest.mark.parametrize("layout", [*FP8, *FUSED_DOWN])
+def test_planted_gradients_are_projected_in_fp32(distributed_te: Distributed, layout: str) -> None:
+    """Those of weights held in FP8 too. Planted in Megatron's buffers, where only the projection can round."""
     for result in distributed_te(2).run("tests.core.cases:planted_parity", layout=layout, granularity="tensor"):
         assert result["error"] < FP32_TOLERANCE
         assert result["norm_error"] < FP32_TOLERANCE

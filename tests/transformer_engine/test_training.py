@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,37 @@ def test_split_sequences_train_as_whole_ones(train_te: Train, tmp_path: Path) ->
     whole, split = (scalars(tmp_path / f"{name}-log", "lm loss")["lm loss"] for name in ("whole", "split"))
     assert [*split] == [*range(1, STEPS + 1)]
     assert split == pytest.approx(whole, rel=5e-4)
+
+
+LATENT = (
+    "--multi-latent-attention --q-lora-rank 12 --kv-lora-rank 10 --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 8 "
+    "--qk-layernorm --rope-type rope"
+)
+
+
+def test_latent_attention_trains_in_tp2_as_in_one_process(train_te: Train, tmp_path: Path) -> None:
+    """2e-5: fp32 products in another order over projected steps, as between layouts."""
+    few = f"--global-batch-size 2 --micro-batch-size 1 --train-iters {STEPS} --ogpsa-reference-samples 4"
+    common = (*LATENT.split(), *few.split(), *NO_DROPOUT, "--make-vocab-size-divisible-by", "64")
+    config = tmp_path / "latent.yaml"
+    config.write_text(
+        re.sub(r"(?m)^(group-query-attention|num-query-groups).*\n", "", CONFIG.read_text(encoding="utf-8")),
+        encoding="utf-8",
+    )
+    train = partial(train_te, config=config)
+    first = train(*common, *ONE.split(), "--train-iters", "1", "--save", "weights", "--save-interval", "1")
+    assert first.exit_code == 0, first.output[-3000:]
+    figures = []
+    for name, layout in (("one", ONE), ("two", f"{TWO} --sequence-parallel")):
+        outcome = train(
+            *(*common, *layout.split(), "--pretrained-checkpoint", "weights"),
+            *("--save", name, "--tensorboard-dir", f"{name}-log"),
+        )
+        assert outcome.exit_code == 0, outcome.output[-3000:]
+        figures.append(scalars(tmp_path / f"{name}-log", "lm loss", "grad-norm", "ogpsa rank"))
+    for figure, points in figures[0].items():
+        assert len(points) == STEPS
+        assert figures[1][figure] == pytest.approx(points, rel=2e-5), figure
 
 
 def evaluate(on_hopper: PreloadedCommand, folder: Path, *flags: str) -> tuple[int | None, str]:

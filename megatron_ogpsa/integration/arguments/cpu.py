@@ -66,6 +66,11 @@ _REFUSALS = (
         remedy="use --context-parallel-size 1: its attention is Transformer Engine's",
     ),
     Refusal(
+        flag="--multi-latent-attention",
+        applies=lambda args: args.multi_latent_attention,
+        remedy="it needs Transformer Engine's attention, Megatron's own does not take the sizes of its heads",
+    ),
+    Refusal(
         flag="--sequence-parallel",
         applies=lambda args: args.sequence_parallel,
         remedy="leave it out: Megatron's torch norm does not support it",

@@ -124,6 +124,9 @@ def _refusals(args: argparse.Namespace) -> Iterator[Refusal]:
     if args.context_parallel_size > 1 and any(loss_of_reference(args, name) != "nll" for name in _names(args)):
         reason = "it would cut a reference's answers"
         yield Refusal("--context-parallel-size", reason, "protect the loss nll, or use 1")
+    if args.multi_latent_attention and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        reason = "without sequence parallelism copies of the keys' projection drift apart, each with one rank's heads"
+        yield Refusal("--multi-latent-attention", reason, "add --sequence-parallel")
     for flag, is_given in (
         ("--use-megatron-fsdp", args.use_megatron_fsdp),
         ("--use-torch-fsdp2", args.use_torch_fsdp2),
