@@ -7,7 +7,10 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from pathlib import Path
+from queue import SimpleQueue
 
 from tests.mutations.mutation import Mutation
 from tests.mutations.report import Report, write_json_report, write_markdown
@@ -25,7 +28,7 @@ def main(arguments: Sequence[str] | None = None, mutations: Sequence[Mutation] =
         return 0
     started = time.monotonic()
     try:
-        outcomes = _try_all(chosen)
+        outcomes = _try_all(chosen, options.jobs)
     except CopyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -40,23 +43,37 @@ def main(arguments: Sequence[str] | None = None, mutations: Sequence[Mutation] =
     return 1 if report.not_caught else 0
 
 
-def _try_all(mutations: Sequence[Mutation]) -> list[Outcome]:
-    outcomes: list[Outcome] = []
-    with copied_project() as copy:
+def _try_all(mutations: Sequence[Mutation], jobs: int) -> list[Outcome]:
+    """The outcomes in the order of ``mutations``, of which ``jobs`` are tried side by side, each in a copy of its own."""
+    with ExitStack() as stack:
+        copies: SimpleQueue[Path] = SimpleQueue()
+        for _ in range(jobs):
+            copies.put(stack.enter_context(copied_project()))
         started = time.monotonic()
-        number = check_unbroken(copy, mutations)
+        number = check_unbroken(first := copies.get(), mutations)
+        copies.put(first)
         print(f"unbroken: {number} selections of tests pass, {time.monotonic() - started:.0f} s", flush=True)
+
+        def attempt(mutation: Mutation) -> Outcome:
+            copy = copies.get()
+            try:
+                return try_mutation(copy, mutation)
+            finally:
+                copies.put(copy)
+
         started = time.monotonic()
-        for index, mutation in enumerate(mutations, start=1):
-            outcome = try_mutation(copy, mutation)
-            outcomes.append(outcome)
+        pool = stack.enter_context(ThreadPoolExecutor(jobs))
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # whoever ends this waits for those that run
+        attempts = {pool.submit(attempt, mutation): mutation.name for mutation in mutations}
+        for index, done in enumerate(as_completed(attempts), start=1):
+            outcome = done.result()
             left = (time.monotonic() - started) / index * (len(mutations) - index)
             print(
                 f"[{index:{len(str(len(mutations)))}}/{len(mutations)}] {outcome.verdict:8} {outcome.name}: "
                 f"{outcome.test}: {outcome.evidence} ({outcome.seconds:.0f} s; about {left:.0f} s left)",
                 flush=True,
             )
-    return outcomes
+        return [done.result() for done in attempts]
 
 
 def _parser(mutations: Sequence[Mutation]) -> argparse.ArgumentParser:
@@ -66,6 +83,7 @@ def _parser(mutations: Sequence[Mutation]) -> argparse.ArgumentParser:
     )
     names = [mutation.name for mutation in mutations]
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help="these mutations alone")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many side by side (default: 1)")
     parser.add_argument("--list", action="store_true", help="show the mutations and run nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as data")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the results as a page")
@@ -73,6 +91,6 @@ def _parser(mutations: Sequence[Mutation]) -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    # Whoever ends this ends the tests that run, and the copy goes; without a handler both would stay.
+    # Without a handler the copies would stay.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -92,4 +92,23 @@ BLOCKS = (
         ("tests/core/test_logical.py::test_layers_of_a_heterogeneous_model_have_query_groups_of_their_own",),
         "query, key and value of a layer with query groups of its own are cut where another layer's end",
     ),
+    Mutation(
+        "latent-projections-are-one-tensor",
+        "megatron_ogpsa/sharding/logical.py",
+        '        return RowPattern(parts=(("q_down", query_rows), ("kv_down", rows - query_rows)))\n',
+        "        return WHOLE\n",
+        (
+            "tests/transformer_engine/test_layers.py::test_gram_matrices_are_bitwise_those_of_the_unsharded_model"
+            "[te-tp2-latent-fused]",
+        ),
+        "latent attention's projections down are one block where they are one parameter, and two elsewhere",
+    ),
+    Mutation(
+        "copies-left-to-drift-apart",
+        "megatron_ogpsa/plugin/support.py",
+        "    if not config.sequence_parallel:\n",
+        "    if config.sequence_parallel is None:\n",
+        ("tests/core/test_support.py::test_copies_that_megatron_lets_drift_apart_are_refused",),
+        "latent attention is projected where Megatron gives copies of a weight different gradients",
+    ),
 )

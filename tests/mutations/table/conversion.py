@@ -47,4 +47,20 @@ CONVERSION = (
         (LOGITS,),
         "queries are normed with the keys' weights",
     ),
+    Mutation(
+        "answers-that-do-not-end",
+        "megatron_ogpsa/integration/inputs/datasets.py",
+        "        args.chat_end_id = tokenizer.turn_end_id\n",
+        "        pass\n",
+        ("tests/conversion/test_training.py::test_an_exported_model_stops_where_it_has_learnt_to",),
+        "checkpoints do not say in which token answers end, so that whoever serves an exported model waits for another",
+    ),
+    Mutation(
+        "base-model-without-template",
+        "megatron_ogpsa/conversion/chat.py",
+        "    if tokenizer.chat_template is None or",
+        "    if tokenizer.chat_template is not None and",
+        ("tests/conversion/test_chat.py::test_a_base_model_gains_what_it_was_trained_with",),
+        "a model made of a base model is exported without the chat template that it was trained with",
+    ),
 )

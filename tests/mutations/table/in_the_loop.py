@@ -82,4 +82,12 @@ IN_THE_LOOP = (
         ("tests/benchmarks/test_on_gpu.py::test_what_is_left_is_for_the_next_call",),
         "a measurement that was cut off counts as done",
     ),
+    Mutation(
+        "second-patch-passed-over",
+        "megatron_ogpsa/integration/runtime/patching.py",
+        "            if _applied[patch.target] != patch.reason:\n",
+        "            if patch.target is None:\n",
+        ("tests/integration/test_patching.py::test_a_second_patch_of_one_target_is_an_error",),
+        "of two patches of one function the second is passed over without a word",
+    ),
 )
