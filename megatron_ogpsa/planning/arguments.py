@@ -30,9 +30,10 @@ def cluster_arguments(flags: list[str], world_size: int) -> argparse.Namespace:
     check_before_validation(early, is_here=False)
     if not early.ogpsa_reference:
         raise UserError("--ogpsa-reference is missing: without references there is nothing to plan")
-    if early.hybrid_layer_pattern or early.spec:
+    if early.hybrid_layer_pattern or early.spec or early.experimental_attention_variant:
         raise UnsupportedError(
-            "--hybrid-layer-pattern and --spec: only Megatron's GPT models are planned; train unplanned"
+            "--hybrid-layer-pattern, --spec and --experimental-attention-variant: only Megatron's GPT models of plain or "
+            "latent attention are planned; train unplanned"
         )
     require_flags(early, for_training=False)
     require_even_layout(early, world_size)

@@ -28,7 +28,7 @@ from megatron_ogpsa.planning.costs import FP32, ShardSize
 from megatron_ogpsa.sharding.gradients import Piece, leaf_optimizers, pieces_of
 from megatron_ogpsa.sharding.logical import logical_name, logical_runs, row_pattern
 from megatron_ogpsa.sharding.names import NamedParameter, named_parameters
-from megatron_ogpsa.sharding.ownership import reduction_of
+from megatron_ogpsa.sharding.ownership import is_split_unmarked, reduction_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +144,13 @@ def fake_world(args: argparse.Namespace, rank: int) -> Iterator[None]:
 
 
 class NoAttention(nn.Module):
-    """Stands for attention, which has no parameters; never called."""
+    """Stands for attention, which has no parameters but sinks (``--softmax-type learnable``); never called."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__()
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            self.softmax_offset = nn.Parameter(torch.empty(heads))
 
 
 def _layer_specs(config: Any, vp_stage: int | None) -> Any:
@@ -270,7 +273,7 @@ def _share(parameter: NamedParameter) -> tuple[int, int]:
     """Which tensor-parallel slice of a parameter this is, of how many; Megatron marks what is split."""
     from megatron.core import parallel_state
 
-    if not getattr(parameter.param, "tensor_model_parallel", False):
+    if not getattr(parameter.param, "tensor_model_parallel", False) and not is_split_unmarked(parameter):
         return 0, 1
     if getattr(parameter.param, "allreduce", True):
         return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()

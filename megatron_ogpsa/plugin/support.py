@@ -71,8 +71,14 @@ def check_supported(
                 f"attach() got a {type(chunk).__name__}: pass the list of megatron.core DistributedDataParallel chunks "
                 "(--use-torch-fsdp2 is not supported; use --use-distributed-optimizer)"
             )
-        _check_parameters(chunk)
-        _check_latent_attention(get_model_config(chunk))
+        model = get_model_config(chunk)
+        if getattr(model, "mtp_num_layers", None):
+            raise UnsupportedError(
+                "--mtp-num-layers: losses of references would enter those that the log shows; fine-tune without multi-token "
+                "prediction"
+            )
+        _check_parameters(chunk, is_split=model.tensor_model_parallel_size > 1 and not model.sequence_parallel)
+        _check_latent_attention(model)
     check_fp8_modules(quantizing_modules([chunk for chunk in chunks if isinstance(chunk, DistributedDataParallel)]))
     if isinstance(optimizer, LayerWiseDistributedOptimizer):
         raise UnsupportedError(_layer_wise_message())
@@ -117,12 +123,15 @@ def _check_update_space(leaf: MegatronOptimizer) -> None:
         )
 
 
-def _check_parameters(chunk: DistributedDataParallel) -> None:
+def _check_parameters(chunk: DistributedDataParallel, *, is_split: bool) -> None:
+    """``is_split``: over tensor-parallel ranks, without sequence parallelism."""
     for name, param in chunk.named_parameters():
-        if getattr(param, "grad_norm_group", None) is not None:
+        # Megatron's finalize_model_grads sums copies of norms with sequence parallelism, and without it those that it names.
+        if is_split and name.endswith(".self_attention.out_norm.weight"):
             raise UnsupportedError(
-                f"--mtp-num-layers: {name} is clipped by a norm of its own, which the projection does not split yet; "
-                "fine-tune without multi-token prediction"
+                "--experimental-attention-variant gated_delta_net with tensor parallelism and without --sequence-parallel: "
+                f"Megatron gives each copy of {name} the gradient of one rank's heads, so that copies drift apart; add "
+                "--sequence-parallel"
             )
         if getattr(param, "is_gtp_weight_remat", False):
             raise UnsupportedError(

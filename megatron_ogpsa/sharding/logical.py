@@ -50,8 +50,9 @@ def row_pattern(parameter: NamedParameter) -> RowPattern:
     """The logical tensors of a parameter.
 
     * QKV: for each query group the rows of its query heads, then k, then v
-      (``core/transformer/attention.py``, ``get_query_key_value_tensors``); with an output gate also its rows. Tensor
-      parallelism splits the groups, or, with fewer groups than ranks, cuts through them.
+      (``core/transformer/attention.py``, ``get_query_key_value_tensors``); an output gate's rows stand behind the query's,
+      and are one tensor with them. Tensor parallelism splits the groups, or, with fewer groups than ranks, cuts through
+      them.
     * Latent attention's projections down, with ``mla_down_proj_fusion``: each tensor-parallel rank stores its rows of the
       queries', then its rows of the keys' and values' (``core/transformer/multi_latent_attention.py``,
       ``FusedMLASelfAttention``); without it they are parameters of their own.
@@ -104,8 +105,9 @@ def _interleave_size(config: Any, name: str) -> int | None:
 def _qkv_pattern(parameter: NamedParameter) -> RowPattern:
     config = parameter.config
     query_rows = config.num_attention_heads // config.num_query_groups * config.kv_channels
-    gate = (("gate", query_rows),) if getattr(config, "attention_output_gate", False) else ()
-    parts = (("q", query_rows), *gate, ("k", config.kv_channels), ("v", config.kv_channels))
+    if getattr(config, "attention_output_gate", False):
+        query_rows *= 2  # Hugging Face's q_proj has the gate's rows too
+    parts = (("q", query_rows), ("k", config.kv_channels), ("v", config.kv_channels))
     first_row = parameter.chunk.tp_group.rank() * parameter.param.shape[0]
     return RowPattern(parts, first_row % sum(rows for _, rows in parts))
 

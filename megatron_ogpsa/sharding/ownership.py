@@ -63,11 +63,12 @@ def reduction_of(optimizers: Sequence[MegatronOptimizer], chunks: Sequence[Distr
 def is_counted(parameter: NamedParameter, optimizer: MegatronOptimizer, reduction: Reduction) -> bool:
     """Whether this rank's copy of ``parameter`` enters sums over ``reduction.group``."""
     param = parameter.param
-    counted = param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(
+    is_own = is_split_unmarked(parameter) or param_is_not_tensor_parallel_duplicate(
         param,
         tp_group=getattr(optimizer, "tp_group", None),
         expert_tp_group=getattr(optimizer, "expert_tp_group", None),
     )
+    counted = is_own and param_is_not_shared(param)
     return counted and (not reduction.holds_copies or _copies_group(parameter, optimizer).rank() == 0)
 
 
@@ -75,7 +76,18 @@ def is_one_copy(parameter: NamedParameter) -> bool:
     """Whether this rank's copy of a model parameter is the one that stands for all of them in a sum over all ranks."""
     param, chunk = parameter.param, parameter.chunk
     group = chunk.expt_dp_group if _is_expert(param) else chunk.dp_cp_group
-    return param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param) and group.rank() == 0
+    is_own = is_split_unmarked(parameter) or param_is_not_tensor_parallel_duplicate(param)
+    return is_own and param_is_not_shared(param) and group.rank() == 0
+
+
+def is_split_unmarked(parameter: NamedParameter) -> bool:
+    """Whether tensor parallelism splits a parameter, over its rows, that Megatron 0.19 does not mark as split.
+
+    The attention sinks of ``--softmax-type learnable``, a number for each of a rank's heads
+    (``core/transformer/dot_product_attention.py``); checkpoints know them as split. By Megatron's rule those of the first
+    rank would stand for all, as copies do.
+    """
+    return parameter.name.endswith(".softmax_offset")
 
 
 def _copies_group(parameter: NamedParameter, optimizer: MegatronOptimizer) -> dist.ProcessGroup:

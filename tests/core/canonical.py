@@ -75,6 +75,8 @@ def _layer_parts(shape: ModelShape, leaf: str, dense: Share) -> list[Part]:
         leaf += " of latents"
     if leaf in WHOLE:
         return [(WHOLE[leaf], ALL, ALL)]
+    if leaf == "self_attention.core_attention.softmax_offset":
+        return [("self_attn.sinks", dense(shape.heads), ALL)]
     if leaf == "self_attention.linear_proj.weight":
         return [("self_attn.o_proj.weight", ALL, dense(shape.hidden))]
     if match := re.fullmatch(r"self_attention\.linear_(q|kv|qkv)_(down|up)_proj\.weight", leaf):

@@ -210,6 +210,7 @@ HF_PARTS = {
     "self_attention.linear_qkv_down_proj.layer_norm_weight": "input_layernorm.weight",
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+    "self_attention.core_attention.softmax_offset": "self_attn.sinks",
     "mlp.shared_experts.gate_weight": "mlp.shared_expert_gate.weight",
 }
 HF_MODULES = {

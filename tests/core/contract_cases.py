@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_ogpsa import OGPSA, OGPSAConfig, attach
@@ -234,4 +235,7 @@ def misuse() -> list[str]:
     for index in range(8):
         ogpsa.capture(str(index))
     expect_error(ogpsa.finish_refresh)
+    ogpsa.detach()
+    get_model_config(training.chunks[0]).mtp_num_layers = 1
+    expect_error(lambda: attach(training.optimizer, training.chunks))
     return messages

@@ -94,6 +94,8 @@ LAYOUTS: dict[str, Layout] = {
     "tp2-plain": Layout(tp=2, distributed_optimizer=False),
     "tp2-mqa": Layout(tp=2, model={"query_groups": 1}),
     "tp2-qkv-bias": Layout(tp=2, model={"qkv_bias": True, "qk_norm": True}),
+    "tp2-sinks": Layout(tp=2, model={"sinks": True}),
+    "tp2-sinks-plain": Layout(tp=2, distributed_optimizer=False, model={"sinks": True}),
     "tp2-tied": Layout(tp=2, model={"tied": True}),
     "pp2-tied": Layout(pp=2, model={"tied": True}),
     "tp2-pp2": Layout(tp=2, pp=2),

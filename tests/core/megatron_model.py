@@ -240,6 +240,7 @@ def _transformer_config(layout: Layout, shape: ModelShape) -> TransformerConfig:
         add_bias_linear=shape.linear_bias,
         add_qkv_bias=shape.qkv_bias,
         qk_layernorm=shape.qk_norm or shape.latent,
+        softmax_type="learnable" if shape.sinks else "vanilla",
         **_latent_settings(layout, shape),
         hidden_dropout=layout.dropout,
         attention_dropout=layout.dropout,

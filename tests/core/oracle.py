@@ -27,6 +27,7 @@ class ModelShape:
         experts: routed experts of each layer from ``dense_layers`` on; each token goes to ``top_k`` of them.
         shared_ffn: width of the expert that every token goes to, weighted by a gate with ``shared_gate``.
         routing_bias: scores by sigmoid; a bias that is no parameter takes part in the choice of experts.
+        sinks: each head's attention may also go to nothing, by a learnt score.
         latent: attention like DeepSeek's: queries, and keys with values, go through vectors of ``q_rank`` and ``kv_rank``
             numbers, and positions through ``rotary_size`` further ones of each head, whose keys all heads share.
     """
@@ -50,6 +51,7 @@ class ModelShape:
     shared_ffn: int = 0
     shared_gate: bool = False
     routing_bias: bool = False
+    sinks: bool = False
     latent: bool = False
     q_rank: int = 12
     kv_rank: int = 10
@@ -79,6 +81,8 @@ def shapes_of(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         if shape.qk_norm and not shape.latent:
             shapes[f"{prefix}.self_attn.q_norm.weight"] = (shape.head_size,)
             shapes[f"{prefix}.self_attn.k_norm.weight"] = (shape.head_size,)
+        if shape.sinks:
+            shapes[f"{prefix}.self_attn.sinks"] = (shape.heads,)
         shapes |= linear(f"{prefix}.self_attn.o_proj", shape.hidden, shape.hidden, shape.linear_bias)
         widths = {"mlp": shape.ffn}
         if layer >= shape.dense_layers and shape.experts:
@@ -117,7 +121,7 @@ def random_weights(shape: ModelShape, seed: int) -> Tensors:
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, size in shapes_of(shape).items():
-        scale = 0.3 if "norm" in name or name.endswith("bias") else 0.5 * size[-1] ** -0.5
+        scale = 0.3 if "norm" in name or name.endswith(("bias", "sinks")) else 0.5 * size[-1] ** -0.5
         scale *= 4.0 if name.endswith("mlp.gate.weight") else 1.0  # decisive routing
         offset = 1.0 if "norm" in name else 0.0
         weights[name] = (offset + scale * torch.randn(size, generator=generator)).double()
@@ -145,7 +149,11 @@ def attention(shape: ModelShape, weights: Tensors, prefix: str, x_BSD: Tensor) -
     q, k, v = (latent_heads if shape.latent else grouped_heads)(shape, weights, prefix, x_BSD)
     scores = q @ k.mT / q.shape[-1] ** 0.5
     future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    context = scores.masked_fill(future, -torch.inf).softmax(-1) @ v
+    scores = scores.masked_fill(future, -torch.inf)
+    if shape.sinks:
+        sink = weights[f"{prefix}.sinks"][:, None, None].expand(*scores.shape[:-1], 1)
+        scores, v = torch.cat((scores, sink), dim=-1), torch.cat((v, torch.zeros_like(v[:, :, :1])), dim=2)
+    context = scores.softmax(-1) @ v
     return apply_linear(weights, f"{prefix}.o_proj", context.transpose(1, 2).flatten(2))
 
 

@@ -130,6 +130,36 @@ def test_copies_that_megatron_lets_drift_apart_are_refused(is_alone: bool) -> No
     _check_latent_attention(config)
 
 
+def test_copies_of_a_gated_delta_nets_norm_are_refused_likewise() -> None:
+    from megatron_ogpsa.plugin.support import _check_parameters
+
+    name = "decoder.layers.0.self_attention.out_norm.weight"
+    chunk = SimpleNamespace(named_parameters=lambda: [(name, SimpleNamespace())])
+    _check_parameters(chunk, is_split=False)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match=r"gated_delta_net .+\.layers\.0\..+; add --sequence-parallel$"):
+        _check_parameters(chunk, is_split=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hybrid_layer_pattern": "M-M*"}, r"--hybrid-layer-pattern M-M\*: this command builds GPT models"),
+        ({"spec": ["no.such.layers", "spec"]}, r"--spec no\.such\.layers spec: No module named 'no'.*: name a module"),
+        ({"spec": ["json", "spec"]}, "--spec json spec: no such layers: give a module and a name in it"),
+        ({"spec": ["local"]}, "--spec local: no such layers"),
+    ],
+)
+def test_models_that_would_be_taken_for_others_are_refused(change: dict[str, Any], words: str) -> None:
+    """Megatron would build full attention in each layer, or its own layers."""
+    from megatron_ogpsa.integration.arguments.loop import check_model
+
+    plain = {"hybrid_layer_pattern": None, "spec": None}
+    check_model(argparse.Namespace(**plain))
+    check_model(argparse.Namespace(**plain | {"spec": ["json", "loads"]}))
+    with pytest.raises(UserError, match=f"^{words}"):
+        check_model(argparse.Namespace(**plain | change))
+
+
 PAIRS = {"ogpsa_reference_loss": [(None, "nll_pair")]}
 ONE_AT_A_TIME = {"transformer_impl": "transformer_engine", "micro_batch_size": 1, "eval_micro_batch_size": 1}
 
@@ -277,6 +307,8 @@ def test_misuse_of_a_refresh_is_told(distributed: Callable[[int], WorkerGroup]) 
             "RuntimeError: reference 'math' is captured twice in one refresh: give each reference a name of its own",
             "UnsupportedError: --ogpsa-mode conflict with 9 references: it solves for up to 8; join some references "
             "into one, or use mode orthogonal",
+            "UnsupportedError: --mtp-num-layers: losses of references would enter those that the log shows; fine-tune "
+            "without multi-token prediction",
         ]
 
 

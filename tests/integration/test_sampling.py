@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.data import Dataset
 
-from megatron_ogpsa.integration.inputs.batch import document_boundaries
+from megatron_ogpsa.integration.inputs.batch import document_boundaries, document_numbers
 from megatron_ogpsa.integration.inputs.sampling import EpochStream, EvaluationStream
 
 
@@ -58,3 +58,6 @@ def test_documents_end_with_their_row_and_padding_is_one_of_them() -> None:
     boundaries = document_boundaries(document_ids)
     assert boundaries.tolist() == [0, 2, 5, 6, 8, 10]
     assert boundaries.dtype == torch.int32
+    numbers = document_numbers(boundaries)
+    assert numbers.tolist() == [[0, 0, 1, 1, 1, 2, 3, 3, 4, 4]]
+    assert numbers.dtype == torch.int32

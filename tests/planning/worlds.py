@@ -51,7 +51,8 @@ WORLDS: dict[str, World] = {
         size=32,
         flags="--bf16 --tensor-model-parallel-size 4 --pipeline-model-parallel-size 4 --global-batch-size 8 "
         "--num-layers-per-virtual-pipeline-stage 1",
-        model=LARGE | {"num_layers": 8, "tied": True, "query_groups": 2, "qkv_bias": True, "qk_norm": True},
+        model=LARGE
+        | {"num_layers": 8, "tied": True, "query_groups": 2, "qkv_bias": True, "qk_norm": True, "sinks": True},
     ),
     "ep4-etp1-tp2-pp2-instances": World(
         size=32,
@@ -115,6 +116,8 @@ def _model_flags(shape: ModelShape) -> list[str]:
         flags["num-query-groups"] = shape.query_groups
         switches.append("group-query-attention")
     switches += [] if shape.tied else ["untie-embeddings-and-output-weights"]
+    if shape.sinks:
+        flags["softmax-type"] = "learnable"
     switches += ["add-qkv-bias"] * shape.qkv_bias + ["qk-layernorm"] * shape.qk_norm
     if shape.experts:
         flags |= {

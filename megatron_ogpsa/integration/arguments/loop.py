@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Iterator
 
 from megatron_ogpsa.errors import UnsupportedError, UserError
@@ -100,6 +101,35 @@ def check_loop_arguments(args: argparse.Namespace) -> None:
     """
     for flag, reason in _unsupported(args):
         raise UnsupportedError(f"{flag} is not supported: {reason}; leave it out")
+    check_model(args)
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Refuse models that Megatron's builder of GPT models would quietly take for others.
+
+    Raises:
+        UnsupportedError: a hybrid of attention and state-space layers.
+        UserError: ``--spec`` names no layers: Megatron would log a line, and build its own.
+    """
+    if args.hybrid_layer_pattern:
+        raise UnsupportedError(
+            f"--hybrid-layer-pattern {args.hybrid_layer_pattern}: this command builds GPT models, of which each layer has "
+            "attention; call megatron_ogpsa.pretrain in a script that builds the hybrid, or attach() in a loop of your own"
+        )
+    if not args.spec:
+        return
+    given = " ".join(args.spec)
+    module, name = args.spec if len(args.spec) == 2 else ("", "")
+    try:
+        found = hasattr(importlib.import_module(module), name) if module else False
+    except ImportError as error:
+        raise UserError(
+            f"--spec {given}: {error}: name a module that can be imported, and layers in it"
+        ) from None
+    if not found:
+        raise UserError(
+            f"--spec {given}: no such layers: give a module and a name in it, as --spec my.layers layer_spec"
+        )
 
 
 def _unsupported(args: argparse.Namespace) -> Iterator[tuple[str, str]]:

@@ -148,7 +148,7 @@ def _refusals(args: argparse.Namespace) -> Iterator[Refusal]:
             reason = "it changes weights after the step, where --ogpsa-space update projects nothing"
             yield Refusal("--qk-clip", reason, "use --ogpsa-space gradient")
     for flag, is_given, reason in (
-        ("--mtp-num-layers", args.mtp_num_layers, "its layers are clipped by a norm of their own"),
+        ("--mtp-num-layers", args.mtp_num_layers, "losses of references would enter those that the log shows"),
         ("--cuda-graph-impl", args.cuda_graph_impl != "none", "graphs replay training passes only"),
         ("--optimizer-cuda-graph", args.optimizer_cuda_graph, "the projection decides on the host"),
         ("--perform-rl-step", args.perform_rl_step, "references have no rollouts"),

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_ogpsa.checkpoints.survey import TRACKER_FILE, survey
 from megatron_ogpsa.errors import UnsupportedError, UserError
+from megatron_ogpsa.integration.arguments.loop import check_model
 from megatron_ogpsa.integration.checkpoints.loading import guard_checkpoints
 from megatron_ogpsa.integration.program import validated_arguments
 from megatron_ogpsa.integration.ranks.agreement import agreed
@@ -118,6 +119,7 @@ def _loaded_iteration(folder: str, iteration: int | None) -> int:
 
 
 def _refuse_unsupported(args: argparse.Namespace) -> None:
+    check_model(args)
     for is_given, flag in (
         (args.context_parallel_size > 1, f"--context-parallel-size {args.context_parallel_size}"),
         (bool(args.mtp_num_layers), f"--mtp-num-layers {args.mtp_num_layers}"),

@@ -75,8 +75,17 @@ def document_boundaries(document_ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([starts, starts.new_tensor([document_ids.numel()])]).to(torch.int32)
 
 
+def document_numbers(boundaries: torch.Tensor) -> torch.Tensor:
+    """Of each token the number of its document, int32 [1, b·s]; see :func:`document_boundaries`."""
+    lengths = boundaries[1:] - boundaries[:-1]
+    return torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)[None]
+
+
 def packed_parameters(document_ids: torch.Tensor) -> Any:
     """Megatron's ``PackedSeqParams`` in the layout ``thd``: all rows of the micro-batch end to end, [1, b·s].
+
+    Attention reads where documents begin; state-space layers (``core/ssm/mamba_mixer.py``) read of each token its document's
+    number, int32 [1, b·s], without which their state would run on into the next document.
 
     Args:
         document_ids: int64 [b, s], on the host.
@@ -85,6 +94,7 @@ def packed_parameters(document_ids: torch.Tensor) -> Any:
 
     boundaries = document_boundaries(document_ids)
     longest = int((boundaries[1:] - boundaries[:-1]).max())
+    numbers = document_numbers(boundaries).cuda(non_blocking=True)
     boundaries = boundaries.cuda(non_blocking=True)
     return PackedSeqParams(
         qkv_format="thd",
@@ -92,4 +102,5 @@ def packed_parameters(document_ids: torch.Tensor) -> Any:
         cu_seqlens_kv=boundaries,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        seq_idx=numbers,
     )

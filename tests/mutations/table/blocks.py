@@ -18,8 +18,9 @@ BLOCKS = (
         "qkv-without-query-groups",
         "megatron_ogpsa/sharding/logical.py",
         """    query_rows = config.num_attention_heads // config.num_query_groups * config.kv_channels
-    gate = (("gate", query_rows),) if getattr(config, "attention_output_gate", False) else ()
-    parts = (("q", query_rows), *gate, ("k", config.kv_channels), ("v", config.kv_channels))
+    if getattr(config, "attention_output_gate", False):
+        query_rows *= 2  # Hugging Face's q_proj has the gate's rows too
+    parts = (("q", query_rows), ("k", config.kv_channels), ("v", config.kv_channels))
 """,
         """    kv_rows = config.num_query_groups * config.kv_channels
     parts = (("q", config.num_attention_heads * config.kv_channels), ("k", kv_rows), ("v", kv_rows))
