@@ -15,7 +15,7 @@ from megatron_ogpsa.cluster.settings import FLAGS, launch_settings
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.evaluation.request import Request, add_request_arguments
 from megatron_ogpsa.system.open_files import raise_limit
-from megatron_ogpsa.system.processes import end_with_starter, is_rank
+from megatron_ogpsa.system.processes import end_with_starter, is_rank, require_common_count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if is_rank():
         end_with_starter()
         raise_limit()
+        require_common_count()
         set_connections(config, flags)
         return _run_as_rank(config, flags)
     Request.of(_own(flags)[0], judges_here=False)  # a mistake is told before any rank is started

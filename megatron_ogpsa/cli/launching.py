@@ -8,8 +8,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 
-from megatron_ogpsa.cli.main import ERRORS_VARIABLE
 from megatron_ogpsa.cluster.settings import LaunchSettings
+from megatron_ogpsa.console.telling import ERRORS_VARIABLE
 from megatron_ogpsa.system.processes import PARENT_VARIABLE
 
 RANK_MODULE = "megatron_ogpsa.cli.main"

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-from megatron_ogpsa.console.telling import ERRORS_VARIABLE as ERRORS_VARIABLE
 from megatron_ogpsa.console.telling import tell_once
 from megatron_ogpsa.errors import UserError
 

@@ -178,9 +178,9 @@ def _run_stage(stages: tuple[Stage, ...], name: str) -> int:
     from megatron_ogpsa.integration.stages import require_data
 
     parser = build_parser()
-    for later in stages[index:]:  # a mistake in the last stage is told now, not after the first one
-        require_data(parse_flags(later.flags(parser)))
     if is_first:
+        for later in stages[index:]:  # a mistake in the last stage is told now, not after the first one
+            require_data(parse_flags(later.flags(parser)))
         progress.begin(stage)
     run_training(stage.flags(parser))
     if is_first:

@@ -31,7 +31,8 @@ from megatron_ogpsa.conversion.model import CONTENT, Piece, arguments_of, unshar
 from megatron_ogpsa.conversion.model_file import CARRIED_FOLDER, write_model_file
 from megatron_ogpsa.conversion.safetensors_writer import Planned, write_weights
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.integration.checkpoints.disk import disk_error
+from megatron_ogpsa.system.disk import disk_error, disk_remedy
+from megatron_ogpsa.system.files import file_error
 
 PROGRESS_DELAY_SECONDS = 3.0
 
@@ -111,7 +112,7 @@ def to_hugging_face(
     checkpoint.require_arguments(args)
     with unsharded(args, family, checkpoint.content) as pieces:
         checkpoint.require_model(pieces)
-        _require_rows(config, carried, checkpoint)
+        notes = [f"configuration and tokenizer from {carried}", *_require_rows(config, carried, checkpoint)]
         planned = [
             Planned(name, shape, dtype or checkpoint.dtype_of(piece))
             for piece in pieces
@@ -130,7 +131,7 @@ def to_hugging_face(
         with _written_whole(target, num_bytes) as folder, _progress(num_bytes, "converting") as advance:
             carry_files(carried, folder)
             write_dtype(folder, config, planned[0].dtype)
-            notes = [f"configuration and tokenizer from {carried}", *carry_chat(folder, checkpoint.arguments)]
+            notes += carry_chat(folder, checkpoint.arguments)
             write_weights(folder, planned, tensor_of, most_bytes=most_bytes, after_tensor=advance)
     if not checkpoint.is_verified:
         notes.append(f"{checkpoint.path} has no manifest (it was saved without --verify-integrity): not verified")
@@ -149,19 +150,29 @@ def _carried(source: Path, checkpoint: Checkpoint) -> Path:
     )
 
 
-def _require_rows(config: Mapping[str, Any], carried: Path, checkpoint: Checkpoint) -> None:
-    """That ``config.json`` has a row for each token: what training has added beyond would be cut off with the padding."""
+def _require_rows(config: Mapping[str, Any], carried: Path, checkpoint: Checkpoint) -> list[str]:
+    """That ``config.json`` has a row for each token: what training has added beyond would be cut off with the padding.
+
+    Returns:
+        What the user is told, if that cannot be seen.
+    """
     if checkpoint.rows_of_embedding <= config["vocab_size"]:
-        return
+        return []
+    notes = []
     trained_with = getattr(checkpoint.arguments, "tokenizer_model", None)
     for folder in {carried, *([Path(trained_with)] if trained_with else [])}:
-        number = number_of_tokens(folder)
+        try:
+            number = number_of_tokens(folder)
+        except UserError as error:
+            notes.append(f"rows of the embedding beyond {config['vocab_size']} are taken for padding: {error}")
+            continue
         if number is not None and number > config["vocab_size"]:
             raise UserError(
                 f"{folder}: its tokenizer has {number} tokens, and vocab_size in {carried / CONFIG_FILE} is "
                 f"{config['vocab_size']}, so that rows of the embedding would be lost: name with --hf a folder whose "
                 f"{CONFIG_FILE} says {number} or more, up to {checkpoint.rows_of_embedding}"
             )
+    return notes
 
 
 def _known(dtype: torch.dtype | None) -> torch.dtype:
@@ -202,7 +213,7 @@ def _of_disk(target: Path, error: BaseException) -> UserError | None:
     found = disk_error(error)
     if found is None:
         return None
-    return UserError(f"{target}: cannot be written ({found.strerror}): free space there, or name another folder")
+    return file_error(found, f"{target}: cannot be written ({found.strerror}): {disk_remedy(found, 'convert again')}")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ogpsa.conversion.model import Piece
-from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.errors import UserError, one_line
 from megatron_ogpsa.system.files import read_json, write_json
 
 CONFIG_FILE = "config.json"
@@ -137,15 +137,19 @@ def carry_files(source: Path, target: Path) -> None:
 
 
 def number_of_tokens(folder: Path) -> int | None:
-    """Of the folder's tokenizer, added tokens included; None if it has none that transformers can load."""
+    """Of the folder's tokenizer, added tokens included; None if it has none.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         return None
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception:  # whatever its parsers raise: it is carried along as it is, and training has told of it
-        return None
+    except Exception as error:  # transformers lets through whatever its parsers raise
+        raise UserError(f"{folder}: its tokenizer cannot be loaded ({one_line(error)})") from error
     return len(tokenizer)
 
 

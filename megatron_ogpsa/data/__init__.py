@@ -1,6 +1,6 @@
 """Conversations and preference pairs: sources, tokenizers, loss masks, truncation, packing.
 
-Plain torch, datasets and transformers: nothing here knows of Megatron.
+Plain torch, datasets and transformers: nothing here imports Megatron.
 """
 
 from megatron_ogpsa.data.attention import attention_mask_from_documents

@@ -14,6 +14,7 @@ import torch
 
 from megatron_ogpsa.checkpoints import examine
 from megatron_ogpsa.doctor.findings import Finding, fail, ok, size_in_words, warn
+from megatron_ogpsa.system.disk import nearest_folder
 
 _FP32 = 4
 
@@ -114,8 +115,8 @@ def check_disk(
     """
     by_device: dict[int, list[Saving]] = {}
     for saving in savings:
-        by_device.setdefault(_existing(saving.folder).stat().st_dev, []).append(saving)
-    return [_check_file_system(group, free_of(_existing(group[0].folder))) for group in by_device.values()]
+        by_device.setdefault(nearest_folder(saving.folder).stat().st_dev, []).append(saving)
+    return [_check_file_system(group, free_of(nearest_folder(group[0].folder))) for group in by_device.values()]
 
 
 def _check_file_system(savings: Sequence[Saving], free: int) -> Finding:
@@ -124,7 +125,7 @@ def _check_file_system(savings: Sequence[Saving], free: int) -> Finding:
     where = os.path.commonpath([saving.folder for saving in savings])
     planned = f"{number} checkpoint{'s' * (number > 1)} of about {size_in_words(largest)}"
     text = f"{where}: {size_in_words(free)} free for {planned}"
-    refused = [str(folder) for s in savings if not os.access(folder := _existing(s.folder), os.W_OK | os.X_OK)]
+    refused = [str(folder) for s in savings if not os.access(folder := nearest_folder(s.folder), os.W_OK | os.X_OK)]
     if refused:
         return fail("disk space", f"{refused[0]} cannot be written by this user", "name another --save")
     if free < largest:
@@ -133,8 +134,3 @@ def _check_file_system(savings: Sequence[Saving], free: int) -> Finding:
         remedy = "free space, raise --save-interval, delete old checkpoints while it runs, or --no-save-optim"
         return warn("disk space", f"{text}: not all of them fit", remedy)
     return ok("disk space", text)
-
-
-def _existing(folder: Path) -> Path:
-    """The nearest folder that is there already."""
-    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())

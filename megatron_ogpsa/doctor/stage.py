@@ -82,7 +82,7 @@ class Stage:
         from megatron_ogpsa.planning.arguments import dimensions, mesh_of
 
         least = least_world(self._early)
-        self._ranks = self._world.size or least
+        self._ranks = self._world.of_layout(least)
         mesh = mesh_of(self._early, self._ranks)
         self._data = max(mesh.data, 1)
         found = list(check_layout(dimensions(self._early), mesh, is_known=self._world.size is not None or least == 1))

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-
-import torch.distributed as dist
 
 from megatron_ogpsa.data import ChatTokenizer, source_kind
 from megatron_ogpsa.data.prompts import Prompt, read_prompts
@@ -19,7 +16,7 @@ from megatron_ogpsa.evaluation.request import Checkpoint, Request
 from megatron_ogpsa.integration.checkpoints.loaded_model import LoadedModel
 from megatron_ogpsa.integration.inputs.datasets import chat_tokenizer, load_conversations, load_pairs
 from megatron_ogpsa.integration.inputs.packing import check_packing
-from megatron_ogpsa.integration.ranks.agreement import agreed
+from megatron_ogpsa.integration.ranks.agreement import agreed, from_rank_0
 
 
 @dataclass(frozen=True)
@@ -151,7 +148,4 @@ def _judged(request: Request, prompts: list[Prompt], answers: list[str]) -> list
     if not request.judge_name:
         return None
     texts, judge = [prompt.text for prompt in prompts], request.judge
-    box: list[Any] = [agreed(lambda: None if judge is None else verdicts_of(judge, request.judge_name, texts, answers))]
-    dist.broadcast_object_list(box, src=0)
-    verdicts: list[float] = box[0]
-    return verdicts
+    return from_rank_0(lambda: None if judge is None else verdicts_of(judge, request.judge_name, texts, answers))

@@ -77,7 +77,8 @@ def validated_arguments(flags: list[str], *, for_training: bool = False) -> argp
         raise UserError("--tokenizer-type is missing: HuggingFaceTokenizer or SentencePieceTokenizer")
     # Megatron builds its tokenizer from the same flags, but reports what is wrong with them in a traceback.
     load_chat_tokenizer(early.tokenizer_type, early.tokenizer_model, early.chat_template)
-    flags = [*flags, *_padded_vocabulary(early)]
+    # The tokenizer that was given and looked at, also where a checkpoint's arguments name another.
+    flags = [*flags, *_padded_vocabulary(early), "--no-use-tokenizer-model-from-checkpoint-args"]
     sys.argv = [sys.argv[0], *flags]  # Megatron's parser reads the command line
     try:
         args = parse_and_validate_args(extra_args_provider=add_training_arguments)

@@ -23,7 +23,8 @@ from megatron_ogpsa.integration.arguments.model import MODEL_ARGUMENTS, PRECISIO
 from megatron_ogpsa.integration.checkpoints.loading import read_state
 from megatron_ogpsa.integration.inputs.batch import Batch
 from megatron_ogpsa.integration.inputs.forward import make_forward_step
-from megatron_ogpsa.integration.ranks.agreement import agreed
+from megatron_ogpsa.integration.loop.hooks import LoopHook
+from megatron_ogpsa.integration.ranks.agreement import agreed, from_rank_0
 from megatron_ogpsa.losses.output import LossFunction
 from megatron_ogpsa.losses.preference import PreferenceLossConfig, answer_log_probs, summed_pair_loss
 from megatron_ogpsa.references.gradients import PROGRESS_DELAY_SECONDS
@@ -85,7 +86,7 @@ class NumberedPairs(Dataset[dict[str, Tensor]]):
         return row | {"pair_ids": pad(pair_ids, (0, missing), value=-1)}
 
 
-class ReferencePolicy:
+class ReferencePolicy(LoopHook):
     """A hook that has every pair's reference log-probabilities before the first step.
 
     A new run computes them with forward-only passes and keeps them beside its checkpoints; one that was interrupted goes
@@ -131,6 +132,7 @@ class ReferencePolicy:
             config=self._config,
         )
 
+    @override
     def start(self, model: list[Any], optimizer: Any, forward_backward: Callable[..., Any], iteration: int) -> None:
         """Read or compute the log-probabilities.
 
@@ -152,9 +154,7 @@ class ReferencePolicy:
         self._table_N2 = log_probs.values_N2
         print_rank_0(f"DPO: reference log-probabilities of {self._num_pairs} pairs, weights {log_probs.weights}")
 
-    def before_step(self, model: list[Any], optimizer: Any, forward_backward: Callable[..., Any], step: int) -> None:
-        """Nothing: the reference policy stays what it was."""
-
+    @override
     def before_evaluation(self, step: int) -> None:
         """Read the log-probabilities, if no step has wanted them yet.
 
@@ -165,19 +165,14 @@ class ReferencePolicy:
             found = self._found()
             self._take(agreed(lambda: self._resumed(found, step, of_all_data=False)).log_probs)
 
-    def figures(self) -> dict[str, Tensor]:
-        """None of its own: rewards and margins come with the loss."""
-        return {}
-
+    @override
     def after_step(self, losses: dict[str, Tensor], step: int) -> None:
         """A line with the step's rewards, which may be negative: Megatron's log line leaves out what is not positive."""
         if step % self._args.log_interval == 0 and dist.get_rank() == dist.get_world_size() - 1:
             named = (f"{name}: {losses[name].item():.4f}" for name in losses if name.startswith(_SIGNED))
             print(f" DPO iteration {step:8d} | {' | '.join(named)} |", flush=True)
 
-    def after_save(self) -> None:
-        """Nothing: the log-probabilities are kept already."""
-
+    @override
     def state(self) -> dict[str, Any]:
         """Which weights the reference policy has, and the loss."""
         weights = self._log_probs.weights if self._log_probs is not None else None
@@ -196,14 +191,10 @@ class ReferencePolicy:
         paths = [Path(folder) / LOG_PROBS_FILE for folder in folders if folder]
 
         def read() -> Found | None:
-            if dist.get_rank() != 0:
-                return None
             found = ((read_log_probs(path), path) for path in paths)
             return next((Found(log_probs, path) for log_probs, path in found if log_probs is not None), None)
 
-        box = [agreed(read)]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return from_rank_0(read)
 
     def _resumed(self, found: Found | None, iteration: int, *, of_all_data: bool = True) -> Found:
         """What training goes on with.

@@ -93,6 +93,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(
             f"--eval-iters {args.eval_iters}: use a number of batches, or leave it out to take the whole set"
         )
+    if args.train_samples is not None and args.train_samples < args.global_batch_size:
+        raise UserError(
+            f"--train-samples {args.train_samples} is less than --global-batch-size {args.global_batch_size}, so that there "
+            "would be no step: use as many, or more"
+        )
     check_loop_arguments(args)
     check_context_parallel(args)
     if args.ogpsa_stage == "dpo":

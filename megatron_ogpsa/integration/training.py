@@ -49,9 +49,9 @@ def pretrain(
     Raises:
         UserError: this Megatron is not supported, or a flag needs a GPU and there is none.
     """
-    from megatron.training import get_args
+    prepare_megatron()  # before anything of Megatron is imported here
 
-    prepare_megatron()  # before megatron.core is imported for the references
+    from megatron.training import get_args
 
     from megatron_ogpsa.integration.stages import projection_hooks
 
@@ -78,7 +78,6 @@ def run_loop(hooks: Sequence[LoopHook], *args: Any, **kwargs: Any) -> Any:
     known = get_args()
     check_places(known)
     check_folders(save=known.save, tensorboard_dir=known.tensorboard_dir)
-    prepare_megatron()
     install_hooks(hooks)
     guard_checkpoints()
     install_disk_errors()

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_ogpsa.cli.config_file import BASE, LAUNCH, MODEL, STAGES, ConfigFile
 from megatron_ogpsa.errors import UserError
 
-FOLDERS = ("save", "tensorboard-dir")
+FOLDERS = ("save", "tensorboard-dir", "non-persistent-global-ckpt-dir")
 """Keys of the whole pipeline below which each stage gets a folder of its own."""
 
 BEGINNING = ("pretrained-checkpoint",)

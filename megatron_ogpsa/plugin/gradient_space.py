@@ -55,7 +55,7 @@ class GradientSpace(Space):
         subtract(layout, self._shard.spans, basis.rows_KN, removed_BK)
         self._shard.store()
         before, trace, projected, added, after = arrived()
-        if not self._is_finite(squared_norm_B, before, trace):
+        if not self._all_finite_or_told(squared_norm_B, before, trace):
             return False
         self._norm, self._norm_there = math.sqrt(after), numbers[-1:].sqrt().float()
         self.figures = self._ranks(basis) | {

@@ -3,7 +3,7 @@
 ```
 every refresh                                     every step
  begin_refresh()                                   optimizer.step()
- for each reference:                                └ the basis at work: see spaces.py
+ for each reference:                                └ the basis at work: see space.py
    a gradient, the loop's own way
    capture(name)          local copy
  finish_refresh()         one all-reduce
@@ -369,4 +369,4 @@ def attach(
     return OGPSA(optimizer, chunks, config or OGPSAConfig())
 
 
-__all__ = ["OGPSA", "ReferenceInterval", "attach"]
+__all__ = ["OGPSA", "attach"]

@@ -100,8 +100,8 @@ class Space(ABC):
     def _prepare(self, basis: Basis) -> bool:
         """Learn the gradient's norm, and what else is needed; false if something was not finite."""
 
-    def _is_finite(self, squared_norm_B: Tensor, squared_norm: float, basis_trace: float) -> bool:
-        """Say what is not finite, if something is.
+    def _all_finite_or_told(self, squared_norm_B: Tensor, squared_norm: float, basis_trace: float) -> bool:
+        """Whether all is finite; if not, say what is not, and ask for a refresh if it is the basis.
 
         Args:
             squared_norm_B: ‖g‖² of each block, summed over ranks.

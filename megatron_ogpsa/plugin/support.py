@@ -49,9 +49,7 @@ def check_megatron_version() -> None:
         )
 
 
-def check_supported(
-    optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Module], config: OGPSAConfig | None = None
-) -> None:
+def check_supported(optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Module], config: OGPSAConfig) -> None:
     """Refuse what projection does not handle yet, before anything is hooked.
 
     Raises:
@@ -79,7 +77,7 @@ def check_supported(
             )
         _check_parameters(chunk, is_split=model.tensor_model_parallel_size > 1 and not model.sequence_parallel)
         _check_latent_attention(model)
-    check_fp8_modules(quantizing_modules([chunk for chunk in chunks if isinstance(chunk, DistributedDataParallel)]))
+    check_fp8_modules(quantizing_modules(list(chunks)))
     if isinstance(optimizer, LayerWiseDistributedOptimizer):
         raise UnsupportedError(_layer_wise_message())
     for leaf in leaf_optimizers(optimizer):
@@ -93,9 +91,9 @@ def check_supported(
                 "--optimizer-cuda-graph: the projection decides on the host whether the gradient is finite, which "
                 "a graph cannot hold; leave the flag out"
             )
-        if config is not None and config.space == "update":
+        if config.space == "update":
             _check_update_space(leaf)
-    if config is not None and config.space == "update" and any(get_model_config(chunk).qk_clip for chunk in chunks):
+    if config.space == "update" and any(get_model_config(chunk).qk_clip for chunk in chunks):
         raise UnsupportedError(
             "--qk-clip with --ogpsa-space update: it changes weights after the step, where nothing is projected; leave the "
             "flag out, or use --ogpsa-space gradient"

@@ -53,7 +53,7 @@ class UpdateSpace(Space):
         totals = sum_over_ranks(torch.cat((local_B, trace[None])), self._shard.reduction.group)
         numbers = torch.stack((totals[:-1].sum(), totals[-1]))
         squared_norm, basis_trace = numbers.tolist()
-        if not self._is_finite(totals[:-1], squared_norm, basis_trace):
+        if not self._all_finite_or_told(totals[:-1], squared_norm, basis_trace):
             return False
         self._norm, self._norm_there = math.sqrt(squared_norm), numbers[:1].sqrt().float()
         return True

@@ -114,7 +114,7 @@ def cut_reference(
         )
     return Reference(
         name=name,
-        micro_batches=tuple(_pinned(micro_batch) for micro_batch in micro_batches),
+        micro_batches=tuple(pinned(micro_batch) for micro_batch in micro_batches),
         forward_step=forward_step,
         loss=loss,
         num_samples=dataset.num_samples,
@@ -124,8 +124,8 @@ def cut_reference(
     )
 
 
-def _pinned(micro_batch: MicroBatch) -> MicroBatch:
-    # Tokenised once and kept for all refreshes: page-locked, so that the copy to the GPU overlaps the pass before it.
+def pinned(micro_batch: MicroBatch) -> MicroBatch:
+    """Page-locked where there is a GPU: kept for all refreshes, so that each copy overlaps the pass before it."""
     if torch.accelerator.is_available():
         return {key: tensor.pin_memory() for key, tensor in micro_batch.items()}
     return micro_batch

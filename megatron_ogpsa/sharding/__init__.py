@@ -5,5 +5,5 @@
 * :mod:`.ownership` says which copy of a parameter counts in a sum over ranks, and over which ranks the sum goes.
 * :mod:`.gradients` finds where the optimizer's gradients lie in memory.
 
-Nothing here computes; nothing here communicates, except the union of names when a plugin is attached.
+Nothing here changes a number; nothing here communicates, except the union of names when a plugin is attached.
 """

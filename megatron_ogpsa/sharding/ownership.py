@@ -76,7 +76,9 @@ def is_one_copy(parameter: NamedParameter) -> bool:
     """Whether this rank's copy of a model parameter is the one that stands for all of them in a sum over all ranks."""
     param, chunk = parameter.param, parameter.chunk
     group = chunk.expt_dp_group if _is_expert(param) else chunk.dp_cp_group
-    is_own = is_split_unmarked(parameter) or param_is_not_tensor_parallel_duplicate(param)
+    is_own = is_split_unmarked(parameter) or param_is_not_tensor_parallel_duplicate(
+        param, expert_tp_group=parallel_state.get_expert_tensor_parallel_group(check_initialized=False)
+    )
     return is_own and param_is_not_shared(param) and group.rank() == 0
 
 

@@ -155,7 +155,8 @@ def refusals(real: bool) -> list[str]:
         good = rows_of(training, 0)
         no_tokens = [row | {"loss_mask": torch.zeros_like(row["loss_mask"])} for row in good]
         too_short = [{name: tensor[:-1] for name, tensor in row.items()} for row in good]
-        for references in ({"math": no_tokens}, {"math": too_short}, {}):
+        many = {str(number): good for number in range(9)}
+        for references in ({"math": no_tokens}, {"math": too_short}, {}, many):
             with _told(messages):
                 callback = OGPSACallback(_config(), references, forward_step)
                 finetune(Run(training, train_iters=1), forward_step, callbacks=[callback])

@@ -63,6 +63,7 @@ def test_what_is_refused_is_told_in_a_line(distributed: Distributed) -> None:
         r"reference math has no supervised token in 8 rows",
         r"reference math, row 0: .*1-D tensors of model.seq_length",
         r"OGPSACallback without references",
+        r'OGPSAConfig\(mode="conflict"\) with 9 references: it solves for up to 8; .+ mode="orthogonal"',
         r"OGPSACallback\(references_in_bf16=True\): .+ bf16 with model.bf16 only; train in bf16",
         r"megatron-bridge .* has no on_checkpoint_save in its callbacks.*pip install",
         r"ImportError: megatron_ogpsa.integration.bridge needs Megatron-Bridge, which cannot be imported",

@@ -78,6 +78,12 @@ def test_rows_of_tokens_that_training_has_added_are_not_cut_off(tmp_path: Path) 
         _require_rows({"vocab_size": number}, carried, trained)  # type: ignore[arg-type]
         with pytest.raises(UserError, match=rf"its tokenizer has {number} tokens, .* --hf .* says {number} or more"):
             _require_rows({"vocab_size": number - 1}, carried, trained)  # type: ignore[arg-type]
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text("{", encoding="utf-8")
+    (note,) = _require_rows({"vocab_size": number - 1}, tmp_path, trained)  # type: ignore[arg-type]
+    assert note.startswith(
+        f"rows of the embedding beyond {number - 1} are taken for padding: {tmp_path}: its tokenizer"
+    )
 
 
 def test_a_disk_that_is_too_small_is_told_before_it_is_full(tmp_path: Path) -> None:

@@ -255,8 +255,8 @@ def _launch_by_forking(
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     from megatron_ogpsa.cli import launching
-    from megatron_ogpsa.cli.main import ERRORS_VARIABLE
     from megatron_ogpsa.cluster.failures import judge
+    from megatron_ogpsa.console.telling import ERRORS_VARIABLE
 
     if settings.max_nodes > 1 or settings.max_restarts:
         raise RuntimeError("several nodes and restarts need torchrun's agent: agent=True")

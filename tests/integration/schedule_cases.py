@@ -7,7 +7,7 @@ import math
 import torch.distributed as dist
 
 from megatron_ogpsa.integration.projection.schedule import least_captured
-from megatron_ogpsa.plugin.ogpsa import ReferenceInterval
+from megatron_ogpsa.plugin.interval import ReferenceInterval
 
 
 def decided() -> dict[str, float | None]:

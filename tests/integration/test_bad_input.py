@@ -130,6 +130,19 @@ ASYNC = "--async-save --use-persistent-ckpt-worker"
         ("--phase-transition-iterations 3,6", "--phase-transition-iterations is not supported: "),
         ("--full-validation", "--full-validation is not supported: "),
         ("--dataloader-type external", "--dataloader-type external is not supported: "),
+        ("--multiple-validation-sets", "--multiple-validation-sets is not supported: "),
+        ("--rampup-batch-size 8 8 100", "--rampup-batch-size is not supported: "),
+        ("--step-batch-size-schedule 0:8", "--step-batch-size-schedule is not supported: "),
+        ("--log-straggler", "--log-straggler is not supported: "),
+        ("--inprocess-restart", "--inprocess-restart is not supported: "),
+        ("--freeze-all-layers", "--freeze-all-layers is not supported: "),
+        ("--check-for-spiky-loss", "--check-for-spiky-loss is not supported: "),
+        ("--ddp-average-in-collective", "--ddp-average-in-collective is not supported: "),
+        (
+            "--non-persistent-ckpt-type local --ogpsa-stage dpo",
+            "--non-persistent-ckpt-type local is not supported: DPO's reference policy, adaptive intervals and fp16",
+        ),
+        ("--non-persistent-ckpt-type local --fp16", "--non-persistent-ckpt-type local is not supported: "),
         ("--hybrid-context-parallel", "--hybrid-context-parallel is not supported: "),
         (
             "--dataloader-type cyclic --ogpsa-valid-data valid.jsonl",
@@ -176,6 +189,10 @@ def test_flags_that_the_loop_would_drop_or_fail_with_late(flags: str, expected: 
         (
             "model lr 1 train-iters 5 micro-batch-size 1 seq-length 8 save-interval 0",
             "--save-interval 0: use 1 or more",
+        ),
+        (
+            "model lr 1 train-iters 5 micro-batch-size 1 seq-length 8 eval-interval 0",
+            "--eval-interval 0: use 1 or more",
         ),
     ],
 )

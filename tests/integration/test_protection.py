@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_ogpsa.integration.projection.protection import as_line, interval_figures
-from megatron_ogpsa.plugin.ogpsa import ReferenceInterval
+from megatron_ogpsa.plugin.interval import ReferenceInterval
 from megatron_ogpsa.references.gradients import MeanLoss
 
 TOLD = {

@@ -107,6 +107,15 @@ def test_a_non_persistent_checkpoint_is_verified_too(train: Train, tmp_path: Pat
     assert "going on without run/non_persistent" in outcome.output
     assert "iteration        4/" in outcome.output
 
+    # With nothing else saved, as early in a run that begins with given weights, it is what the run goes on from.
+    restore(tmp_path)
+    shutil.rmtree(run / "iter_0000003")
+    (run / TRACKER_FILE).unlink()
+    outcome = train(*flags, "--pretrained-checkpoint", "whole")
+    assert outcome.exit_code == 0, outcome.output[-3000:]
+    assert "iteration        5/" not in outcome.output
+    assert "iteration        6/" in outcome.output
+
     restore(tmp_path)
     DAMAGES["flipped"](run / "non_persistent/iter_0000005/__1_0.distcp")
     shutil.rmtree(run / "iter_0000003")

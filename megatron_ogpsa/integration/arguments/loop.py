@@ -57,8 +57,10 @@ def require_flags(args: argparse.Namespace, *, for_training: bool) -> None:
     if for_training and args.train_samples is None and (args.train_iters is None or args.train_iters < 1):
         given = "is missing" if args.train_iters is None else str(args.train_iters)
         raise UserError(f"--train-iters {given}: give the number of optimizer steps")
-    if args.save_interval is not None and args.save_interval < 1:
-        raise UserError(f"--save-interval {args.save_interval}: use 1 or more, or leave it out")
+    for name in ("save_interval", "eval_interval"):
+        given = getattr(args, name)
+        if given is not None and given < 1:
+            raise UserError(f"--{_flag(name)} {given}: use 1 or more, or leave it out")
 
 
 def _flag(name: str) -> str:
@@ -123,9 +125,7 @@ def check_model(args: argparse.Namespace) -> None:
     try:
         found = hasattr(importlib.import_module(module), name) if module else False
     except ImportError as error:
-        raise UserError(
-            f"--spec {given}: {error}: name a module that can be imported, and layers in it"
-        ) from None
+        raise UserError(f"--spec {given}: {error}: name a module that can be imported, and layers in it") from None
     if not found:
         raise UserError(
             f"--spec {given}: no such layers: give a module and a name in it, as --spec my.layers layer_spec"
@@ -141,6 +141,38 @@ def _unsupported(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         ("--result-rejected-tracker-filename", args.result_rejected_tracker_filename, f"{skipped} samples"),
         ("--phase-transition-iterations", args.phase_transition_iterations, "each phase would begin the data again"),
         ("--full-validation", args.full_validation, "Megatron 0.19 fails in its first evaluation"),
+        (
+            "--multiple-validation-sets",
+            args.multiple_validation_sets,
+            "it goes with --full-validation alone, which is not",
+        ),
+        (
+            "--rampup-batch-size",
+            args.rampup_batch_size is not None,
+            "Megatron 0.19 reads it nowhere, and the batch would have its full size from the first step on",
+        ),
+        (
+            "--step-batch-size-schedule",
+            args.step_batch_size_schedule is not None,
+            "how much data a run takes is counted at its start, by one size of the batch",
+        ),
+        ("--log-straggler", args.log_straggler, "its detector times a forward step of Megatron's own"),
+        (
+            "--inprocess-restart",
+            args.inprocess_restart,
+            "Megatron's scripts restart so, and this command by --max-restarts",
+        ),
+        (
+            "--freeze-all-layers",
+            args.freeze_all_layers,
+            "Megatron 0.19 reads it in scripts only, so that all would train",
+        ),
+        ("--check-for-spiky-loss", args.check_for_spiky_loss, "Megatron's own losses look at it, which are not these"),
+        (
+            "--ddp-average-in-collective",
+            args.ddp_average_in_collective,
+            "it goes without --calculate-per-token-loss alone, which answers need to weigh alike",
+        ),
         (
             "--dataloader-type external",
             args.dataloader_type == "external",
@@ -164,5 +196,9 @@ def _unsupported(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     ):
         if is_given:
             yield flag, reason
+    keeps_state = args.ogpsa_stage == "dpo" or args.ogpsa_adaptive_interval is not None or args.fp16
+    if args.non_persistent_ckpt_type == "local" and keeps_state:
+        what = "DPO's reference policy, adaptive intervals and fp16 go on from a state beside the weights"
+        yield "--non-persistent-ckpt-type local", f"{what}, which local checkpoints have no place for"
     if args.cuda_graph_impl != "none" and (args.ogpsa_packing or args.ogpsa_stage == "dpo"):
         yield "--cuda-graph-impl with rows of several documents", "their number differs from graph to graph"

@@ -94,6 +94,11 @@ def _check_references(args: argparse.Namespace) -> None:
             "--ogpsa-references-in-bf16: reference passes without FP8 are in the parameters' type, which is bf16 with "
             "--bf16 only; add it, or leave --ogpsa-references-in-bf16 out"
         )
+    if args.ogpsa_references_in_bf16 and args.fp8 and args.tp_comm_overlap:
+        raise UnsupportedError(
+            "--tp-comm-overlap with --ogpsa-references-in-bf16 and --fp8-format: its buffers are made for products in FP8 "
+            "alone; leave one of them out"
+        )
 
 
 def _check_rows_of_references(args: argparse.Namespace) -> None:

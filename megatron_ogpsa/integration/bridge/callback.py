@@ -28,14 +28,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from megatron_ogpsa.attributes import attributes_set
-from megatron_ogpsa.config import OGPSAConfig
+from megatron_ogpsa.config import MAX_CONFLICT_REFERENCES, OGPSAConfig
 from megatron_ogpsa.data.micro_batches import Row, deal_out, micro_batches_at_once
 from megatron_ogpsa.errors import UnsupportedError, UserError
 from megatron_ogpsa.integration.bridge.settings import check_run
 from megatron_ogpsa.integration.projection.protection import Losses, as_line, interval_figures, log_figures
 from megatron_ogpsa.integration.ranks.agreement import agreed
 from megatron_ogpsa.plugin.ogpsa import OGPSA, attach
-from megatron_ogpsa.references.gradients import Reference, refresh
+from megatron_ogpsa.references.gradients import Reference, pinned, refresh
 
 try:
     from megatron.bridge.training import callbacks as bridge
@@ -68,7 +68,8 @@ class OGPSACallback(bridge.Callback):
         references_in_bf16: in a run in FP8, take reference gradients without it (``--ogpsa-references-in-bf16``).
 
     Raises:
-        UnsupportedError: a Megatron-Bridge with other callbacks than those that this was written for.
+        UnsupportedError: a Megatron-Bridge with other callbacks than those that this was written for; or more references than
+            ``mode="conflict"`` solves for.
         UserError: no references.
     """
 
@@ -85,6 +86,11 @@ class OGPSACallback(bridge.Callback):
         _check_interface()
         if not references:
             raise UserError("OGPSACallback without references: name at least one, or leave the callback out")
+        if config.mode == "conflict" and len(references) > MAX_CONFLICT_REFERENCES:
+            raise UnsupportedError(
+                f'OGPSAConfig(mode="conflict") with {len(references)} references: it solves for up to '
+                f'{MAX_CONFLICT_REFERENCES}; join some into one, or use mode="orthogonal"'
+            )
         self.ogpsa: OGPSA | None = None
         self._config = config
         self._rows = dict(references)
@@ -223,7 +229,7 @@ def _reference(name: str, given: Rows, forward_step: Callable[..., Any], context
     )
     return Reference(
         name=name,
-        micro_batches=tuple(micro_batches),
+        micro_batches=tuple(pinned(micro_batch) for micro_batch in micro_batches),
         forward_step=forward_step,
         loss="nll",
         num_samples=len(rows),

@@ -7,14 +7,12 @@ tracker are written by rank 0 alone. If that fails the others wait for it in the
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import json
 import logging
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,18 +27,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_ogpsa.errors import TransientError, UserError
 from megatron_ogpsa.integration.ranks.agreement import agreed, of_this_rank
 from megatron_ogpsa.integration.runtime.patching import Patch, apply_patches
+from megatron_ogpsa.system.disk import DISK_ERRORS, disk_error, disk_remedy, nearest_folder, probe
 from megatron_ogpsa.system.files import file_error, may_pass
 from megatron_ogpsa.system.processes import attempt_in_store
 
 logger = logging.getLogger(__name__)
 
-_DISK_ERRORS = (
-    *(errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT),
-    *(errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN),
-)
-"""What a file system says when it refuses, and what one in a network says of a server that is away."""
-
-_PROBE_BYTES = 4096
 _PATIENCE = timedelta(seconds=10)
 """For the message of a rank that has gone; it is set before that rank goes."""
 
@@ -84,49 +76,7 @@ def _check_folder(what: str, folder: str) -> None:
     try:
         probe(Path(folder))
     except OSError as error:
-        raise file_error(error, f"{what} ({error.strerror}): {_remedy(error)}") from None
-
-
-def _remedy(error: OSError) -> str:
-    if may_pass(error):
-        return "start again (--max-restarts does); if that ends alike, mend the file system or name another folder"
-    return "free space there, or name another folder"
-
-
-def probe(folder: Path) -> None:
-    """Write and remove a small file in ``folder``, or in the nearest folder above it that is there.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    file = _nearest(folder) / f".{uuid.uuid4().hex}.tmp"
-    try:
-        with file.open("wb") as stream:
-            stream.write(bytes(_PROBE_BYTES))
-            stream.flush()
-            os.fsync(stream.fileno())
-    finally:
-        file.unlink(missing_ok=True)
-
-
-def _nearest(folder: Path) -> Path:
-    """The folder, or the one above it that is there."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    return place
-
-
-def disk_error(error: BaseException | None) -> OSError | None:
-    """What the file system said, if that is what ``error`` comes from.
-
-    torch's writer fails once more while it handles the first failure, with a RuntimeError about positions in a file.
-    """
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            return error
-        error = error.__cause__ or error.__context__
-    return None
+        raise file_error(error, f"{what} ({error.strerror}): {disk_remedy(error)}") from None
 
 
 def install_disk_errors() -> None:
@@ -158,7 +108,7 @@ def _telling_disk_errors(original: Callable[..., Any]) -> Callable[..., Any]:
         folder = str(get_args().save)
         what = f"--save {folder}: the checkpoint of step {iteration} could not be written"
         agreed(lambda: _check_folder(what, folder) if _is_first_of_node() else None)
-        free = shutil.disk_usage(_nearest(Path(folder))).free
+        free = shutil.disk_usage(nearest_folder(Path(folder))).free
         _written.num_bytes, _written.error = 0, None
         with _disk_errors_told(what, free):
             return original(iteration, *args, **kwargs)
@@ -189,7 +139,7 @@ def _disk_errors_told(what: str, free: int | None = None) -> Iterator[None]:
         raise _of_all_ranks(what, error, free) or error from None
     except (OSError, RuntimeError) as error:
         if (found := disk_error(error)) is not None:
-            message = f"{what} ({found.strerror} on rank {dist.get_rank()}): {_remedy(found)}"
+            message = f"{what} ({found.strerror} on rank {dist.get_rank()}): {disk_remedy(found)}"
             raise _told_to_others(file_error(found, message)) from None
         raise _told_by_another() or error from None  # a collective fails if another rank has gone
 
@@ -215,14 +165,14 @@ def _of_all_ranks(what: str, error: CheckpointException, free: int | None) -> Us
         else f"; it takes at least {_megabytes(sum(n for _, n in everyones))}, {_megabytes(free)} were free"
     )
     reason = reasons[rank]
-    told = f"{what} ({reason.strerror} on rank {rank}{size}): {_remedy(reason)}; what was saved before is as it was"
+    told = f"{what} ({reason.strerror} on rank {rank}{size}): {disk_remedy(reason)}; what was saved before is as it was"
     return file_error(reason, told)
 
 
 def _errno_in(words: str) -> int | None:
     """What the file system said, out of a sentence with ``[Errno 28]``."""
     found = re.search(r"\[Errno (\d+)\]", words)
-    return int(found[1]) if found and int(found[1]) in _DISK_ERRORS else None
+    return int(found[1]) if found and int(found[1]) in DISK_ERRORS else None
 
 
 def _told_to_others(error: UserError) -> UserError:

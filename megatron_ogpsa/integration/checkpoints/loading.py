@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_ogpsa.attributes import attributes_set
 from megatron_ogpsa.checkpoints.choice import Examined, choose
 from megatron_ogpsa.checkpoints.manifest import damaged_files
 from megatron_ogpsa.checkpoints.survey import (
@@ -35,7 +36,7 @@ from megatron_ogpsa.integration.checkpoints.saving import (
     folder_of,
 )
 from megatron_ogpsa.integration.checkpoints.writer_process import WRITER_PATCHES
-from megatron_ogpsa.integration.ranks.agreement import agreed, of_this_rank
+from megatron_ogpsa.integration.ranks.agreement import agreed, from_rank_0, of_this_rank
 from megatron_ogpsa.integration.runtime.patching import Patch, apply_patches
 from megatron_ogpsa.system.files import file_error, read_json
 
@@ -64,10 +65,7 @@ def examine_together(folder: Path, iteration: int | None = None) -> Examined:
     Raises:
         UserError: the folder cannot be listed, or what is there cannot be read; on all ranks alike.
     """
-    is_first = dist.get_rank() == 0
-    box = [agreed(lambda: survey(folder) if is_first else None)]
-    dist.broadcast_object_list(box, src=0)
-    assert box[0] is not None
+    found = from_rank_0(lambda: survey(folder))
 
     def damages(saved: Saved) -> list[str]:
         manifest = saved.manifest or {}
@@ -78,7 +76,7 @@ def examine_together(folder: Path, iteration: int | None = None) -> Examined:
             unit=" files",
             delay=PROGRESS_DELAY_SECONDS,
             leave=False,
-            disable=not is_first,
+            disable=dist.get_rank() != 0,
         ) as bar:
             own = agreed(
                 lambda: damaged_files(folder / saved.name, manifest, share, after_file=lambda: bar.update() or None)
@@ -87,7 +85,7 @@ def examine_together(folder: Path, iteration: int | None = None) -> Examined:
         dist.all_gather_object(everyones, own)
         return [problem for problems in everyones for problem in problems]
 
-    return choose(box[0], damages, iteration)
+    return choose(found, damages, iteration)
 
 
 def _verified_first(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,15 +96,49 @@ def _verified_first(original: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.training import get_args
 
         flags = get_args()
-        step = _verified_step(flags, load_arg)
-        kind = _verified_kind(flags, load_arg)
-        settings = {"ckpt_step": step, "verify_integrity": False, "non_persistent_ckpt_type": kind}
+        kind, pretrained = _verified_kind(flags, load_arg), flags.pretrained_checkpoint
+        if pretrained is not None and not _is_begun(flags, load_arg):
+            # Megatron would begin with the pretrained weights, or take what the run has saved for such.
+            is_saved = _has_non_persistent(flags, load_arg, kind, kwargs.get("checkpointing_context"))
+            kind, pretrained = (kind, None) if is_saved else (None, pretrained)
+        settings = {
+            "ckpt_step": _verified_step(flags, load_arg, kind, pretrained),
+            "verify_integrity": False,
+            "non_persistent_ckpt_type": kind,
+            "pretrained_checkpoint": pretrained,
+        }
         if flags.fp8_param_gather:  # of weights alone Megatron would make fp32 main parameters from rounded ones
             settings["load_main_params_from_ckpt"] = True
-        with _settings(flags, **settings), _told_in_one_line(flags, load_arg):
+        # While it loads: they would be saved in checkpoints otherwise.
+        changed = attributes_set([(flags, name, value) for name, value in settings.items()])
+        with changed, _told_in_one_line(flags, load_arg):
             return original(ddp_model, optimizer, opt_param_scheduler, load_arg, *args, **kwargs)
 
     return load_checkpoint
+
+
+def _is_begun(args: argparse.Namespace, load_arg: str) -> bool:
+    """Whether the run has saved a checkpoint other than non-persistent ones, whole or not; on all ranks alike."""
+    given = getattr(args, load_arg)
+    if given is None:
+        return False
+    tracker = Path(given) / TRACKER_FILE
+    return from_rank_0(lambda: tracker.exists() or bool(survey(Path(given)).saved))
+
+
+def _has_non_persistent(
+    args: argparse.Namespace, load_arg: str, kind: str | None, context: dict[str, Any] | None
+) -> bool:
+    """Whether the run has saved a whole non-persistent checkpoint; on all ranks alike."""
+    if getattr(args, load_arg) is None or kind is None:
+        return False
+    if kind == "local":
+        return context is not None and context["local_checkpoint_manager"].find_latest() != -1
+    return examine_together(_non_persistent_folder(args, load_arg)).chosen is not None
+
+
+def _non_persistent_folder(args: argparse.Namespace, load_arg: str) -> Path:
+    return Path(args.non_persistent_global_ckpt_dir or Path(getattr(args, load_arg)) / NON_PERSISTENT)
 
 
 def _verified_kind(args: argparse.Namespace, load_arg: str) -> str | None:
@@ -119,7 +151,7 @@ def _verified_kind(args: argparse.Namespace, load_arg: str) -> str | None:
     given = getattr(args, load_arg)
     if kind != "global" or given is None:
         return kind
-    folder = Path(args.non_persistent_global_ckpt_dir or Path(given) / NON_PERSISTENT)
+    folder = _non_persistent_folder(args, load_arg)
     examined = examine_together(folder)
     if not examined.problems:
         return kind
@@ -132,8 +164,12 @@ def _verified_kind(args: argparse.Namespace, load_arg: str) -> str | None:
     return None
 
 
-def _verified_step(args: argparse.Namespace, load_arg: str) -> int | None:
+def _verified_step(args: argparse.Namespace, load_arg: str, kind: str | None, pretrained: str | None) -> int | None:
     """What ``--ckpt-step`` is to be, so that Megatron loads what was found to be whole.
+
+    Args:
+        kind: of non-persistent checkpoints that it may load instead.
+        pretrained: what the run begins with, if it has saved nothing.
 
     Raises:
         UserError: nothing is whole, or what is not may not be replaced by an older one; on all ranks alike.
@@ -145,16 +181,18 @@ def _verified_step(args: argparse.Namespace, load_arg: str) -> int | None:
         if examined.chosen is not None:
             return _step_of(examined, args, flag, Path(given), may_be_older=not args.finetune)
         if examined.problems:
+            beside = f", all but {_non_persistent_folder(args, load_arg)}," if kind == "global" else ""
             raise UserError(
-                f"{flag}: {_joined(examined)}; no checkpoint is left: restore one, or move the folder away to begin anew"
+                f"{flag}: {_joined(examined)}; no checkpoint is left: restore one, or move the folder{beside} away to begin "
+                f"{'with what is there' if beside else 'anew'}"
             )
-    if args.pretrained_checkpoint is not None:
-        flag = f"--pretrained-checkpoint {args.pretrained_checkpoint}"
-        examined = examine_together(Path(args.pretrained_checkpoint), args.ckpt_step)
+    if pretrained is not None:
+        flag = f"--pretrained-checkpoint {pretrained}"
+        examined = examine_together(Path(pretrained), args.ckpt_step)
         if examined.chosen is None:
             what = _joined(examined) if examined.problems else "there is no checkpoint"
             raise UserError(f"{flag}: {what}: name a folder with {TRACKER_FILE} and the checkpoint that it names")
-        return _step_of(examined, args, flag, Path(args.pretrained_checkpoint), may_be_older=False)
+        return _step_of(examined, args, flag, Path(pretrained), may_be_older=False)
     step: int | None = args.ckpt_step
     return step
 
@@ -195,17 +233,6 @@ def _joined(examined: Examined) -> str:
     shown = examined.problems[:3]
     more = len(examined.problems) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more else "")
-
-
-@contextmanager
-def _settings(args: argparse.Namespace, **values: Any) -> Iterator[None]:
-    """Let Megatron see other values of flags while it loads; they would be saved in checkpoints otherwise."""
-    before = {name: getattr(args, name) for name in values}
-    vars(args).update(values)
-    try:
-        yield
-    finally:
-        vars(args).update(before)
 
 
 @contextmanager

@@ -46,7 +46,12 @@ _states: dict[Path, dict[str, Any]] = {}
 
 
 def announce_state(args: argparse.Namespace, iteration: int, state: dict[str, Any], *, is_persistent: bool) -> None:
-    """Have ``state`` written into the checkpoint that is about to be saved, before its manifest; on every rank."""
+    """Have ``state`` written into the checkpoint that is about to be saved, before its manifest; on rank 0.
+
+    Local checkpoints (``--non-persistent-ckpt-type local``) are no folders, and have none.
+    """
+    if not is_persistent and args.non_persistent_ckpt_type == "local":
+        return
     _states[folder_of(args, iteration, is_persistent)] = state | {HAS_MANIFEST: bool(args.verify_integrity)}
 
 

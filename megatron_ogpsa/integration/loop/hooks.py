@@ -12,7 +12,7 @@ import argparse
 import inspect
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -23,8 +23,8 @@ _hooks: Sequence[LoopHook] = ()
 _has_started = False
 
 
-class LoopHook(Protocol):
-    """What wants to act in the loop. Every rank makes each call."""
+class LoopHook:
+    """What wants to act in the loop, by overriding some of these methods. Every rank makes each call."""
 
     def start(self, model: list[Any], optimizer: Any, forward_backward: Callable[..., Any], iteration: int) -> None:
         """Once, before the first step; the model is as loaded."""
@@ -37,12 +37,14 @@ class LoopHook(Protocol):
 
     def figures(self) -> dict[str, torch.Tensor]:
         """What the log line and TensorBoard gain after a step, in the form of Megatron's reduced losses."""
+        return {}
 
     def after_step(self, losses: dict[str, torch.Tensor], step: int) -> None:
         """After each step, on ranks that have its losses (the last pipeline stage's); must not communicate."""
 
     def state(self) -> dict[str, Any]:
         """What the state file in each checkpoint is to say, as JSON; the same on all ranks."""
+        return {}
 
     def after_save(self) -> None:
         """After each checkpoint."""
@@ -127,9 +129,11 @@ def _saving_state(original: Callable[..., Any]) -> Callable[..., Any]:
         state: dict[str, Any] = {}
         for hook in _hooks:
             state |= hook.state()
-        announce_state(_args(), iteration, state, is_persistent=not non_persistent_ckpt)
+        is_first = torch.distributed.get_rank() == 0
+        if is_first:
+            announce_state(_args(), iteration, state, is_persistent=not non_persistent_ckpt)
         result = original(iteration, *args, non_persistent_ckpt=non_persistent_ckpt, **kwargs)
-        if torch.distributed.get_rank() == 0:
+        if is_first:
             write_state_without_manifest(_args(), iteration, is_persistent=not non_persistent_ckpt)
         for hook in _hooks:
             hook.after_save()

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import override
 
 import torch
 import torch.distributed as dist
+
+from megatron_ogpsa.integration.loop.hooks import LoopHook
 
 EVERY = 30.0
 """Seconds from one line to the next at least."""
 
 
-class TimeLeft:
+class TimeLeft(LoopHook):
     """A hook that tells how long the steps that are left take at the pace of those taken, refreshes and checkpoints included.
 
     The first step of a run does not count: it compiles, and makes the first basis.
@@ -30,30 +32,11 @@ class TimeLeft:
         self._begun: tuple[int, float] | None = None  # steps taken, and when
         self._told = 0.0
 
-    def start(self, model: list[Any], optimizer: Any, forward_backward: Callable[..., Any], iteration: int) -> None:
-        """Nothing: time runs from the end of the first step."""
-
-    def before_step(self, model: list[Any], optimizer: Any, forward_backward: Callable[..., Any], step: int) -> None:
-        """Nothing."""
-
-    def before_evaluation(self, step: int) -> None:
-        """Nothing: evaluations count into the pace."""
-
-    def figures(self) -> dict[str, torch.Tensor]:
-        """None: they would depend on the machine."""
-        return {}
-
+    @override
     def after_step(self, losses: dict[str, torch.Tensor], step: int) -> None:
         """A line, on the rank that logs."""
         if dist.get_rank() == dist.get_world_size() - 1 and (told := self.line(step)):
             print(told, flush=True)
-
-    def state(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def after_save(self) -> None:
-        """Nothing."""
 
     def line(self, step: int) -> str:
         """What is to be told after ``step`` steps; empty if nothing is due."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_ogpsa.plugin.ogpsa import ReferenceInterval
+    from megatron_ogpsa.plugin.interval import ReferenceInterval
     from megatron_ogpsa.references.gradients import MeanLoss
 
 Losses = Mapping[str, Mapping[str, "MeanLoss"]]
@@ -39,7 +39,7 @@ def interval_figures(
             number = sum(part.number for part in parts.values())
             # The reference's gradient is the mean of its parts', weighted as its loss is.
             changes = [part.predicted_change for part in told]
-            if None not in changes and number > 0:
+            if None not in changes:
                 weights = [part.number / number for part in parts.values()]
                 own["predicted"] = sum(w * float(c or 0.0) for w, c in zip(weights, changes, strict=True))
         figures[name] = own

@@ -11,17 +11,18 @@ import argparse
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, override
 
 import torch
 
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.arguments.projection import check_projection_arguments, config_from_arguments
 from megatron_ogpsa.integration.checkpoints.loading import read_state
+from megatron_ogpsa.integration.loop.hooks import LoopHook
 from megatron_ogpsa.integration.projection.authors import LEAK_NOTICE, leak_weight
 from megatron_ogpsa.integration.projection.protection import tell_interval
 from megatron_ogpsa.integration.projection.schedule import RefreshSchedule, least_captured, schedule_from_arguments
-from megatron_ogpsa.integration.ranks.agreement import agreed
+from megatron_ogpsa.integration.ranks.agreement import from_rank_0
 from megatron_ogpsa.watchdog import progress
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ NOT_SETTINGS = ("ogpsa_reference", "ogpsa_train_data", "ogpsa_valid_data", "ogps
 """Flags that a resumed run may change without departing from the one that it goes on with."""
 
 
-class ProjectionRun:
+class ProjectionRun(LoopHook):
     """The plugin in one run of Megatron's loop: a hook that is attached at the start and refreshed when due."""
 
     def __init__(self, args: argparse.Namespace, load_reference: Callable[[str, str], Reference]) -> None:
@@ -50,6 +51,7 @@ class ProjectionRun:
         self._bad_refreshes = 0
         self._losses: dict[str, Mapping[str, MeanLoss]] = {}
 
+    @override
     def start(self, model: list[Any], optimizer: Any, forward_backward: Callable[..., Any], iteration: int) -> None:
         """Load the references and attach the plugin."""
         from megatron.training import print_rank_0
@@ -75,9 +77,7 @@ class ProjectionRun:
         if self._args.ogpsa_authors_leak:
             print_rank_0(LEAK_NOTICE)
 
-    def before_evaluation(self, step: int) -> None:
-        """Nothing: evaluations are not projected."""
-
+    @override
     def before_step(self, model: list[Any], optimizer: Any, forward_backward: Callable[..., Any], step: int) -> None:
         """Refresh the basis if one is due."""
         assert self._ogpsa is not None
@@ -148,6 +148,7 @@ class ProjectionRun:
         if self._schedule.interval != before:
             print_rank_0(f"OGPSA: references are refreshed every {self._schedule.interval} steps from now on")
 
+    @override
     def figures(self) -> dict[str, torch.Tensor]:
         """What was removed (a share of the gradient, or a length of the update), the rank, a refresh's time, and counters;
         where they are asked for, the interval in force and the least energy that is kept of a reference.
@@ -155,19 +156,18 @@ class ProjectionRun:
         Counters are of this process: steps that were skipped, and refreshes that were rejected, for what is not finite.
         """
         device = torch.cuda.current_device()
-        metrics = self._ogpsa.metrics_on(device) if self._ogpsa is not None else {}
-        if not metrics:
+        if self._ogpsa is None or not (metrics := self._ogpsa.metrics_on(device)):
             return {}
         removed = {"removed": "ogpsa removed", "removed_length": "ogpsa removed length"}
         figures = {title: metrics[name].clamp(min=0.0) for name, title in removed.items() if name in metrics}
         values = {
             "ogpsa refresh (ms)": self._refresh_seconds * 1000,
-            "ogpsa skipped steps": float(self._ogpsa.skipped_steps if self._ogpsa is not None else 0),
+            "ogpsa skipped steps": float(self._ogpsa.skipped_steps),
             "ogpsa bad refreshes": float(self._bad_refreshes),
         }
         if self._args.ogpsa_adaptive_interval is not None:
             values["ogpsa interval"] = float(self._schedule.interval)
-        if self._args.ogpsa_energy < 1.0 and self._ogpsa is not None:
+        if self._args.ogpsa_energy < 1.0:
             values["ogpsa energy"] = self._ogpsa.kept_energy
         figures["ogpsa rank"] = metrics["rank"]
         figures |= {name: torch.full((1,), float(value), device=device) for name, value in values.items()}
@@ -175,13 +175,12 @@ class ProjectionRun:
             figures["ogpsa leaked"] = metrics.get("added", torch.zeros(1, device=device))
         return figures
 
-    def after_step(self, losses: dict[str, torch.Tensor], step: int) -> None:
-        """Nothing: the figures are positive, so that Megatron's log line has them."""
-
+    @override
     def after_save(self) -> None:
         """Note that a resumed run would refresh now."""
         self._refresh_is_due = True
 
+    @override
     def state(self) -> dict[str, Any]:
         """What a resumed run would refresh with."""
         return {
@@ -224,10 +223,7 @@ class ProjectionRun:
 
     def _saved_state(self, iteration: int) -> dict[str, Any]:
         """Of the checkpoint that was loaded, as rank 0 reads it: what follows from it must be the same on all ranks."""
-        is_first = torch.distributed.get_rank() == 0
-        box = [agreed(lambda: read_state(self._args, iteration) if is_first else {})]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
+        return from_rank_0(lambda: read_state(self._args, iteration))
 
     def _compare_with(self, before: dict[str, Any]) -> None:
         """Say where a resumed run departs from the one that wrote the checkpoint; going on is the user's choice."""

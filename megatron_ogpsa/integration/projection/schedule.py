@@ -25,7 +25,7 @@ import torch.distributed as dist
 from megatron_ogpsa.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_ogpsa.plugin.ogpsa import ReferenceInterval
+    from megatron_ogpsa.plugin.interval import ReferenceInterval
 
 
 class RefreshSchedule:

@@ -41,6 +41,19 @@ def agreed[T](action: Callable[[], T], *, group: dist.ProcessGroup | None = None
     return result[0]
 
 
+def from_rank_0[T](action: Callable[[], T]) -> T:
+    """What ``action`` gives on rank 0, on all ranks: who looks alone sees one state of a file system. Collective.
+
+    Raises:
+        UserError, TransientError, RuntimeError: as :func:`agreed`.
+    """
+    is_first = dist.get_rank() == 0
+    box = [agreed(lambda: action() if is_first else None)]
+    dist.broadcast_object_list(box, src=0)
+    result: T = box[0]  # type: ignore[assignment]
+    return result
+
+
 def of_this_rank[E: UserError](error: E) -> E:
     """Tell ``error`` now, which the other ranks do not have: where they wait for this one it may not come to its end."""
     tell_once(str(error))

@@ -84,9 +84,17 @@ CHECKPOINTS = (
     Mutation(
         "non-persistent-not-verified",
         "megatron_ogpsa/integration/checkpoints/loading.py",
-        "        kind = _verified_kind(flags, load_arg)\n",
-        "        kind = flags.non_persistent_ckpt_type\n",
+        "        kind, pretrained = _verified_kind(flags, load_arg), flags.pretrained_checkpoint\n",
+        "        kind, pretrained = flags.non_persistent_ckpt_type, flags.pretrained_checkpoint\n",
         ("tests/integration/test_torn_checkpoints.py::test_a_non_persistent_checkpoint_is_verified_too",),
         "a torn non-persistent checkpoint, which Megatron prefers to others, is loaded without a look",
+    ),
+    Mutation(
+        "begun-anew-beside-a-non-persistent-checkpoint",
+        "megatron_ogpsa/integration/checkpoints/loading.py",
+        "            kind, pretrained = (kind, None) if is_saved else (None, pretrained)\n",
+        "",
+        ("tests/integration/test_torn_checkpoints.py::test_a_non_persistent_checkpoint_is_verified_too",),
+        "a run that has saved non-persistent checkpoints only begins anew with the pretrained weights",
     ),
 )

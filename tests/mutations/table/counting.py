@@ -9,12 +9,7 @@ COUNTING = (
     Mutation(
         "replicated-weight-counted-twice",
         "megatron_ogpsa/sharding/ownership.py",
-        """    counted = param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(
-        param,
-        tp_group=getattr(optimizer, "tp_group", None),
-        expert_tp_group=getattr(optimizer, "expert_tp_group", None),
-    )
-""",
+        "    counted = is_own and param_is_not_shared(param)\n",
         "    counted = param_is_not_shared(param)\n",
         (f"{GRAM}[tp2]",),
         "norm weights, which every tensor-parallel rank holds in full, enter sums once for each rank",
@@ -22,10 +17,18 @@ COUNTING = (
     Mutation(
         "tied-embedding-counted-twice",
         "megatron_ogpsa/sharding/ownership.py",
-        "counted = param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(\n        param,",
-        "counted = param_is_not_tensor_parallel_duplicate(\n        param,",
+        "    counted = is_own and param_is_not_shared(param)\n",
+        "    counted = is_own\n",
         (f"{GRAM}[pp2-tied]",),
         "both copies of a tied embedding, on the first and the last stage, enter sums",
+    ),
+    Mutation(
+        "sinks-of-the-first-rank-alone",
+        "megatron_ogpsa/sharding/ownership.py",
+        '    return parameter.name.endswith(".softmax_offset")\n',
+        "    return False\n",
+        (f"{GRAM}[tp2-sinks]",),
+        "attention sinks, which Megatron does not mark as split, are taken for copies of the first rank's",
     ),
     Mutation(
         "tied-embedding-is-two-blocks",

@@ -26,9 +26,9 @@ EXAMINATION = (
     ),
     Mutation(
         "folder-made-by-looking",
-        "megatron_ogpsa/integration/checkpoints/disk.py",
-        '    file = _nearest(folder) / f".{uuid',
-        '    folder.mkdir(parents=True, exist_ok=True)\n    file = _nearest(folder) / f".{uuid',
+        "megatron_ogpsa/system/disk.py",
+        '    file = nearest_folder(folder) / f".{uuid',
+        '    folder.mkdir(parents=True, exist_ok=True)\n    file = nearest_folder(folder) / f".{uuid',
         ("tests/integration/test_disk.py::test_folders_are_looked_at_and_not_made",),
         "looking whether a folder can be written makes it",
     ),

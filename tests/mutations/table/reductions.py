@@ -67,7 +67,7 @@ REDUCTIONS = (
     Mutation(
         "nan-decided-on-each-rank",
         "megatron_ogpsa/plugin/gradient_space.py",
-        "        if not self._is_finite(squared_norm_B, before, trace):\n",
+        "        if not self._all_finite_or_told(squared_norm_B, before, trace):\n",
         "        if not all(bool(span.isfinite().all()) for span in self._shard.spans):\n",
         (f"{NOT_FINITE}[tp2-1]",),
         "a rank looks at its own gradient to see whether the step must be skipped",
