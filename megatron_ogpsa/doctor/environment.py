@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from megatron_ogpsa.doctor.findings import Finding, described, fail, ok, warn
+from megatron_ogpsa.system.megatron import MEGATRON_REMEDY, megatron_version, require_supported_megatron
 
 MINIMUM_PYTHON = (3, 12)
 MINIMUM_TORCH = (2, 6)
@@ -58,30 +59,24 @@ def check_torch() -> Finding:
 
 
 def check_megatron() -> Finding:
-    """Whether Megatron is of the series that this project knows, can be imported, and is the one that was installed.
+    """Whether Megatron is of the series that this project knows, and can be imported; from where, and what pip has beside it.
 
     Raises:
         UserError: it is absent, or of another series.
     """
     from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
-    from megatron_ogpsa.integration.runtime.patching import MEGATRON_SERIES, require_supported_megatron
 
     require_supported_megatron()
     install_if_no_gpu()
-    installed = version("megatron-core")
-    again = f"pip install 'megatron-core=={MEGATRON_SERIES}*'"
+    found = megatron_version()
     try:
         core = importlib.import_module("megatron.core")
         importlib.import_module("megatron.training")
     except Exception as error:  # its optional libraries raise anything when they are broken
-        return fail("megatron-core", f"{installed}, which cannot be imported: {described(error)}", again)
-    if core.__version__.partition("+")[0] != installed:  # it may add a commit
-        return fail(
-            "megatron-core",
-            f"{installed} is installed, but {core.__version__} is imported from {_folder(core)}",
-            "take the other Megatron off PYTHONPATH",
-        )
-    return ok("megatron-core", str(installed))
+        return fail("megatron-core", f"{found}, which cannot be imported: {described(error)}", MEGATRON_REMEDY)
+    folder, installed = _folder(core), installed_version("megatron-core")
+    beside = "" if installed in (None, found) else f", where pip has installed {installed}"
+    return ok("megatron-core", f"{found}, from {folder.parent.parent}{beside}")
 
 
 def check_transformer_engine(*, has_gpu: bool) -> Finding:

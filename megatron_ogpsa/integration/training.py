@@ -20,8 +20,9 @@ from megatron_ogpsa.integration.checkpoints.loading import guard_checkpoints
 from megatron_ogpsa.integration.loop.hang_watch import pulsing, watched
 from megatron_ogpsa.integration.loop.hooks import LoopHook, install_hooks
 from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu, install_in_training_loop
-from megatron_ogpsa.integration.runtime.patching import Patch, apply_patches, require_supported_megatron
+from megatron_ogpsa.integration.runtime.patching import Patch, apply_patches
 from megatron_ogpsa.precision.fp8_support import check_fp8_available
+from megatron_ogpsa.system.megatron import require_supported_megatron
 from megatron_ogpsa.system.open_files import raise_limit
 from megatron_ogpsa.system.processes import require_common_count
 

@@ -1,4 +1,4 @@
-"""What the plugin refuses, at start, by the flag's name; and the Megatron versions that it knows."""
+"""What the plugin refuses, at start, by the flag's name."""
 
 from __future__ import annotations
 
@@ -26,27 +26,11 @@ from megatron_ogpsa.errors import UnsupportedError, UserError
 from megatron_ogpsa.precision.fp8_state import quantizing_modules
 from megatron_ogpsa.precision.fp8_support import check_fp8_modules
 from megatron_ogpsa.sharding.gradients import leaf_optimizers
+from megatron_ogpsa.system.megatron import require_series
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED_MEGATRON = "0.19"
-"""Minor version of megatron-core whose optimizers and buffers this package was read against."""
-
 _SUPPORTED_OPTIMIZERS = (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer)
-
-
-def check_megatron_version() -> None:
-    """Refuse a megatron-core whose internals may differ from those that the hooks were written for.
-
-    Raises:
-        UnsupportedError: another minor version is installed.
-    """
-    version = megatron.core.__version__
-    if not version.startswith(SUPPORTED_MEGATRON + "."):
-        raise UnsupportedError(
-            f"megatron-core {version} is installed, megatron-ogpsa hooks into {SUPPORTED_MEGATRON}.x: "
-            f"pip install 'megatron-core=={SUPPORTED_MEGATRON}.*'"
-        )
 
 
 def check_supported(optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Module], config: OGPSAConfig) -> None:
@@ -56,7 +40,7 @@ def check_supported(optimizer: MegatronOptimizer, chunks: Sequence[torch.nn.Modu
         UnsupportedError: names the flag, the reason and the nearest thing that works.
         UserError: the model is not wrapped for data parallelism.
     """
-    check_megatron_version()
+    require_series(megatron.core.__version__)
     for chunk in chunks:
         ddp_config = getattr(chunk, "ddp_config", None)
         if ddp_config is not None and getattr(ddp_config, "use_megatron_fsdp", False):

@@ -285,8 +285,8 @@ def test_another_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_ogpsa.plugin import support
 
     monkeypatch.setattr(support.megatron.core, "__version__", "0.21.0")
-    with pytest.raises(UnsupportedError, match=r"megatron-core 0\.21\.0 is installed.*pip install"):
-        support.check_megatron_version()
+    with pytest.raises(UnsupportedError, match=r"megatron-core 0\.21\.0, in .+megatron/core, is not what.*pip install"):
+        support.check_supported(SimpleNamespace(), [], OGPSAConfig())  # type: ignore[arg-type]
 
 
 def test_attach_refuses_what_is_not_a_megatron_model() -> None:

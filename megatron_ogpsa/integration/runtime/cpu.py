@@ -3,7 +3,7 @@
 Megatron 0.19 places tensors on ``"cuda"`` and reads CUDA streams, events and generators all over its code. Where no GPU
 is found, :func:`install_if_no_gpu` makes those names mean the CPU. Nothing is installed where a GPU is found. Each
 replacement stands in a table below with its reason; all were checked on the Megatron series of
-:data:`~megatron_ogpsa.integration.runtime.patching.MEGATRON_SERIES`.
+:data:`~megatron_ogpsa.system.megatron.MEGATRON_SERIES`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from megatron_ogpsa.integration.runtime.patching import Patch, apply_patches, require_supported_megatron
+from megatron_ogpsa.integration.runtime.patching import Patch, apply_patches
+from megatron_ogpsa.system.megatron import require_supported_megatron
 
 CPU = torch.device("cpu")
 META = torch.device("meta")

@@ -7,11 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ogpsa.errors import UserError
-
-MEGATRON_SERIES = "0.19."
-"""The megatron-core releases whose internals the patches of this package were checked on."""
-
 _applied: dict[str, str] = {}
 """Targets, and the reasons of their patches."""
 
@@ -47,25 +42,6 @@ def apply_patches(patches: Iterable[Patch]) -> None:
             raise RuntimeError(f"cannot patch {patch.target}: there is no such attribute ({patch.reason})")
         setattr(owner, name, patch.replace(original))
         _applied[patch.target] = patch.reason
-
-
-def require_supported_megatron() -> None:
-    """Refuse a Megatron whose internals were never checked, rather than patch it half.
-
-    Raises:
-        UserError: megatron-core is absent or of another series than :data:`MEGATRON_SERIES`.
-    """
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        installed = version("megatron-core")
-    except PackageNotFoundError:
-        raise UserError(f"megatron-core is not installed: pip install 'megatron-core=={MEGATRON_SERIES}*'") from None
-    if not installed.startswith(MEGATRON_SERIES):
-        raise UserError(
-            f"megatron-core {installed} is installed, but megatron-ogpsa hooks into the internals of {MEGATRON_SERIES}x: "
-            f"pip install 'megatron-core=={MEGATRON_SERIES}*'"
-        )
 
 
 def resolve(target: str) -> tuple[Any, str]:
