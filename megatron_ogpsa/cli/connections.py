@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from megatron_ogpsa.cli.config_file import ConfigFile
+from megatron_ogpsa.configuration.config_file import ConfigFile
 
 VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
 

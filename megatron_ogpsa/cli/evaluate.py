@@ -9,9 +9,9 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_ogpsa.cli.config_file import ConfigFile
 from megatron_ogpsa.cli.connections import set_connections
 from megatron_ogpsa.cluster.settings import FLAGS, launch_settings
+from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.evaluation.request import Request, add_request_arguments
 from megatron_ogpsa.system.open_files import raise_limit

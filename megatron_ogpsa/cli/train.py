@@ -12,10 +12,10 @@ import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_ogpsa.cli.config_file import ConfigFile
 from megatron_ogpsa.cli.connections import set_connections
 from megatron_ogpsa.cluster.restarts import require_resumable, require_resumable_ranks
 from megatron_ogpsa.cluster.settings import FLAGS, LaunchSettings, launch_settings
+from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.pipeline import progress
 from megatron_ogpsa.pipeline.plan import Stage, plan_stages

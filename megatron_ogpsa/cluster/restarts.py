@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
-from megatron_ogpsa.cli.config_file import ConfigFile
 from megatron_ogpsa.cluster.settings import LaunchSettings
+from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.errors import UserError
 
 _REMEDY = "give save and load the same folder, and name the weights to begin with as pretrained-checkpoint"

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ogpsa.cli.config_file import ConfigFile
+from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.demo.benchmark import Benchmark
 from megatron_ogpsa.demo.scoring import score
 from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu

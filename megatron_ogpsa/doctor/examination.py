@@ -17,7 +17,7 @@ from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.system.open_files import limits_at_start
 
 if TYPE_CHECKING:
-    from megatron_ogpsa.cli.config_file import ConfigFile
+    from megatron_ogpsa.configuration.config_file import ConfigFile
     from megatron_ogpsa.doctor.ranks import Connections
     from megatron_ogpsa.doctor.stage import FlagsOf, Stage
     from megatron_ogpsa.doctor.steps import Layout
@@ -134,7 +134,7 @@ class Examination:
 
     def _read(self) -> Finding:
         """The configuration, and the runs that it stands for."""
-        from megatron_ogpsa.cli.config_file import ConfigFile
+        from megatron_ogpsa.configuration.config_file import ConfigFile
         from megatron_ogpsa.pipeline.plan import plan_stages
 
         request = self._request

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ogpsa.cli.config_file import BASE, LAUNCH, MODEL, STAGES, ConfigFile
+from megatron_ogpsa.configuration.config_file import BASE, LAUNCH, MODEL, STAGES, ConfigFile
 from megatron_ogpsa.errors import UserError
 
 FOLDERS = ("save", "tensorboard-dir", "non-persistent-global-ckpt-dir")

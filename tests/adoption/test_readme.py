@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ogpsa.cli.config_file import ConfigFile
 from megatron_ogpsa.cli.main import VERBS
+from megatron_ogpsa.configuration.config_file import ConfigFile
 from tests.adoption import pages
 from tests.data.conftest import build_hugging_face_folder
 from tests.harness.preloaded import PreloadedCommand

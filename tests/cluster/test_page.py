@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_ogpsa.cli import train
-from megatron_ogpsa.cli.config_file import ConfigFile
 from megatron_ogpsa.cluster.restarts import require_resumable
 from megatron_ogpsa.cluster.settings import FLAGS, launch_settings
+from megatron_ogpsa.configuration.config_file import ConfigFile
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/launching.md").read_text(encoding="utf-8")

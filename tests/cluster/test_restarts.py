@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ogpsa.cli.config_file import ConfigFile
 from megatron_ogpsa.cluster.restarts import require_resumable, require_resumable_ranks
 from megatron_ogpsa.cluster.settings import LaunchSettings
+from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.errors import UserError
 
 RESUMABLE = {

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from megatron_ogpsa.cli.config_file import ConfigFile
 from megatron_ogpsa.cluster.settings import FLAGS, launch_settings
 from megatron_ogpsa.cluster.slurm import host_names
 from megatron_ogpsa.cluster.value import Value
+from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.errors import UserError
 
 TWO = {"NNODES": "2", "MASTER_ADDR": "node0"}

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_ogpsa.cli import train
-from megatron_ogpsa.cli.config_file import ConfigFile
 from megatron_ogpsa.cli.connections import VARIABLE, set_connections
+from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.system.processes import is_rank, require_common_count
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ogpsa.cli.config_file import ConfigFile
+from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.errors import UserError
 
 Write = Callable[..., Path]

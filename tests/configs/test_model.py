@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ogpsa.cli.config_file import ConfigFile
+from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.conversion.model_file import write_model_file
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.arguments.parser import build_parser, parse_flags

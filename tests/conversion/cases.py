@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ogpsa.cli.config_file import ConfigFile
+from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.integration.arguments.parser import build_parser
 from megatron_ogpsa.integration.training import prepare_megatron
 from megatron_ogpsa.planning.arguments import megatron_arguments

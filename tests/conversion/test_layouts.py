@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ogpsa.cli.config_file import ConfigFile
+from megatron_ogpsa.configuration.config_file import ConfigFile
 from tests.conversion.conftest import Conversions, Outcome, run
 from tests.conversion.models import SHAPE
 from tests.conversion.test_families import weights

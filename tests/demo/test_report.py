@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ogpsa.cli.config_file import ConfigFile
+from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.console.commands import Command, CommandFailed, run_commands
 from megatron_ogpsa.console.training_log import Curve, read_curves
 from megatron_ogpsa.demo.benchmark import Benchmark, BenchmarkSpec, read_conversations, write_benchmark

@@ -322,7 +322,7 @@ def test_only_the_broken_stage_of_a_pipeline_is_blamed(data: Path) -> None:
 )
 def test_published_models_have_their_published_size(config: str, elements: int) -> None:
     """Biases are left out of the estimate: Qwen's of query, key and value are 0.1 millionths of it."""
-    from megatron_ogpsa.cli.config_file import ConfigFile
+    from megatron_ogpsa.configuration.config_file import ConfigFile
     from megatron_ogpsa.integration.arguments.parser import build_parser
     from megatron_ogpsa.planning.arguments import megatron_arguments
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ogpsa.cli import convert, evaluate
-from megatron_ogpsa.cli.config_file import ConfigFile
+from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.evaluation.request import Request
 
 ROOT = Path(__file__).parents[2]

@@ -63,7 +63,7 @@ def test_mistakes_are_told_in_one_line(train: Train, tmp_path: Path, case: str) 
     ],
 )
 def test_the_configurations_mistakes_have_a_line_number(tmp_path: Path, line: str, expected: str) -> None:
-    from megatron_ogpsa.cli.config_file import ConfigFile
+    from megatron_ogpsa.configuration.config_file import ConfigFile
     from megatron_ogpsa.errors import UserError
     from megatron_ogpsa.integration.arguments.parser import build_parser
 
@@ -76,7 +76,7 @@ def test_the_configurations_mistakes_have_a_line_number(tmp_path: Path, line: st
 
 
 def test_the_example_is_valid_and_overrides_win() -> None:
-    from megatron_ogpsa.cli.config_file import ConfigFile
+    from megatron_ogpsa.configuration.config_file import ConfigFile
     from megatron_ogpsa.integration.arguments.parser import build_parser, parse_flags
 
     config = ConfigFile.read(CONFIG)

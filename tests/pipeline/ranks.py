@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ogpsa.cli import train
-from megatron_ogpsa.cli.config_file import ConfigFile
+from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.pipeline.plan import Stage
 from megatron_ogpsa.pipeline.ranks import JobRank

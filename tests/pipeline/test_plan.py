@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ogpsa.cli.config_file import ConfigFile
+from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.arguments.parser import build_parser, parse_flags
 from megatron_ogpsa.pipeline.plan import Stage, plan_stages

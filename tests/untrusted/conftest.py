@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ogpsa.cli.config_file import ConfigFile
+from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.data import load_chat_tokenizer
 from megatron_ogpsa.data.extras import extras_from_row
 from megatron_ogpsa.data.messages import messages_from_row

@@ -9,7 +9,7 @@ BAD_INPUT = "tests/untrusted/test_fixtures.py::test_bad_files"
 UNTRUSTED = (
     Mutation(
         "yaml-without-a-limit",
-        "megatron_ogpsa/cli/yaml_nodes.py",
+        "megatron_ogpsa/configuration/yaml_nodes.py",
         "content = file.read(_MOST_BYTES + 1)",
         "content = file.read(_MOST_BYTES)",
         (BAD_INPUT,),
@@ -17,7 +17,7 @@ UNTRUSTED = (
     ),
     Mutation(
         "yaml-nested-values-unfold",
-        "megatron_ogpsa/cli/yaml_nodes.py",
+        "megatron_ogpsa/configuration/yaml_nodes.py",
         "return [_scalar(place, item) for item in node.value]",
         "return [value_of(place, item) for item in node.value]",
         (BAD_INPUT,),

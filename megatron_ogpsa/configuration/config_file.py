@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from megatron_ogpsa.cli.yaml_nodes import MERGE_TAG, compose, line_of, value_of
 from megatron_ogpsa.cluster.settings import FILE_KEYS, OF_ONE_NODE
+from megatron_ogpsa.configuration.yaml_nodes import MERGE_TAG, compose, line_of, value_of
 from megatron_ogpsa.conversion.model_file import CARRIED_FOLDER, MODEL_FILE
 from megatron_ogpsa.errors import UserError
 

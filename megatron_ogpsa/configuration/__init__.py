@@ -1,0 +1,1 @@
+"""Configurations: YAML whose keys are flags, with the line of each."""
