@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
-from tqdm import tqdm
+
+from megatron_ogpsa.console.progress import with_progress
 
 
 def in_turn(
@@ -26,7 +27,7 @@ def in_turn(
             host waits for the last, so that what launching takes is hidden as it is in a training step.
     """
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    for index in tqdm(range(rounds + 1), desc=title, leave=False, delay=3.0, disable=quiet):
+    for index in with_progress(range(rounds + 1), title, rounds + 1, " rounds", is_shown=not quiet):
         for name, function in work.items():
             taken = _seconds(function, device, repeat)
             if index:

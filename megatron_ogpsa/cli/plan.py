@@ -8,13 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from megatron_ogpsa.configuration.config_file import ConfigFile
+from megatron_ogpsa.console.progress import with_progress
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.pipeline.plan import plan_stages
 
@@ -100,7 +98,7 @@ def _planned(flags_of: FlagsOf, world_size: int) -> Plan:
     from megatron_ogpsa.planning.plan import make_plan
 
     args = cluster_arguments(flags_of(build_parser()), world_size)
-    return make_plan(args, progress=partial(tqdm, desc="simulating", unit=" ranks", delay=3.0, leave=False))
+    return make_plan(args, progress=lambda ranks: with_progress(ranks, "simulating", len(ranks), " ranks"))
 
 
 def _positive(text: str) -> int:

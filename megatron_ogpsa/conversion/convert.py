@@ -6,14 +6,15 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from tqdm import tqdm
 
+from megatron_ogpsa.console.progress import move_on, progress_bar
 from megatron_ogpsa.conversion.chat import carry_chat
 from megatron_ogpsa.conversion.checkpoint_reader import Checkpoint, saved_arguments
 from megatron_ogpsa.conversion.checkpoint_writer import write_checkpoint
@@ -33,8 +34,6 @@ from megatron_ogpsa.conversion.safetensors_writer import Planned, write_weights
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.system.disk import disk_error, disk_remedy
 from megatron_ogpsa.system.files import file_error
-
-PROGRESS_DELAY_SECONDS = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,5 +217,5 @@ def _of_disk(target: Path, error: BaseException) -> UserError | None:
 
 @contextmanager
 def _progress(num_bytes: int, what: str) -> Iterator[Callable[[int], None]]:
-    with tqdm(total=num_bytes, desc=what, unit="B", unit_scale=True, delay=PROGRESS_DELAY_SECONDS, leave=False) as bar:
-        yield lambda done: bar.update(done) or None
+    with progress_bar(what, num_bytes, "B", in_bytes=True) as bar:
+        yield partial(move_on, bar)

@@ -14,8 +14,8 @@ from typing import ClassVar, Self, override
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
+from megatron_ogpsa.console.progress import with_progress
 from megatron_ogpsa.data.extras import extras_from_row
 from megatron_ogpsa.data.messages import messages_from_row
 from megatron_ogpsa.data.packing import best_fit_decreasing
@@ -38,7 +38,6 @@ from megatron_ogpsa.errors import UserError
 _FORMAT_VERSION = 3
 
 # Progress is shown only for what takes longer than this.
-_PROGRESS_DELAY_SECONDS = 2.0
 
 
 class TokenizedRows(Dataset[dict[str, Tensor]]):
@@ -191,16 +190,9 @@ def build_or_read(build: Callable[[Path], None], folder: Path | None) -> Tokeniz
 
 def progress_over(source: RowSource, max_samples: int | None, show_progress: bool) -> Iterator[tuple[str, object]]:
     """The rows that are asked for, with their places; a progress line if reading takes more than a moment."""
-    return iter(
-        tqdm(
-            islice(source.rows(), max_samples),
-            total=min(source.num_rows, max_samples or source.num_rows),
-            desc=f"tokenizing {source.name}",
-            unit=" rows",
-            delay=_PROGRESS_DELAY_SECONDS,
-            disable=not show_progress,
-        )
-    )
+    total = min(source.num_rows, max_samples or source.num_rows)
+    rows = islice(source.rows(), max_samples)
+    return iter(with_progress(rows, f"tokenizing {source.name}", total, " rows", is_shown=show_progress, stays=True))
 
 
 def _tokenize(

@@ -19,9 +19,8 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_ogpsa.console.progress import progress_bar
 from megatron_ogpsa.integration.checkpoints.loaded_model import LoadedModel
-
-PROGRESS_DELAY_SECONDS = 3.0
 
 DEFAULT_BATCH = 32
 """Prompts that go through a replica together."""
@@ -55,14 +54,8 @@ def generate(
     mine = batches[replica::num_replicas]
     decoder = _Decoder(model.module, max_new_tokens, frozenset(end_ids), pad_id, vocab_size)
     found: dict[int, list[int]] = {}
-    with tqdm(
-        total=len(mine) * max_new_tokens,
-        desc=title,
-        unit=" tokens/batch",
-        delay=PROGRESS_DELAY_SECONDS,
-        leave=False,
-        disable=dist.get_rank() != 0,
-    ) as bar:
+    is_first = dist.get_rank() == 0
+    with progress_bar(title, len(mine) * max_new_tokens, " tokens/batch", is_shown=is_first) as bar:
         for batch in mine:
             before = bar.n
             answers = decoder.answer([prompts[index] for index in batch], bar)

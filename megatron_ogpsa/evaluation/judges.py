@@ -11,11 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tqdm import tqdm
-
+from megatron_ogpsa.console.progress import with_progress
 from megatron_ogpsa.errors import UserError, one_line
-
-PROGRESS_DELAY_SECONDS = 3.0
 
 Judge = Callable[[str, str], Any]
 
@@ -91,13 +88,7 @@ def verdicts_of(judge: Judge, name: str, prompts: Sequence[str], answers: Sequen
         UserError: it raises, or returns what is neither a truth value nor a number from 0 to 1; with the answer's number.
     """
     verdicts = []
-    pairs = tqdm(
-        zip(prompts, answers, strict=True),
-        total=len(prompts),
-        desc="judging",
-        delay=PROGRESS_DELAY_SECONDS,
-        leave=False,
-    )
+    pairs = with_progress(zip(prompts, answers, strict=True), "judging", len(prompts), " answers")
     for number, (prompt, answer) in enumerate(pairs, start=1):
         place = f"--judge {name}: answer {number} of {len(prompts)}"
         try:

@@ -19,8 +19,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from torch.utils.data import Subset
-from tqdm import tqdm
 
+from megatron_ogpsa.console.progress import progress_bar
 from megatron_ogpsa.data import TokenizedChatDataset, TokenizedPreferenceDataset
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.checkpoints.loaded_model import LoadedModel
@@ -28,8 +28,6 @@ from megatron_ogpsa.integration.inputs.batch import Batch
 from megatron_ogpsa.integration.inputs.forward import make_forward_step
 from megatron_ogpsa.losses.preference import answer_log_probs, chosen_mask
 from megatron_ogpsa.reference_policy.passes import Passes
-
-PROGRESS_DELAY_SECONDS = 3.0
 
 Dataset = TokenizedChatDataset | TokenizedPreferenceDataset
 
@@ -93,14 +91,7 @@ def measure(model: LoadedModel, name: str, dataset: Dataset) -> Loss:
         decoder_seq_length=args.decoder_seq_length,
     )
     totals = torch.zeros(len(names), dtype=torch.float64, device=next(model.module.parameters()).device)
-    with tqdm(
-        total=len(dataset),
-        desc=f"loss on {name}",
-        unit=" rows",
-        delay=PROGRESS_DELAY_SECONDS,
-        leave=False,
-        disable=dist.get_rank() != 0,
-    ) as bar:
+    with progress_bar(f"loss on {name}", len(dataset), " rows", is_shown=dist.get_rank() == 0) as bar:
         for start in range(0, len(dataset), passes.rows_per_round):
             rows = Subset(dataset, range(start, min(start + passes.rows_per_round, len(dataset))))
             for sums in passes.collect(rows):

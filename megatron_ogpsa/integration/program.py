@@ -51,8 +51,8 @@ def run_training(flags: list[str]) -> None:
         if args.train_iters and args.iteration >= args.train_iters and dist.get_rank() == 0:
             print(f"nothing was left to train: --load {args.load} is at step {args.iteration} of {args.train_iters}")
     except SystemExit as end:
-        # --exit-interval, --exit-duration-in-mins or a signal, after which Megatron has saved; if that was in the last step the
-        # run has ended, and what follows it may begin.
+        # --exit-interval, --exit-duration-in-mins or a signal, after which Megatron has saved; if that was in the last step,
+        # the run has ended, and what follows it may begin.
         if end.code or not args.train_iters or args.curr_iteration + 1 < args.train_iters:
             raise
     except UserError as error:

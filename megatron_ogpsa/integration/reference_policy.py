@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import ConcatDataset, Dataset
-from tqdm import tqdm
 
+from megatron_ogpsa.console.progress import progress_bar
 from megatron_ogpsa.data.micro_batches import micro_batches_at_once
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.arguments.model import MODEL_ARGUMENTS, PRECISION_ARGUMENTS, described, difference
@@ -27,7 +27,6 @@ from megatron_ogpsa.integration.loop.hooks import LoopHook
 from megatron_ogpsa.integration.ranks.agreement import agreed, from_rank_0
 from megatron_ogpsa.losses.output import LossFunction
 from megatron_ogpsa.losses.preference import PreferenceLossConfig, answer_log_probs, summed_pair_loss
-from megatron_ogpsa.references.gradients import PROGRESS_DELAY_SECONDS
 from megatron_ogpsa.watchdog import progress
 
 if TYPE_CHECKING:
@@ -291,13 +290,9 @@ class ReferencePolicy(LoopHook):
         rows: ConcatDataset[dict[str, Tensor]] = ConcatDataset([pairs.widened(width) for pairs in numbered])
         firsts = [0, *rows.cumulative_sizes[:-1]]
         row_of_pair_N = torch.cat([pairs.row_of_pair + first for pairs, first in zip(numbered, firsts, strict=True)])
-        with tqdm(
-            total=self._num_pairs,
-            initial=int(log_probs.is_known_N.sum()),
-            desc="DPO reference policy",
-            unit=" pairs",
-            delay=PROGRESS_DELAY_SECONDS,
-            disable=not is_first,
+        done = int(log_probs.is_known_N.sum())
+        with progress_bar(
+            "DPO reference policy", self._num_pairs, " pairs", done=done, is_shown=is_first, stays=True
         ) as bar:
 
             def after_round(so_far: LogProbs, num_new: int) -> None:

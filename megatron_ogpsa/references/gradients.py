@@ -21,6 +21,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_ogpsa.console.progress import progress_bar
 from megatron_ogpsa.data.micro_batches import Rows, deal_out, micro_batches_at_once
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.plugin.ogpsa import OGPSA
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 MicroBatch = dict[str, Tensor]
 
-PROGRESS_DELAY_SECONDS = 3.0
 """Refreshes that are over sooner show no progress."""
 
 
@@ -290,14 +290,8 @@ def _mean_losses(references: Sequence[Reference], sums: Sequence[LossSum]) -> di
 
 def _progress_bar(references: Sequence[Reference]) -> tqdm[NoReturn]:
     """Micro-batches of a refresh with the time left; rank 0 shows it, if the refresh takes more than a moment."""
-    return tqdm(
-        total=sum(len(reference.micro_batches) for reference in references),
-        desc="OGPSA refresh",
-        unit=" micro-batches",
-        delay=PROGRESS_DELAY_SECONDS,
-        leave=False,
-        disable=dist.get_rank() != 0,
-    )
+    number = sum(len(reference.micro_batches) for reference in references)
+    return progress_bar("OGPSA refresh", number, " micro-batches", is_shown=dist.get_rank() == 0)
 
 
 def _watched(micro_batches: Sequence[MicroBatch], bar: tqdm[NoReturn] | None) -> Iterator[MicroBatch]:

@@ -281,7 +281,7 @@ def test_progress_is_silent_unless_asked_for(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("megatron_ogpsa.data.dataset._PROGRESS_DELAY_SECONDS", 0)
+    monkeypatch.setattr("megatron_ogpsa.console.progress.DELAY_SECONDS", 0)
     source = write_jsonl(*ROWS)
     build_chat_dataset(source, tokenizer, seq_length=64, packing=True, cache_dir=None)
     assert "tokenizing" not in capfd.readouterr().err

@@ -11,14 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from megatron_ogpsa.console.progress import with_progress
 from megatron_ogpsa.data.messages import type_name
 from megatron_ogpsa.data.sources import open_source
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.system.files import write_atomically
-
-PROGRESS_DELAY_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -85,9 +82,7 @@ def select(recipe: Recipe, source: str, *, num_rows: int, seed: int) -> Selectio
     seen: set[bytes] = set()
     dropped: Counter[str] = Counter()
     read = fit = 0
-    for where, row in tqdm(
-        opened.rows(), total=opened.num_rows, desc=recipe.name, unit=" rows", delay=PROGRESS_DELAY_SECONDS
-    ):
+    for where, row in with_progress(opened.rows(), recipe.name, opened.num_rows, " rows", stays=True):
         read += 1
         if not isinstance(row, dict):
             raise UserError(

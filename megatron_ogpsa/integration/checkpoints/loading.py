@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from tqdm import tqdm
 
 from megatron_ogpsa.attributes import attributes_set
 from megatron_ogpsa.checkpoints.choice import Examined, choose
@@ -28,10 +27,10 @@ from megatron_ogpsa.checkpoints.survey import (
     survey,
     write_tracker,
 )
+from megatron_ogpsa.console.progress import move_on, progress_bar
 from megatron_ogpsa.errors import UserError, one_line, where
 from megatron_ogpsa.integration.checkpoints.saving import (
     NON_PERSISTENT,
-    PROGRESS_DELAY_SECONDS,
     SAVING_PATCHES,
     folder_of,
 )
@@ -70,17 +69,10 @@ def examine_together(folder: Path, iteration: int | None = None) -> Examined:
     def damages(saved: Saved) -> list[str]:
         manifest = saved.manifest or {}
         share = sorted(manifest)[dist.get_rank() :: dist.get_world_size()]
-        with tqdm(
-            total=len(share),
-            desc=f"verifying {folder / saved.name}",
-            unit=" files",
-            delay=PROGRESS_DELAY_SECONDS,
-            leave=False,
-            disable=dist.get_rank() != 0,
-        ) as bar:
-            own = agreed(
-                lambda: damaged_files(folder / saved.name, manifest, share, after_file=lambda: bar.update() or None)
-            )
+        is_first = dist.get_rank() == 0
+        with progress_bar(f"verifying {folder / saved.name}", len(share), " files", is_shown=is_first) as bar:
+            moves = functools.partial(move_on, bar)
+            own = agreed(lambda: damaged_files(folder / saved.name, manifest, share, after_file=moves))
         everyones: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyones, own)
         return [problem for problems in everyones for problem in problems]

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from tqdm import tqdm
 
 from megatron_ogpsa.checkpoints.manifest import (
     digests_of,
@@ -30,6 +29,7 @@ from megatron_ogpsa.checkpoints.manifest import (
     write_manifest,
 )
 from megatron_ogpsa.checkpoints.survey import HAS_MANIFEST, STATE_FILE, checkpoint_folder
+from megatron_ogpsa.console.progress import move_on, progress_bar
 from megatron_ogpsa.integration.checkpoints.disk import install_writer_errors, noted_error
 from megatron_ogpsa.integration.ranks.agreement import agreed
 from megatron_ogpsa.integration.runtime.patching import Patch
@@ -37,9 +37,6 @@ from megatron_ogpsa.system.files import file_error, write_json
 
 NON_PERSISTENT = "non_persistent"
 """Megatron's folder for checkpoints that follow each other in one place, below that of the others."""
-
-PROGRESS_DELAY_SECONDS = 3.0
-"""What is hashed sooner shows no progress."""
 
 _states: dict[Path, dict[str, Any]] = {}
 """State files that are still to be written, by their checkpoint's folder: asynchronous saves are finished later."""
@@ -147,15 +144,8 @@ def _write_manifest_together(folder: Path) -> None:
 
 
 def _hashed(folder: Path, names: list[str]) -> dict[str, str]:
-    with tqdm(
-        total=len(names),
-        desc=f"digests of {folder}",
-        unit=" files",
-        delay=PROGRESS_DELAY_SECONDS,
-        leave=False,
-        disable=dist.get_rank() != 0,
-    ) as bar:
-        return digests_of(folder, names, after_file=lambda: bar.update() or None)
+    with progress_bar(f"digests of {folder}", len(names), " files", is_shown=dist.get_rank() == 0) as bar:
+        return digests_of(folder, names, after_file=functools.partial(move_on, bar))
 
 
 def _told[T](folder: Path, action: Callable[[], T]) -> Callable[[], T]:
