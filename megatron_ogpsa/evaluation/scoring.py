@@ -13,9 +13,9 @@ from megatron_ogpsa.evaluation.judges import verdicts_of
 from megatron_ogpsa.evaluation.losses import Dataset, Loss, measure
 from megatron_ogpsa.evaluation.rates import Rate, rate_of
 from megatron_ogpsa.evaluation.request import Checkpoint, Request
+from megatron_ogpsa.integration.arguments.packing import check_packing
 from megatron_ogpsa.integration.checkpoints.loaded_model import LoadedModel
 from megatron_ogpsa.integration.inputs.datasets import chat_tokenizer, load_conversations, load_pairs
-from megatron_ogpsa.integration.inputs.packing import check_packing
 from megatron_ogpsa.integration.ranks.agreement import agreed, from_rank_0
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from megatron_ogpsa.errors import UnsupportedError, UserError
 from megatron_ogpsa.integration.arguments.loop import check_loop_arguments
+from megatron_ogpsa.integration.arguments.packing import check_packing
 from megatron_ogpsa.integration.arguments.parser import WHOLE_SET
 from megatron_ogpsa.integration.inputs.context_parallel import check_context_parallel
 from megatron_ogpsa.integration.inputs.datasets import load_conversations, load_pairs, make_datasets_provider
 from megatron_ogpsa.integration.inputs.forward import ForwardStep, make_forward_step
-from megatron_ogpsa.integration.inputs.packing import check_packing
 from megatron_ogpsa.integration.loop.hooks import LoopHook
 from megatron_ogpsa.integration.loop.time_left import TimeLeft
 from megatron_ogpsa.integration.projection.reference_data import reference_loader

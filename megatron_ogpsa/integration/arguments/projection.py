@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_ogpsa.config import MAX_CONFLICT_REFERENCES, OGPSAConfig
 from megatron_ogpsa.errors import UnsupportedError, UserError
-from megatron_ogpsa.integration.inputs.packing import check_packing
+from megatron_ogpsa.integration.arguments.packing import check_packing
 from megatron_ogpsa.integration.projection.authors import check_authors_arguments
 from megatron_ogpsa.integration.projection.reference_data import loss_of_reference
 from megatron_ogpsa.integration.projection.schedule import check_schedule_arguments

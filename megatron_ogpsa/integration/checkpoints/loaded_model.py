@@ -12,8 +12,8 @@ import torch.distributed as dist
 from megatron_ogpsa.checkpoints.survey import TRACKER_FILE, survey
 from megatron_ogpsa.errors import UnsupportedError, UserError
 from megatron_ogpsa.integration.arguments.loop import check_model
+from megatron_ogpsa.integration.arguments.validation import validated_arguments
 from megatron_ogpsa.integration.checkpoints.loading import guard_checkpoints
-from megatron_ogpsa.integration.program import validated_arguments
 from megatron_ogpsa.integration.ranks.agreement import agreed
 from megatron_ogpsa.integration.training import check_device, prepare_megatron
 from megatron_ogpsa.precision.fp8_state import has_forward_scales, starts_without_scales

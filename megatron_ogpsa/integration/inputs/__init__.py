@@ -1,1 +1,1 @@
-"""From data sets to the model: sampling, micro-batches, sequences packed or split, the forward step."""
+"""From data sets to the model: sampling, micro-batches, sequences split, the forward step."""

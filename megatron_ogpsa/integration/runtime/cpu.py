@@ -95,12 +95,7 @@ def install_if_no_gpu() -> bool:
         return False
     require_supported_megatron()
     first_time = not _is_installed()
-    _silence_expected_warnings()
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # validate_args insists on it for tensor parallelism
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # jit_fuser would start a C++ compiler for each fused function
-    _use_device_context()
-    apply_patches(torch_patches(CPU))
-    apply_patches(CORE_PATCHES)
+    _install(CPU)
     if first_time and os.environ.get("RANK", "0") == "0":
         print("CPU runtime: no GPU found, Megatron runs on the CPU with gloo (for trials and tests)", file=sys.stderr)
     return True
@@ -121,11 +116,16 @@ def install_on_meta() -> None:
     if not _is_on_meta and _is_installed():
         raise RuntimeError("install_on_meta() after install_if_no_gpu(): plan in a process of its own")
     _is_on_meta = True
+    _install(META)
+
+
+def _install(device: torch.device) -> None:
+    """Let ``device`` stand for the GPU."""
     _silence_expected_warnings()
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # validate_args insists on it for tensor parallelism
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # jit_fuser would start a C++ compiler for each fused function
     _use_device_context()
-    apply_patches(torch_patches(META))
+    apply_patches(torch_patches(device))
     apply_patches(CORE_PATCHES)
 
 
