@@ -37,8 +37,6 @@ from megatron_ogpsa.errors import UserError
 # Part of every fingerprint: raise it when the same input is to give other tokens, masks or files.
 _FORMAT_VERSION = 3
 
-# Progress is shown only for what takes longer than this.
-
 
 class TokenizedRows(Dataset[dict[str, Tensor]]):
     """Rows of ``seq_length`` positions with one document, or several packed ones, and padding after them.

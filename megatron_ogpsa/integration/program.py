@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_ogpsa.checkpoints.survey import checkpoint_folder, survey
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.arguments.validation import validated_arguments
 from megatron_ogpsa.integration.stages import build_stage
@@ -43,9 +45,9 @@ def run_training(flags: list[str]) -> None:
         if args.train_iters and args.iteration >= args.train_iters and dist.get_rank() == 0:
             print(f"nothing was left to train: --load {args.load} is at step {args.iteration} of {args.train_iters}")
     except SystemExit as end:
-        # --exit-interval, --exit-duration-in-mins or a signal, after which Megatron has saved; if that was in the last step,
-        # the run has ended, and what follows it may begin.
-        if end.code or not args.train_iters or args.curr_iteration + 1 < args.train_iters:
+        # --exit-interval, --exit-duration-in-mins or a signal: if that was in the last step, and this is saved, the run has
+        # ended, and what follows it may begin.
+        if end.code or not args.save or not _is_saved(Path(args.save), args.train_iters):
             raise
     except UserError as error:
         # Without NCCL the others wait for nothing but this rank's connections, and learn from their end.
@@ -57,3 +59,8 @@ def run_training(flags: list[str]) -> None:
     finally:
         if ends_alike and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _is_saved(folder: Path, last_step: int) -> bool:
+    """Whether that is what the tracker names: Megatron does without where it has saved a non-persistent checkpoint."""
+    return survey(folder).tracked == checkpoint_folder(folder, last_step).name

@@ -101,7 +101,8 @@ def plan_stages(config: ConfigFile, overrides: list[str]) -> tuple[Stage, ...]:
         start = str(previous.folder) if previous else top["pretrained-checkpoint"]
         given = ["--save", str(folder), "--load", str(folder)]
         given += ["--pretrained-checkpoint", start] if start else []
-        given += ["--tensorboard-dir", str(Path(top["tensorboard-dir"], name))] if top["tensorboard-dir"] else []
+        for key in FOLDERS[1:]:
+            given += [f"--{key}", str(Path(own, name))] if (own := top[key]) else []
         stages.append(Stage(name, number, folder, previous, _without(config.stage(name)), tuple(others), tuple(given)))
     return tuple(stages)
 
@@ -123,6 +124,6 @@ def _split(overrides: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def _remedy(key: str) -> str:
     return {
         "save": "give 'save' once, beside 'stages'; each stage gets a folder of its own below it",
-        "tensorboard-dir": "give it once, beside 'stages'; each stage gets a folder of its own below it",
+        **dict.fromkeys(FOLDERS[1:], "give it once, beside 'stages'; each stage gets a folder of its own below it"),
         **dict.fromkeys(OF_THE_FILE, "give it once, beside 'stages'"),
     }.get(key, "name the weights to begin with as pretrained-checkpoint, beside 'stages'")

@@ -258,9 +258,10 @@ def _local(parameter: NamedParameter) -> LocalParameter:
     param = parameter.param
     num_shares = _share(parameter)[1]
     parts = [name for name, _ in row_pattern(parameter).parts]
+    split_dim = 0 if is_split_unmarked(parameter) else getattr(param, "partition_dim", None)
     return LocalParameter(
         name=parameter.name,
-        split_dim=getattr(param, "partition_dim", None) if num_shares > 1 else None,
+        split_dim=split_dim if num_shares > 1 else None,
         num_shares=num_shares,
         numel=param.numel(),
         is_expert=not getattr(param, "allreduce", True),

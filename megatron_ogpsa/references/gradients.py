@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 MicroBatch = dict[str, Tensor]
 
-"""Refreshes that are over sooner show no progress."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
@@ -127,7 +125,7 @@ def cut_reference(
 def pinned(micro_batch: MicroBatch) -> MicroBatch:
     """Page-locked where there is a GPU: kept for all refreshes, so that each copy overlaps the pass before it."""
     if torch.accelerator.is_available():
-        return {key: tensor.pin_memory() for key, tensor in micro_batch.items()}
+        return {key: tensor.pin_memory() if tensor.is_cpu else tensor for key, tensor in micro_batch.items()}
     return micro_batch
 
 

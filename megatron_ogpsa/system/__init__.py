@@ -1,1 +1,1 @@
-"""Files, open files and processes, as the operating system has them."""
+"""Files, disks and processes, as the operating system has them; and which Megatron is there."""

@@ -48,7 +48,7 @@ def probe(folder: Path) -> None:
 def nearest_folder(folder: Path) -> Path:
     """The folder, or the one above it that is there."""
     place = folder.absolute()
-    while not place.exists():
+    while not place.is_dir():
         place = place.parent
     return place
 

@@ -21,9 +21,11 @@ _NUMBER = re.compile(r"^(MAJOR|MINOR|PATCH) = (\d+)$", re.MULTILINE)
 
 def megatron_folder() -> Path | None:
     """Where ``megatron.core`` would be imported from: often a checkout of Megatron-LM, from which a script is started."""
-    spec = importlib.util.find_spec("megatron")
-    places = spec.submodule_search_locations if spec is not None else None
-    return next((Path(place) / "core" for place in places or () if (Path(place) / "core/__init__.py").is_file()), None)
+    try:
+        spec = importlib.util.find_spec("megatron.core")  # imports its parent, a namespace without code
+    except ImportError:
+        return None
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
 def megatron_version() -> str:
@@ -60,8 +62,7 @@ def require_series(found: str) -> None:
         UnsupportedError: likewise.
     """
     if not found.startswith(MEGATRON_SERIES):
-        where = folder if (folder := megatron_folder()) else "somewhere"
         raise UnsupportedError(
-            f"megatron-core {found}, in {where}, is not what megatron-ogpsa hooks into, which is {MEGATRON_SERIES}x: "
-            f"{MEGATRON_REMEDY}"
+            f"megatron-core {found}, in {megatron_folder()}, is not what megatron-ogpsa hooks into, which is "
+            f"{MEGATRON_SERIES}x: {MEGATRON_REMEDY}"
         )

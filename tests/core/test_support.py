@@ -62,7 +62,7 @@ def arguments() -> Callable[..., argparse.Namespace]:
     switches += ["te_precision_config_file", "ogpsa_references_in_bf16", "bf16", "masked_softmax_fusion", "window_size"]
     switches += "optimizer_cuda_graph perform_rl_step optimizer_cpu_offload use_precision_aware_optimizer".split()
     switches += ["qk_clip", "moe_single_grouped_weight", "moe_paged_stash", "fine_grained_activation_offloading"]
-    switches += ["overlap_moe_expert_parallel_comm", "multi_latent_attention", "sequence_parallel"]
+    switches += ["overlap_moe_expert_parallel_comm", "multi_latent_attention", "sequence_parallel", "tp_comm_overlap"]
     return lambda **changes: argparse.Namespace(**(plain | dict.fromkeys(switches) | changes))
 
 
@@ -158,6 +158,17 @@ def test_models_that_would_be_taken_for_others_are_refused(change: dict[str, Any
     check_model(argparse.Namespace(**plain | {"spec": ["json", "loads"]}))
     with pytest.raises(UserError, match=f"^{words}"):
         check_model(argparse.Namespace(**plain | change))
+
+
+def test_buffers_for_fp8_alone_are_refused_with_references_in_bf16(
+    arguments: Callable[..., argparse.Namespace],
+) -> None:
+    from megatron_ogpsa.integration.arguments.projection import check_projection_arguments
+
+    given = {"ogpsa_references_in_bf16": True, "bf16": True, "tp_comm_overlap": True}
+    check_projection_arguments(arguments(**given))
+    with pytest.raises(UnsupportedError, match=r"^--tp-comm-overlap with --ogpsa-references-in-bf16 and --fp8-format: "):
+        check_projection_arguments(arguments(**given, fp8="hybrid"))
 
 
 PAIRS = {"ogpsa_reference_loss": [(None, "nll_pair")]}

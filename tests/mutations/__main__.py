@@ -83,7 +83,8 @@ def _parser(mutations: Sequence[Mutation]) -> argparse.ArgumentParser:
     )
     names = [mutation.name for mutation in mutations]
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help="these mutations alone")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many side by side (default: 1)")
+    jobs = range(1, 9)
+    parser.add_argument("--jobs", type=int, choices=jobs, default=1, metavar="N", help="side by side (default: 1)")
     parser.add_argument("--list", action="store_true", help="show the mutations and run nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as data")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the results as a page")

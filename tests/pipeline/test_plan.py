@@ -60,6 +60,11 @@ def test_each_stage_goes_on_from_its_folder_and_begins_with_the_one_before(tmp_p
     )
     sft, dpo = (parse_flags(stage.flags(parser)) for stage in stages_of(tmp_path, top, "--save", "elsewhere"))
     assert (sft.save, dpo.pretrained_checkpoint) == ("elsewhere/sft", "elsewhere/sft")
+    assert (sft.non_persistent_global_ckpt_dir, dpo.non_persistent_global_ckpt_dir) == (None, None)
+    key = "non-persistent-global-ckpt-dir"
+    for text, more in ((f"{top}{key}: fast\n", ()), (top, (f"--{key}", "fast"))):
+        sft, dpo = (parse_flags(stage.flags(parser)) for stage in stages_of(tmp_path, text, *more))
+        assert (sft.non_persistent_global_ckpt_dir, dpo.non_persistent_global_ckpt_dir) == ("fast/sft", "fast/dpo")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import argparse
 import importlib
 from collections.abc import Iterator
 
-from megatron_ogpsa.errors import UnsupportedError, UserError
+from megatron_ogpsa.errors import UnsupportedError, UserError, one_line
 
 _OF_THE_MODEL = "num_layers hidden_size num_attention_heads max_position_embeddings".split()
 _WANTED_BESIDE_CHECKPOINT = {"micro_batch_size": "rows that a rank computes at once, such as 1"}
@@ -124,8 +124,10 @@ def check_model(args: argparse.Namespace) -> None:
     module, name = args.spec if len(args.spec) == 2 else ("", "")
     try:
         found = hasattr(importlib.import_module(module), name) if module else False
-    except ImportError as error:
-        raise UserError(f"--spec {given}: {error}: name a module that can be imported, and layers in it") from None
+    except Exception as error:  # it is the user's code
+        raise UserError(
+            f"--spec {given}: {one_line(error)}: name a module that can be imported, and layers in it"
+        ) from None
     if not found:
         raise UserError(
             f"--spec {given}: no such layers: give a module and a name in it, as --spec my.layers layer_spec"

@@ -86,6 +86,7 @@ class LoadedModel:
         args = self.args
         agreed(lambda: _require_checkpoint(flag, folder) if dist.get_rank() == 0 else None)
         args.load, args.ckpt_step, args.pretrained_checkpoint = folder, iteration, None
+        args.non_persistent_ckpt_type = None  # Megatron would prefer a newer one, whatever was asked for
         args.finetune = args.no_load_optim = args.no_load_rng = args.exit_on_missing_checkpoint = True
         load_checkpoint([self.module], None, None)
         self._require_scales(flag, folder)

@@ -88,10 +88,10 @@ def _verified_first(original: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.training import get_args
 
         flags = get_args()
-        kind, pretrained = _verified_kind(flags, load_arg), flags.pretrained_checkpoint
+        (kind, is_saved), pretrained = _verified_kind(flags, load_arg), flags.pretrained_checkpoint
         if pretrained is not None and not _is_begun(flags, load_arg):
             # Megatron would begin with the pretrained weights, or take what the run has saved for such.
-            is_saved = _has_non_persistent(flags, load_arg, kind, kwargs.get("checkpointing_context"))
+            is_saved = is_saved or _has_local(kind, kwargs.get("checkpointing_context"))
             kind, pretrained = (kind, None) if is_saved else (None, pretrained)
         settings = {
             "ckpt_step": _verified_step(flags, load_arg, kind, pretrained),
@@ -114,27 +114,24 @@ def _is_begun(args: argparse.Namespace, load_arg: str) -> bool:
     given = getattr(args, load_arg)
     if given is None:
         return False
-    tracker = Path(given) / TRACKER_FILE
-    return from_rank_0(lambda: tracker.exists() or bool(survey(Path(given)).saved))
+    found = from_rank_0(lambda: survey(Path(given)))
+    return found.tracked is not None or found.tracker_problem is not None or bool(found.saved)
 
 
-def _has_non_persistent(
-    args: argparse.Namespace, load_arg: str, kind: str | None, context: dict[str, Any] | None
-) -> bool:
-    """Whether the run has saved a whole non-persistent checkpoint; on all ranks alike."""
-    if getattr(args, load_arg) is None or kind is None:
-        return False
-    if kind == "local":
-        return context is not None and context["local_checkpoint_manager"].find_latest() != -1
-    return examine_together(_non_persistent_folder(args, load_arg)).chosen is not None
+def _has_local(kind: str | None, context: dict[str, Any] | None) -> bool:
+    """Whether the run has saved a local checkpoint; on all ranks alike."""
+    return kind == "local" and context is not None and context["local_checkpoint_manager"].find_latest() != -1
 
 
 def _non_persistent_folder(args: argparse.Namespace, load_arg: str) -> Path:
     return Path(args.non_persistent_global_ckpt_dir or Path(getattr(args, load_arg)) / NON_PERSISTENT)
 
 
-def _verified_kind(args: argparse.Namespace, load_arg: str) -> str | None:
+def _verified_kind(args: argparse.Namespace, load_arg: str) -> tuple[str | None, bool]:
     """What ``--non-persistent-ckpt-type`` is to be: none, where the one that Megatron prefers to others is not whole.
+
+    Returns:
+        That, and whether there is a whole one in a folder.
 
     Raises:
         UserError: it is not, and there is no other; on all ranks alike.
@@ -142,18 +139,18 @@ def _verified_kind(args: argparse.Namespace, load_arg: str) -> str | None:
     kind: str | None = args.non_persistent_ckpt_type
     given = getattr(args, load_arg)
     if kind != "global" or given is None:
-        return kind
+        return kind, False
     folder = _non_persistent_folder(args, load_arg)
     examined = examine_together(folder)
     if not examined.problems:
-        return kind
+        return kind, examined.chosen is not None
     flag = f"--{load_arg.replace('_', '-')} {given}"
     if examine_together(Path(given), args.ckpt_step).chosen is None:
         raise UserError(f"{flag}: {_joined(examined)}; no checkpoint is left: restore one, or move {folder} away")
     from megatron.training import print_rank_0
 
     print_rank_0(f"WARNING: {flag}: {_joined(examined)}; going on without {folder}")
-    return None
+    return None, False
 
 
 def _verified_step(args: argparse.Namespace, load_arg: str, kind: str | None, pretrained: str | None) -> int | None:

@@ -1,1 +1,1 @@
-"""Patches of Megatron as data, and Megatron without a GPU."""
+"""Patches of Megatron as data, what its wheel needs, and Megatron without a GPU."""
