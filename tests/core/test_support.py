@@ -167,7 +167,9 @@ def test_buffers_for_fp8_alone_are_refused_with_references_in_bf16(
 
     given = {"ogpsa_references_in_bf16": True, "bf16": True, "tp_comm_overlap": True}
     check_projection_arguments(arguments(**given))
-    with pytest.raises(UnsupportedError, match=r"^--tp-comm-overlap with --ogpsa-references-in-bf16 and --fp8-format: "):
+    with pytest.raises(
+        UnsupportedError, match=r"^--tp-comm-overlap with --ogpsa-references-in-bf16 and --fp8-format: "
+    ):
         check_projection_arguments(arguments(**given, fp8="hybrid"))
 
 

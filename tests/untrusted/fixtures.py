@@ -94,6 +94,7 @@ CONFIGS: dict[str, Case] = {
         "num-layers: 2\nogpsa-granularty: tensor\n",
         "{path}:2: unknown key 'ogpsa-granularty', did you mean ogpsa-granularity?",
     ),
+    "too large": ("#" * (1 << 20) + "\n", "{path}: larger than 1 MiB, so no configuration: check the path"),
     "twice": ("num-layers: 2\nnum_layers: 4\n", "{path}:2: num-layers stands on line 1 already: keep one of them"),
     "not YAML": ("lr: [1, 2\n", "{path}:2: not YAML (...): mend the line"),
     "tab": ("num-layers: 2\n\tlr: 1\n", "{path}:2: not YAML (...): mend the line"),

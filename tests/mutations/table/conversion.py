@@ -42,8 +42,10 @@ CONVERSION = (
     Mutation(
         "query-and-key-norms-swapped",
         "megatron_ogpsa/conversion/families.py",
-        '"self_attn.q_norm.weight"',
-        '"self_attn.k_norm.weight"',
+        '    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",\n'
+        '    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",\n',
+        '    "self_attention.q_layernorm.weight": "self_attn.k_norm.weight",\n'
+        '    "self_attention.k_layernorm.weight": "self_attn.q_norm.weight",\n',
         (LOGITS,),
         "queries are normed with the keys' weights",
     ),
