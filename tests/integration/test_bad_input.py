@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,20 @@ def test_values_that_megatrons_flags_look_up_or_evaluate(flags: list[str], expec
     with pytest.raises(UserError) as raised:
         parse_flags(flags)
     assert str(raised.value).startswith(expected)
+
+
+def test_fewer_samples_than_a_batch_are_no_run() -> None:
+    from megatron_ogpsa.errors import UserError
+    from megatron_ogpsa.integration.stages import check_arguments
+
+    args = argparse.Namespace(
+        ogpsa_train_data="x.jsonl", ogpsa_stage="sft", calculate_per_token_loss=True, eval_iters=1
+    )
+    args.train_samples, args.global_batch_size = 7, 8
+    with pytest.raises(
+        UserError, match=r"^--train-samples 7 is less than --global-batch-size 8, so that there would be no"
+    ):
+        check_arguments(args)
 
 
 ASYNC = "--async-save --use-persistent-ckpt-worker"

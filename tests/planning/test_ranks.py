@@ -36,6 +36,14 @@ def test_each_element_counts_once_in_each_group_that_sums(clusters: dict[str, li
     assert list(faults(clusters[world], WORLDS[world].shape)) == []
 
 
+def test_sinks_are_told_to_be_split(clusters: dict[str, list[Any]]) -> None:
+    """Megatron does not mark them; the page would call them copies."""
+    parameters = [parameter for rank in clusters["tp4-pp4-vpp2-tied-plain"] for parameter in rank.parameters]
+    sinks = [parameter for parameter in parameters if parameter.name.endswith(".softmax_offset")]
+    assert len(sinks) == 2 * len(clusters["tp4-pp4-vpp2-tied-plain"])  # a layer for each virtual stage
+    assert {(sink.split_dim, sink.num_shares, sink.numel) for sink in sinks} == {(0, 4, 4)}
+
+
 @pytest.mark.parametrize("mistake", ["counted twice", "not counted", "shifted", "of another block"])
 def test_a_single_wrong_piece_of_a_single_rank_is_found(clusters: dict[str, list[Any]], mistake: str) -> None:
     ranks = list(clusters["tp4-pp2-dp4"])
