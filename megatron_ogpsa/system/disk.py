@@ -46,9 +46,9 @@ def probe(folder: Path) -> None:
 
 
 def nearest_folder(folder: Path) -> Path:
-    """The folder, or the one above it that is there."""
+    """The folder, or what is there above it: a file, below which nothing can be."""
     place = folder.absolute()
-    while not place.is_dir():
+    while not place.exists():
         place = place.parent
     return place
 

@@ -84,8 +84,8 @@ CHECKPOINTS = (
     Mutation(
         "non-persistent-not-verified",
         "megatron_ogpsa/integration/checkpoints/loading.py",
-        "        kind, pretrained = _verified_kind(flags, load_arg), flags.pretrained_checkpoint\n",
-        "        kind, pretrained = flags.non_persistent_ckpt_type, flags.pretrained_checkpoint\n",
+        "        (kind, is_saved), pretrained = _verified_kind(flags, load_arg), flags.pretrained_checkpoint\n",
+        "        (kind, is_saved), pretrained = (flags.non_persistent_ckpt_type, False), flags.pretrained_checkpoint\n",
         ("tests/integration/test_torn_checkpoints.py::test_a_non_persistent_checkpoint_is_verified_too",),
         "a torn non-persistent checkpoint, which Megatron prefers to others, is loaded without a look",
     ),
