@@ -109,7 +109,7 @@ BLOCKS = (
         "megatron_ogpsa/plugin/support.py",
         "    if not config.sequence_parallel:\n",
         "    if config.sequence_parallel is None:\n",
-        ("tests/core/test_support.py::test_copies_that_megatron_lets_drift_apart_are_refused",),
+        ("tests/core/test_models.py::test_copies_that_megatron_lets_drift_apart_are_refused",),
         "latent attention is projected where Megatron gives copies of a weight different gradients",
     ),
 )
