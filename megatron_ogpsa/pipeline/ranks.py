@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from types import FrameType, TracebackType
 
 from megatron_ogpsa.errors import TransientError, UserError
+from megatron_ogpsa.system.ports import free_port
 from megatron_ogpsa.system.processes import ATTEMPT_VARIABLE, PARENT_VARIABLE, attempt_in_store
 from megatron_ogpsa.watchdog.board import STORE_VARIABLE
 
@@ -30,13 +28,6 @@ _HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _PATIENCE = timedelta(days=1)
 """Ranks may leave a stage at different times; a rank that fails ends the job at once through torchrun."""
 
-
-_PORTS = range(10000, 20000)
-"""Of stages, below those of SLURM's jobs (megatron_ogpsa/cluster/slurm.py)."""
-
-_OUTGOING = Path("/proc/sys/net/ipv4/ip_local_port_range")
-
-_USUALLY_OUTGOING = (32768, 60999)
 
 _FAREWELL = timedelta(minutes=10)
 """That rank 0 waits for the others when all is done: its process may hold the store that they still ask."""
@@ -96,7 +87,7 @@ class JobRank:
 
         Signals that ask this process to end are handed on. If this process dies, so does the other.
         """
-        port = self.told_by_first(_free_port)
+        port = self.told_by_first(free_port)
         own = {
             "MASTER_PORT": str(port),
             "TORCHELASTIC_USE_AGENT_STORE": "False",  # rank 0 of the stage holds a store of its own
@@ -139,31 +130,3 @@ class JobRank:
             self._store.set(f"{left}/{self.rank}", "")
             if self.rank == 0:
                 self._store.wait([f"{left}/{rank}" for rank in range(self._world)], _FAREWELL)
-
-
-def _outgoing_ports() -> tuple[int, int]:
-    """The first and last port that Linux gives to outgoing connections."""
-    try:
-        first, last = map(int, _OUTGOING.read_text(encoding="ascii").split())
-    except OSError:  # some containers mask /proc/sys
-        return _USUALLY_OUTGOING
-    return first, last
-
-
-def _free_port() -> int:
-    """A port that nobody has here, and that no outgoing connection gets in the minutes until the stage's process binds it.
-
-    (If this machine gives all of them to outgoing connections, it is one of these.)
-
-    Raises:
-        UserError: there is none.
-    """
-    first, last = _outgoing_ports()
-    for port in sorted(random.sample(_PORTS, len(_PORTS)), key=lambda port: first <= port <= last):
-        with socket.socket() as listener, suppress(OSError):
-            listener.bind(("", port))
-            return port
-    raise UserError(
-        f"MASTER_PORT: no port from {_PORTS.start} to {_PORTS.stop - 1} is free on this node for a stage's ranks to meet at: "
-        "end what has them, or run the stages one by one with --stage"
-    )

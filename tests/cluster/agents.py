@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megatron_ogpsa.cluster.node import run_node
 from megatron_ogpsa.cluster.settings import launch_settings
+from megatron_ogpsa.system.ports import free_port
 from megatron_ogpsa.system.processes import PARENT_VARIABLE, end_with_parent
 
 RANKS_PER_NODE = 2
@@ -85,13 +86,6 @@ def _catches(process_id: int, number: signal.Signals) -> bool:
     status = Path(f"/proc/{process_id}/status").read_text(encoding="utf-8")
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from types import FrameType
 from typing import Any
 
 from megatron_ogpsa.cluster.settings import LaunchSettings
+from megatron_ogpsa.system.ports import free_port
 from megatron_ogpsa.system.processes import PARENT_VARIABLE, end_with_parent
 from tests.harness.docstrings import keep_docstrings
 from tests.harness.forking import fork_module, fork_python_modules
@@ -263,7 +263,7 @@ def _launch_by_forking(
     num_ranks = int(settings.ranks_per_node)
     errors, ranks = tempfile.mkdtemp(), dict[int, int]()
     os.environ.update({**(environment or {}), ERRORS_VARIABLE: errors, PARENT_VARIABLE: str(os.getpid())})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     for rank in range(num_ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": f"{errors}/{rank}.json"}
         own |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
@@ -310,12 +310,6 @@ def _wait(ranks: dict[int, int]) -> dict[int, int]:
         else:
             time.sleep(0.02)
     return codes
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.pipeline.plan import Stage
 from megatron_ogpsa.pipeline.ranks import JobRank
-from tests.cluster.agents import free_port
+from megatron_ogpsa.system.ports import free_port
 
 LIMIT = 30.0
 """Seconds that a rank may take; one that waits for the other in vain would take minutes."""

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.pipeline import ranks
 from tests.harness.preloaded import PreloadedCommand
 
 CASES: dict[str, dict[str, Any]] = {
@@ -43,19 +40,3 @@ def test_ranks_leave_together(preloaded: PreloadedCommand, tmp_path: Path, name:
     assert codes == [str(code) for code in case["codes"]], finished.output
     assert case.get("says", "") in finished.output
     assert "stage dpo (out/dpo) begins" not in finished.output
-
-
-def test_a_stages_port_is_free_and_none_that_outgoing_connections_get(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split())
-    assert not any(first <= ranks._free_port() <= last for _ in range(20))
-    with socket.create_server(("", 0)) as taken:
-        port = taken.getsockname()[1]
-        (tmp_path / "range").write_text(f"{port + 20}\t{port + 39}\n", encoding="ascii")
-        monkeypatch.setattr(ranks, "_OUTGOING", tmp_path / "range")
-        monkeypatch.setattr(ranks, "_PORTS", range(port, port + 40))
-        assert all(port < ranks._free_port() < port + 20 for _ in range(20))
-        monkeypatch.setattr(ranks, "_PORTS", range(port, port + 1))
-        with pytest.raises(UserError, match=r"no port from \d+ to \d+ is free on this node"):
-            ranks._free_port()
