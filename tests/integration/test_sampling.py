@@ -40,6 +40,14 @@ def test_the_seed_decides_the_order() -> None:
     )
 
 
+def test_seeds_side_by_side_share_no_epoch() -> None:
+    def epochs(seed: int) -> set[tuple[int, ...]]:
+        order = drawn(EpochStream(Numbers(), length=7 * 20, seed=seed, split=None))
+        return {tuple(order[start : start + 7]) for start in range(0, len(order), 7)}
+
+    assert not epochs(5) & epochs(6)
+
+
 def test_every_evaluation_takes_the_same_samples() -> None:
     stream = EvaluationStream(Numbers(), window=4, length=12, split=None)
     assert drawn(stream) == [0, 1, 2, 3] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -36,10 +37,19 @@ class EpochStream(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         epoch, position = divmod(index, self._epoch_length)
         if epoch != self._order_epoch:
-            generator = torch.Generator().manual_seed(self._seed + epoch)
-            self._order = torch.randperm(self._epoch_length, generator=generator)
+            self._order = _permutation(self._epoch_length, self._seed, epoch)
             self._order_epoch = epoch
         return self.dataset[int(self._order[position])]
+
+
+def _permutation(length: int, seed: int, epoch: int) -> torch.Tensor:
+    """The order of an epoch, int64 [length].
+
+    Not of ``seed + epoch``: the second epoch of one seed would be the first of the next, and runs that shall tell how much
+    seeds matter would share them.
+    """
+    mixed = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
+    return torch.randperm(length, generator=torch.Generator().manual_seed(int(mixed[0])))
 
 
 class EvaluationStream(Dataset[dict[str, torch.Tensor]]):

@@ -41,6 +41,14 @@ IN_THE_LOOP = (
         "each evaluation takes other samples, as Megatron's do",
     ),
     Mutation(
+        "seeds-share-epochs",
+        "megatron_ogpsa/integration/inputs/sampling.py",
+        "SeedSequence((seed, epoch))",
+        "SeedSequence(seed + epoch)",
+        ("tests/integration/test_sampling.py",),
+        "the second epoch of one seed is the first of the next",
+    ),
+    Mutation(
         "fusion-without-apex",
         "megatron_ogpsa/integration/arguments/gpu.py",
         "        parser.set_defaults(gradient_accumulation_fusion=False)\n",
