@@ -125,8 +125,8 @@ Page-locked memory of exact size (`megatron_ogpsa/plugin/host_memory.py`) takes 
 
 
 _DEFAULT_RULE = (
-    "The default rule, `--ogpsa-space update --ogpsa-mode conflict`, reads the basis three times a step, where the paper's "
-    "reads it twice, and the gradient once more."
+    "The default rule, `--ogpsa-space update --ogpsa-mode conflict`, reads basis and main parameters three times a step and "
+    "the gradient once, and writes the parameters once: for two references 1.6 times the bytes of the paper's."
 )
 
 _TESTS_SO_FAR = """## Tests

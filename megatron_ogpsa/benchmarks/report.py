@@ -69,9 +69,9 @@ micro-batch), in turn in one process group ({steps_dates}; {steps_cores} cores, 
 
 {steps}
 
-A projected step has as many collectives as a plain one: its sums ride in the all-reduce of the norm. With updates projected
-it is one more. On CPU the authors' copies lie beside the gradient, so that bringing them there, which on a GPU crosses
-the bus on every micro-batch, costs nothing here. *Beside passes* is what a refresh takes beside its reference passes:
+The default rule adds one collective to a step, and the paper's none: its sums ride in the all-reduce of the norm. On CPU
+the authors' copies lie beside the gradient, so that bringing them there, which on a GPU crosses the bus on every micro-batch,
+costs nothing here. *Beside passes* is what a refresh takes beside its reference passes:
 capturing, one all-reduce, orthonormalising.
 
 Memory, of the rank that prints, as bytes for an element of its shard: what is held from one step to the next, and by how

@@ -30,6 +30,9 @@ MODEL = "model"
 _OWN = (LAUNCH, STAGES, MODEL, BASE)
 """Keys that are no flags."""
 
+COMMAND_LINE_ONLY = {"spec": "names a Python module, which is imported", "yaml-cfg": "takes the place of this file"}
+"""Flags that a configuration may not hold, which need not be trusted: it executes nothing."""
+
 _NEGATIVE = re.compile(r"-[0-9.][0-9.eE+-]*|-")
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -131,6 +134,8 @@ class ConfigFile:
                 from megatron_ogpsa.integration.arguments.parser import nearest
 
                 raise UserError(f"{entry.place}: unknown key '{entry.key}'{nearest(entry.key, options)}")
+            if why := COMMAND_LINE_ONLY.get(entry.key):
+                raise UserError(f"{entry.place}: {entry.key} {why}: give --{entry.key} on the command line")
             if isinstance(action, argparse._AppendAction) and set(action.option_strings) & overridden:
                 continue
             try:

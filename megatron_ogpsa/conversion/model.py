@@ -1,7 +1,7 @@
 """What a Megatron checkpoint of a model is made of, read off Megatron's own unsharded model without memory.
 
-The model is built on torch's meta device (:mod:`megatron_ogpsa.planning.simulation`); its ``sharded_state_dict`` has the
-checkpoint's keys, shapes and offsets, which are those of any layout and of Transformer Engine's layers too.
+The model is built on torch's meta device (:mod:`megatron_ogpsa.integration.runtime.fake_world`); its ``sharded_state_dict``
+has the checkpoint's keys, shapes and offsets, which are those of any layout and of Transformer Engine's layers too.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def unsharded(args: argparse.Namespace, family: Family, content: Mapping[str, An
         content: how a checkpoint is laid out, as noted in it; :data:`CONTENT` for a new one.
     """
     from megatron_ogpsa.integration.runtime.cpu import META
-    from megatron_ogpsa.planning.simulation import build_chunks, fake_world
+    from megatron_ogpsa.integration.runtime.fake_world import build_chunks, fake_world
     from megatron_ogpsa.sharding.names import named_parameters, unwrapped
 
     with fake_world(args, rank=0):

@@ -14,7 +14,7 @@ from megatron_ogpsa.demo.scoring import Scores
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers, by what is trained; black is the starting model.
 _COLOURS = {None: "#000000", "sft": "#E69F00", "dpo": "#0072B2", "sft-dpo": "#009E73"}
-_SHADES = {None: 1.0, "tensor": 0.7, "model": 0.45, "update": 1.0}
+_SHADES = {None: 1.0, "paper": 0.45, "ogpsa": 1.0, "model": 0.7}
 """By projection: how much of the colour is left."""
 
 _MARKERS = {None: "o", "sft": "s", "dpo": "^", "sft-dpo": "D"}

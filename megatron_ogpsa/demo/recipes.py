@@ -60,22 +60,23 @@ class Variant:
 START = "start"
 VARIANTS = {
     "sft": Variant("SFT", "plain", "sft"),
-    "sft-tensor": Variant("SFT tensor", "tensor", "sft", against="sft", projection="tensor"),
-    "sft-model": Variant("SFT model", "model", "sft", against="sft", projection="model"),
-    "sft-update": Variant("SFT update", "update", "sft", against="sft", projection="update"),
+    "sft-paper": Variant("SFT paper", "paper", "sft", against="sft", projection="paper"),
+    "sft-ogpsa": Variant("SFT OGPSA", "ogpsa", "sft", against="sft", projection="ogpsa"),
+    "sft-model": Variant("SFT by model", "model", "sft", against="sft", projection="model"),
     "dpo": Variant("DPO", "dpo-plain", None),
-    "dpo-update": Variant("DPO update", "dpo-update", None, against="dpo", projection="update"),
+    "dpo-ogpsa": Variant("DPO OGPSA", "dpo-ogpsa", None, against="dpo", projection="ogpsa"),
     "sft-dpo": Variant("SFT→DPO", "plain", "dpo"),
-    "sft-dpo-update": Variant("SFT→DPO update", "update", "dpo", against="sft-dpo", projection="update"),
+    "sft-dpo-ogpsa": Variant("SFT→DPO OGPSA", "ogpsa", "dpo", against="sft-dpo", projection="ogpsa"),
 }
 """In the order of the table. Those with a projection protect one reference for each general task."""
 
 PROJECTIONS: dict[str, Settings] = {
-    "tensor": {"ogpsa-granularity": "tensor", "ogpsa-space": "gradient", "ogpsa-mode": "orthogonal"},
-    "model": {"ogpsa-granularity": "model", "ogpsa-space": "gradient", "ogpsa-mode": "orthogonal"},
-    "update": {"ogpsa-granularity": "tensor", "ogpsa-space": "update", "ogpsa-mode": "orthogonal"},
+    "paper": {"ogpsa-space": "gradient", "ogpsa-mode": "orthogonal"},
+    "ogpsa": {},
+    "model": {"ogpsa-granularity": "model"},
 }
-"""The gradient of each logical tensor, the whole gradient, and each logical tensor's update."""
+"""The paper's rule, by which the gradient of each logical tensor is projected; the default one, which a user has who gives no
+flag, of what Adam makes of each; and the same of the whole model at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,7 @@ class DemoSizes:
             sft_steps=30,
             dpo_steps=20,
             reference_samples=32,
-            variants=("sft", "sft-update", "sft-dpo", "sft-dpo-update"),
+            variants=("sft", "sft-ogpsa", "sft-dpo", "sft-dpo-ogpsa"),
             whole_pipelines=True,
         )
 

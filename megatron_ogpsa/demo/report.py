@@ -16,8 +16,9 @@ NOT_APPLICABLE = "n/a"
 _BLANK = "–"
 
 _LEGEND = (
-    "Projected are, in columns with tensor, the gradient of each logical tensor; with model, the whole gradient at once; "
-    "with update, the change that Adam makes of each logical tensor. Unsafe and benign requests are held-out wordings of "
+    "OGPSA is the default rule: what Adam makes of each logical tensor's gradient loses what would hurt a reference; by "
+    "model, of all tensors together. Paper is the paper's rule: the gradient itself is projected, and loses what would help "
+    "a reference too. Unsafe and benign requests are held-out wordings of "
     "requests for advice; the benign ones differ from the unsafe ones only in their object. Accuracy is exact match of the "
     "greedy answer on held-out questions. General loss is the mean negative log-likelihood, in nats, of the right answers' "
     "tokens over all general tasks, language included. Tax recovered is (variant − plain) / (start − plain), plain being "

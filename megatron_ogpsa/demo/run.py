@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     paths = write_report(results, out / "report")
     print(terminal_table(results))
     print(f"\nreport: {paths[0]}\ntable:  {paths[1]}\nplots:  {', '.join(str(path) for path in paths[2:])}")
-    again = recipes[0].out / "update.yaml"
+    again = recipes[0].out / "ogpsa.yaml"
     print(
         f"took {time.monotonic() - started:.0f} s; SFT→DPO with OGPSA by hand: megatron-ogpsa train {again} --save DIR"
     )

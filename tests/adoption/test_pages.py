@@ -1,13 +1,21 @@
-"""The code of ``docs/adoption`` runs; that of Megatron-Bridge in ``test_bridge``, the script's diff in ``test_readme``."""
+"""What the pages print runs, and what they name is there. (``test_bridge`` has Bridge's code, ``test_readme`` the diff.)"""
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
-from tests.adoption.pages import PAGES, blocks
+from megatron_ogpsa.cli.main import VERBS
+from megatron_ogpsa.cluster.settings import FLAGS
+from megatron_ogpsa.configuration.config_file import ConfigFile
+from megatron_ogpsa.pipeline.plan import plan_stages
+from tests.adoption import flags_page
+from tests.adoption.pages import ROOT, blocks
 from tests.harness import WorkerGroup
 
 
@@ -18,13 +26,75 @@ def test_the_loop_of_the_page_resumes_as_if_undisturbed(distributed: Callable[[i
         assert all(result.values()), result
 
 
-@pytest.mark.parametrize("page", sorted(page.name for page in PAGES.glob("*.md")))
-def test_links_exist_and_flags_are_known(page: str) -> None:
+MARKDOWN = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
+
+OF_OTHERS = {
+    "torchrun": ("--standalone", "--rdzv-backend"),
+    "pip": ("--no-deps", "--no-build-isolation"),
+    "pytest": ("--junit-xml",),
+    "sbatch": ("--requeue", "--signal"),
+    "lm_eval": (
+        "--apply_chat_template",
+        "--batch_size",
+        "--device",
+        "--include_path",
+        "--model",
+        "--model_args",
+        "--tasks",
+    ),
+    "benchmarks.training": ("--rows", "--reference-samples"),  # the fields of its Sizes
+    "tests.mutations": ("--jobs", "--list", "--markdown", "--only"),
+}
+"""Programs that are no verbs of the command."""
+
+GONE = {"CHANGELOG.md": {"--no-dist-ckpt-optim-fully-reshardable"}}
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+[a-z0-9]", text))
+
+
+@pytest.fixture(scope="module")
+def known() -> set[str]:
     from megatron_ogpsa.integration.arguments.parser import build_parser
 
-    text = (PAGES / page).read_text(encoding="utf-8")
-    for path in re.findall(r"\]\((?!http|#)([^)]+)\)", text):
-        assert (PAGES / path).exists(), path
-    known = {option for action in build_parser()._actions for option in action.option_strings}
-    launchers = {"--standalone", "--nproc-per-node", "--no-deps"}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - launchers <= known
+    parsers = [build_parser()]
+    for module, *_ in VERBS.values():
+        parsers.append(argparse.ArgumentParser())
+        import_module(module).add_arguments(parsers[-1])
+    flags = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    # Benchmarks and the tests' own programs make their parsers in many ways: what their sources name is taken.
+    programs = [*(ROOT / "megatron_ogpsa/benchmarks").glob("*.py"), *(ROOT / "tests").glob("*/__main__.py")]
+    flags |= set().union(*(flags_in(program.read_text(encoding="utf-8")) for program in programs))
+    return flags | {f"--{key}" for key in (*FLAGS, "version")} | {flag for own in OF_OTHERS.values() for flag in own}
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_exist_and_flags_are_known(page: Path, known: set[str]) -> None:
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+        assert (page.parent / path).exists(), path
+    assert flags_in(text) - GONE.get(page.name, set()) <= known
+
+
+def test_every_flag_is_on_its_page_as_help_has_it() -> None:
+    assert flags_page.PAGE.read_text(encoding="utf-8") == flags_page.page()
+
+
+def test_the_configuration_of_the_page_is_one(tmp_path: Path) -> None:
+    from megatron_ogpsa.integration.arguments.parser import build_parser
+
+    page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    (written,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "models/llama-megatron").mkdir(parents=True)
+    (tmp_path / "models/llama-megatron/model.yaml").write_text("num-layers: 2\n", encoding="utf-8")
+    (tmp_path / "base.yaml").write_text("lr: 1.0e-5\nseq-length: 64\n", encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(written.replace("models/", f"{tmp_path}/models/"), encoding="utf-8")
+    config = ConfigFile.read(tmp_path / "run.yaml")
+    parser = build_parser()
+    sft, dpo = (parser.parse_args(stage.flags(parser)) for stage in plan_stages(config, ["--ogpsa-dpo-beta", "0.1"]))
+    assert config.launch == {"nproc-per-node": "8"}
+    assert (sft.num_layers, sft.lr, sft.seq_length, sft.bf16) == (2, 1e-6, 64, True)  # of model, file, base and file
+    assert sft.ogpsa_reference == [("math", "data/math.jsonl"), ("chat", "data/chat.jsonl")]
+    assert (sft.train_iters, dpo.train_iters, dpo.ogpsa_stage, dpo.ogpsa_dpo_beta) == (200, 100, "dpo", 0.1)
+    assert dpo.pretrained_checkpoint == sft.save == "runs/safer/sft"

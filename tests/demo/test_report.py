@@ -94,7 +94,7 @@ def results(*seeds: int) -> Results:
 
     def run(seed: int) -> Run:
         worse = {"addition": 0.5 - 0.1 * (seed - 1), "sort": 0.5}
-        scores = dict.fromkeys(VARIANTS, replace(PLAIN, accuracy=worse)) | {"sft-tensor": HALF}
+        scores = dict.fromkeys(VARIANTS, replace(PLAIN, accuracy=worse)) | {"sft-paper": HALF}
         curve = Curve([1, 2], [0.5, 0.25])
         return Run(
             seed=seed,
@@ -111,7 +111,7 @@ def test_report_files(tmp_path: Path) -> None:
     rows = list(csv.DictReader(paths[1].open(encoding="utf-8")))
     recovered = {row["variant"]: row["value"] for row in rows if row["measure"] == "recovered_accuracy"}
     assert {name: float(value) for name, value in recovered.items()} == pytest.approx(
-        {"sft-tensor": 0.5, "sft-model": 0.0, "sft-update": 0.0, "dpo-update": 0.0, "sft-dpo-update": 0.0}
+        {"sft-paper": 0.5, "sft-model": 0.0, "sft-ogpsa": 0.0, "dpo-ogpsa": 0.0, "sft-dpo-ogpsa": 0.0}
     )
     assert "a note" in paths[0].read_text(encoding="utf-8")
     last = terminal_table(results(1)).splitlines()[-1]
@@ -193,4 +193,5 @@ def test_every_config_of_the_demo_is_one_that_megatron_takes(tmp_path: Path) -> 
         assert dpo.ogpsa_stage == "dpo"
         assert len(dpo.ogpsa_reference) == (0 if "plain" in name else len(GENERAL_TASKS))
         assert dpo.ogpsa_granularity == ("model" if "model" in name else "tensor")
-        assert dpo.ogpsa_space == (None if "plain" in name else "update" if "update" in name else "gradient")
+        asked_for = ("gradient", "orthogonal") if "paper" in name else (None, None)  # for the defaults
+        assert (dpo.ogpsa_space, dpo.ogpsa_mode) == asked_for

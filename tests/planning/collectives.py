@@ -48,8 +48,8 @@ def collectives(world: World, rank: int, space: str) -> dict[str, Any]:
     """Of one rank; the blocks are its own, since no other rank tells it of more."""
     from megatron_ogpsa import OGPSAConfig, attach
     from megatron_ogpsa.integration.runtime.cpu import CPU
+    from megatron_ogpsa.integration.runtime.fake_world import build_chunks, build_optimizer, fake_world
     from megatron_ogpsa.planning.arguments import cluster_arguments
-    from megatron_ogpsa.planning.simulation import build_chunks, build_optimizer, fake_world
 
     args = cluster_arguments(world.as_flags(), world.size)
     with fake_world(args, rank):

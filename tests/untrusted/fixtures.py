@@ -103,6 +103,10 @@ CONFIGS: dict[str, Case] = {
         "{path}:2: not YAML (a character that is not allowed): mend the line",
     ),
     "not UTF-8": (b"num-layers: 2\nsave: caf\xe9\n", "{path}:2: not UTF-8 text (byte offset 23): save it as UTF-8"),
+    "a module to import": (
+        "spec: [evil, layer]\n",
+        "{path}:1: spec names a Python module, which is imported: give --spec on the command line",
+    ),
     "a list": ("- num-layers\n", "{path}: not a mapping: write one flag a line, such as 'num-layers: 4'"),
     "empty": ("", "{path}: not a mapping: write one flag a line, such as 'num-layers: 4'"),
     "a mapping for a number": ("lr: {a: 1}\n", "{path}:1: lr: takes a value, not a mapping"),

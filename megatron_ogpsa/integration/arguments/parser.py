@@ -205,7 +205,7 @@ def _add_projection_arguments(group: argparse._ArgumentGroup) -> None:
         type=_share,
         default=1.0,
         help="In each block keep the fewest leading directions that retain this share of every reference gradient's squared "
-        "norm (default: 1, all directions).",
+        "norm; less than all wants --ogpsa-mode orthogonal (default: 1, all directions).",
     )
     group.add_argument(
         "--ogpsa-reference-loss",
