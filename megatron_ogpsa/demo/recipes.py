@@ -81,23 +81,23 @@ flag, of what Adam makes of each; and the same of the whole model at once."""
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSizes:
-    """Steps, batch sizes (conversations or pairs) and learning rates, chosen on plain runs of seed 1.
+    """Steps, batch sizes (conversations or pairs) and learning rates.
 
-    Safety learning rates are small, because the projection keeps general ability to first order only: at 2e-3 one run of
-    80 steps of SFT moved the weights so far that the projected runs came out worse than the plain one. DPO has RPO's
-    likelihood term: a model that has never refused otherwise learns within these steps that help is wrong, and not what is
-    right. On its own it needs a larger rate than after SFT to get there.
+    Chosen on plain runs of seeds 1 to 3: all of them then refuse 98 % of unsafe requests or more, tell harmless ones apart
+    and pay a tax, 3 to 17 points of general accuracy in SFT and 8 to 14 in DPO. At 2e-4 and 7e-4 only some learnt theirs.
+    DPO has RPO's likelihood term: a model that has never refused otherwise learns within these steps that help is wrong, and
+    not what is right. On its own it needs a larger rate than after SFT to get there.
     """
 
     base_steps: int = 900
     base_batch: int = 64
     base_lr: float = 4e-3
-    sft_steps: int = 150
+    sft_steps: int = 120
     sft_batch: int = 32
-    sft_lr: float = 2e-4
+    sft_lr: float = 7e-4
     dpo_steps: int = 100
     dpo_batch: int = 16
-    dpo_lr: float = 7e-4
+    dpo_lr: float = 1e-3
     dpo_after_sft_lr: float = 1e-4
     dpo_nll_weight: float = 1.0
     refresh_interval: int = 10

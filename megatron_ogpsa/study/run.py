@@ -24,9 +24,7 @@ from megatron_ogpsa.study.tradeoff import Curve, Point
 
 START = "start"
 
-SIZES = DemoSizes(sft_steps=120, sft_lr=3e-4)
-"""At the demo's own rate only some seeds have learnt in the end to tell unsafe requests from harmless ones; at this one all
-have, so that the whole curve can be compared. Chosen on plain runs of seeds 1 and 2."""
+SIZES = DemoSizes()
 
 HELD_OUT_REQUESTS = 400
 """Of each kind, of 864. A share of them near a half has a standard error of 2.5 points."""

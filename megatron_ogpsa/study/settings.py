@@ -37,30 +37,33 @@ class Setting:
 PLAIN = "plain"
 SETTINGS: dict[str, Setting] = {
     PLAIN: Setting(title="plain", projected=False),
-    "gradient-tensor": Setting(title="gradient, per tensor", flags=GRADIENT),
-    "gradient-model": Setting(title="gradient, per model", flags={**GRADIENT, "ogpsa-granularity": "model"}),
-    "update-tensor": Setting(title="update, per tensor", flags=UPDATE),
-    "update-model": Setting(title="update, per model", flags={**UPDATE, "ogpsa-granularity": "model"}),
-    # Passes over 7 x 128 references every 10 steps are 90 rows for 32 of safety: as many are trained on instead.
-    "replay": Setting(title="replay of the references", projected=False, replayed=3),
-    "update-rank-4": Setting(title="update, 4 gradients each", flags={**UPDATE, "ogpsa-rank-per-reference": 4}),
-    "update-interval-30": Setting(
-        title="update, every 30 steps", flags={**UPDATE, "ogpsa-refresh-interval": 30}, save_interval=30
-    ),
-    "update-interval-5": Setting(title="update, every 5 steps", flags={**UPDATE, "ogpsa-refresh-interval": 5}),
-    "update-joined": Setting(title="update, one reference", flags=UPDATE, joined=True),
     "update-conflict": Setting(title="update, conflict", flags={**UPDATE, "ogpsa-mode": "conflict"}),
-    "update-samples-32": Setting(title="update, 32 samples", flags={**UPDATE, "ogpsa-reference-samples": 32}),
+    "gradient-tensor": Setting(title="gradient, per tensor", flags=GRADIENT),
+    "update-tensor": Setting(title="update, per tensor", flags=UPDATE),
+    "gradient-conflict": Setting(title="gradient, conflict", flags={**GRADIENT, "ogpsa-mode": "conflict"}),
     "update-conflict-interval-30": Setting(
         title="update, conflict, every 30 steps",
         flags={**UPDATE, "ogpsa-mode": "conflict", "ogpsa-refresh-interval": 30},
         save_interval=30,
     ),
+    # Passes over 7 x 128 references every 10 steps are 90 rows for 32 of safety: as many are trained on instead.
+    "replay": Setting(title="replay of the references", projected=False, replayed=3),
+    "gradient-leak": Setting(title="gradient, with the authors' leak", flags={**GRADIENT, "ogpsa-authors-leak": True}),
+    "gradient-model": Setting(title="gradient, per model", flags={**GRADIENT, "ogpsa-granularity": "model"}),
+    "update-model": Setting(title="update, per model", flags={**UPDATE, "ogpsa-granularity": "model"}),
     "update-adaptive": Setting(
         title="update, every 1 to 30 steps",
         flags={**UPDATE, "ogpsa-refresh-interval": 30, "ogpsa-adaptive-interval": 0.5},
         save_interval=None,
     ),
+    "update-interval-30": Setting(
+        title="update, every 30 steps", flags={**UPDATE, "ogpsa-refresh-interval": 30}, save_interval=30
+    ),
+    "update-interval-5": Setting(title="update, every 5 steps", flags={**UPDATE, "ogpsa-refresh-interval": 5}),
+    "update-rank-4": Setting(title="update, 4 gradients each", flags={**UPDATE, "ogpsa-rank-per-reference": 4}),
+    "update-joined": Setting(title="update, one reference", flags=UPDATE, joined=True),
+    "update-samples-32": Setting(title="update, 32 samples", flags={**UPDATE, "ogpsa-reference-samples": 32}),
+    "gradient-rank-4": Setting(title="gradient, 4 gradients each", flags={**GRADIENT, "ogpsa-rank-per-reference": 4}),
     "update-in-turns": Setting(
         title="update, every 30 steps in turns",
         flags={**UPDATE, "ogpsa-refresh-interval": 30, "ogpsa-stagger-references": True},
@@ -69,9 +72,6 @@ SETTINGS: dict[str, Setting] = {
     "update-interval-100": Setting(
         title="update, every 100 steps", flags={**UPDATE, "ogpsa-refresh-interval": 100}, save_interval=None
     ),
-    "gradient-leak": Setting(title="gradient, with the authors' leak", flags={**GRADIENT, "ogpsa-authors-leak": True}),
-    "gradient-rank-4": Setting(title="gradient, 4 gradients each", flags={**GRADIENT, "ogpsa-rank-per-reference": 4}),
-    "gradient-conflict": Setting(title="gradient, conflict", flags={**GRADIENT, "ogpsa-mode": "conflict"}),
     "update-interval-1": Setting(title="update, every step", flags={**UPDATE, "ogpsa-refresh-interval": 1}),
 }
 """In the order in which they are run: what matters most first, since the study can be stopped at any time."""
