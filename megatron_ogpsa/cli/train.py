@@ -174,13 +174,16 @@ def _run_stage(stages: tuple[Stage, ...], name: str) -> int:
 
     install_if_no_gpu()
     from megatron_ogpsa.integration.arguments.parser import build_parser, parse_flags
+    from megatron_ogpsa.integration.arguments.stage import check_parsed, require_data
     from megatron_ogpsa.integration.program import run_training
-    from megatron_ogpsa.integration.stages import require_data
 
     parser = build_parser()
+    for later in stages[index:]:  # a mistake in the last stage is told now, not after the first one
+        args = parse_flags(later.flags(parser))
+        check_parsed(args)
+        if is_first:  # which reads them; others may not have them
+            require_data(args)
     if is_first:
-        for later in stages[index:]:  # a mistake in the last stage is told now, not after the first one
-            require_data(parse_flags(later.flags(parser)))
         progress.begin(stage)
     run_training(stage.flags(parser))
     if is_first:
@@ -193,12 +196,14 @@ def _run_single(config: ConfigFile, overrides: list[str]) -> int:
 
     install_if_no_gpu()
     from megatron_ogpsa.integration.arguments.parser import build_parser, parse_flags
+    from megatron_ogpsa.integration.arguments.stage import check_parsed, require_data
     from megatron_ogpsa.integration.program import run_training
-    from megatron_ogpsa.integration.stages import require_data
 
     flags = config.as_flags(build_parser(), overrides)
+    args = parse_flags(flags)
+    check_parsed(args)
     if os.environ["RANK"] == "0":  # which reads it; others may not have it
-        require_data(parse_flags(flags))
+        require_data(args)
     run_training(flags)
     return 0
 

@@ -126,8 +126,8 @@ class Stage:
 
     def _project(self) -> Finding:
         from megatron_ogpsa.integration.arguments.projection import check_projection_arguments
+        from megatron_ogpsa.integration.arguments.stage import check_arguments
         from megatron_ogpsa.integration.projection.schedule import schedule_from_arguments
-        from megatron_ogpsa.integration.stages import check_arguments
 
         args = self._args
         check_arguments(args)

@@ -8,11 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megatron_ogpsa.errors import UnsupportedError, UserError
-from megatron_ogpsa.integration.arguments.loop import check_loop_arguments
-from megatron_ogpsa.integration.arguments.packing import check_packing
-from megatron_ogpsa.integration.arguments.parser import WHOLE_SET
-from megatron_ogpsa.integration.inputs.context_parallel import check_context_parallel
+from megatron_ogpsa.integration.arguments.stage import check_arguments
 from megatron_ogpsa.integration.inputs.datasets import load_conversations, load_pairs, make_datasets_provider
 from megatron_ogpsa.integration.inputs.forward import ForwardStep, make_forward_step
 from megatron_ogpsa.integration.loop.hooks import LoopHook
@@ -74,71 +70,3 @@ def _dpo(args: argparse.Namespace) -> Stage:
             TimeLeft(args),
         ],  # references first: those with the loss dpo bring pairs of their own
     )
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse flags with which training would be wrong or would fail late.
-
-    Raises:
-        UserError: naming the flag and the remedy.
-    """
-    if not args.ogpsa_train_data:
-        example = "pairs to train on, such as data/pairs.jsonl" if args.ogpsa_stage == "dpo" else "conversations"
-        raise UserError(f"--ogpsa-train-data is missing: name the {example}")
-    if not args.calculate_per_token_loss:
-        raise UserError(
-            "--calculate-per-token-loss is off, so short answers would weigh more than long ones: switch it on"
-        )
-    if args.eval_iters < WHOLE_SET:
-        raise UserError(
-            f"--eval-iters {args.eval_iters}: use a number of batches, or leave it out to take the whole set"
-        )
-    if args.train_samples is not None and args.train_samples < args.global_batch_size:
-        raise UserError(
-            f"--train-samples {args.train_samples} is less than --global-batch-size {args.global_batch_size}, so that there "
-            "would be no step: use as many, or more"
-        )
-    check_loop_arguments(args)
-    check_context_parallel(args)
-    if args.ogpsa_stage == "dpo":
-        _check_dpo(args)
-    if args.ogpsa_packing or args.ogpsa_stage == "dpo":
-        flag = "--ogpsa-packing" if args.ogpsa_packing else "--ogpsa-stage dpo"
-        check_packing(args, flag, of_validation=True)
-
-
-def require_data(args: argparse.Namespace) -> None:
-    """Look whether the files that the flags name are there, long before they are read.
-
-    Raises:
-        UserError: naming the flag and the file.
-    """
-    from megatron_ogpsa.data.sources import require_source
-
-    named = [
-        ("--ogpsa-train-data", args.ogpsa_train_data),
-        ("--ogpsa-valid-data", args.ogpsa_valid_data),
-        *(("--ogpsa-reference", source) for _, source in args.ogpsa_reference),
-    ]
-    for flag, source in named:
-        try:
-            require_source(source or ".")
-        except UserError as error:
-            raise UserError(f"{flag}: {error}") from None
-
-
-def _check_dpo(args: argparse.Namespace) -> None:
-    # Megatron would scale these losses by tokens and divide by pairs (core/transformer/moe/router.py).
-    for flag, value in (
-        ("--moe-aux-loss-coeff", args.moe_aux_loss_coeff if args.num_experts else 0),
-        ("--moe-z-loss-coeff", args.moe_z_loss_coeff if args.num_experts else 0),
-        ("--mtp-num-layers", args.mtp_num_layers),
-        ("--dsa-indexer-loss-coeff", args.dsa_indexer_loss_coeff),
-    ):
-        if any(value) if isinstance(value, list) else value:
-            raise UnsupportedError(
-                f"{flag} with --ogpsa-stage dpo is not supported: it counts tokens, not pairs; set it to 0"
-            )
-    if args.skip_train or args.train_iters == 0:
-        flag = "--skip-train" if args.skip_train else "--train-iters 0"
-        raise UnsupportedError(f"{flag} with --ogpsa-stage dpo: the reference policy is known after a first step only")

@@ -10,9 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 
-from megatron_ogpsa.errors import UnsupportedError, UserError, one_line
+from megatron_ogpsa.errors import UserError, one_line
 from megatron_ogpsa.integration.arguments.parser import add_training_arguments, parse_flags
 from megatron_ogpsa.planning.layout import Dimensions, Mesh, nearest, problem
+from megatron_ogpsa.refusal import Refusal, refuse
+
+_PLANNED = "only Megatron's GPT models of plain or latent attention are"
+UNPLANNED = tuple(
+    Refusal(flag, _PLANNED, "train unplanned")
+    for flag in ("--hybrid-layer-pattern", "--spec", "--experimental-attention-variant")
+)
 
 
 def cluster_arguments(flags: list[str], world_size: int) -> argparse.Namespace:
@@ -24,17 +31,13 @@ def cluster_arguments(flags: list[str], world_size: int) -> argparse.Namespace:
     """
     from megatron_ogpsa.integration.arguments.loop import check_before_validation, require_flags
     from megatron_ogpsa.integration.arguments.projection import check_projection_arguments
-    from megatron_ogpsa.integration.stages import check_arguments
+    from megatron_ogpsa.integration.arguments.stage import check_arguments
 
     early = parse_flags(flags)
     check_before_validation(early, is_here=False)
     if not early.ogpsa_reference:
         raise UserError("--ogpsa-reference is missing: without references there is nothing to plan")
-    if early.hybrid_layer_pattern or early.spec or early.experimental_attention_variant:
-        raise UnsupportedError(
-            "--hybrid-layer-pattern, --spec and --experimental-attention-variant: only Megatron's GPT models of plain or "
-            "latent attention are planned; train unplanned"
-        )
+    refuse(UNPLANNED, early, " cannot be planned")
     require_flags(early, for_training=False)
     require_even_layout(early, world_size)
     args = megatron_arguments(flags, world_size)

@@ -138,7 +138,9 @@ class OGPSA:
 
         Raises:
             RuntimeError: a reference to be kept is not in the basis, or the basis does not hold it whole.
+            UnsupportedError: more references than ``mode="conflict"`` solves for.
         """
+        self._require_solvable(len(keep) if num_references is None else num_references)
         if unknown := [name for name in keep if not self.has_basis or name not in self.reference_names]:
             raise RuntimeError(
                 f"begin_refresh() is to keep {unknown[0]!r}, which is not in the basis: capture it first"
@@ -218,11 +220,7 @@ class OGPSA:
             raise RuntimeError("finish_refresh() without references: begin_refresh() and capture() come first")
         self._captured_names = self._captured_KN = None
         rows_KN = rows_KN[: len(names)]
-        if self.config.mode == "conflict" and len(names) > MAX_CONFLICT_REFERENCES:
-            raise UnsupportedError(
-                f"--ogpsa-mode conflict with {len(names)} references: it solves for up to {MAX_CONFLICT_REFERENCES}; "
-                "join some references into one, or use mode orthogonal"
-            )
+        self._require_solvable(len(names))
         layout = self._shard.layout
         gram_BKK, with_old_BKJ, moved_BJ = self._summed_products(self._storage.within_reach(rows_KN))
         self.rejected_references = self._not_finite(gram_BKK, names)
@@ -250,6 +248,13 @@ class OGPSA:
         self.reference_names = names
         self._along_BK = self._along(self._space.basis)
         return True
+
+    def _require_solvable(self, num_references: int) -> None:
+        if self.config.mode == "conflict" and num_references > MAX_CONFLICT_REFERENCES:
+            raise UnsupportedError(
+                f"--ogpsa-mode conflict with {num_references} references: it solves for up to {MAX_CONFLICT_REFERENCES}; "
+                "join some references into one, or use mode orthogonal"
+            )
 
     def _summed_products(self, rows_KN: Rows) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """In one all-reduce: A·Aᵀ, A·Qᵀ with the basis in use, and Q·(θ − θ at its refresh), fp64 on the host.

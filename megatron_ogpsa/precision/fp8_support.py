@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_ogpsa.errors import UnsupportedError, UserError
+from megatron_ogpsa.refusal import Refusal, refuse
 
 AVAILABILITY = {
     "delayed": "is_fp8_available",
@@ -28,6 +29,42 @@ ALLOW_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 """Transformer Engine from 2.16.1 on loads the scales of a checkpoint, which it unpickles, only where this variable is 1."""
 
 
+def _keeps_16_bit_main_parameters(args: argparse.Namespace) -> bool:
+    return bool(args.use_precision_aware_optimizer) and args.main_params_dtype not in ("fp32", torch.float32)
+
+
+IN_FP8 = (
+    Refusal(
+        "--fp8-recipe {0.fp8_recipe}",
+        "its quantizers may keep state that is not known",
+        f"use {', '.join(AVAILABILITY)}",
+        lambda args: args.fp8_recipe not in AVAILABILITY,
+    ),
+    Refusal("--use-transformer-engine-op-fuser", "fused operations keep their scales elsewhere"),
+    Refusal(
+        "--reuse-grad-buf-for-mxfp8-param-ag with --overlap-param-gather",
+        "parameters wait in the gradient buffers, which reference passes need",
+        "leave one of them out",
+        lambda args: args.reuse_grad_buf_for_mxfp8_param_ag and args.overlap_param_gather,
+    ),
+    Refusal(
+        "--main-params-dtype and --fp8-param-gather with --fp8-recipe {0.fp8_recipe}",
+        "there is no shard of the parameters that the projection could be laid out by",
+        "leave --main-params-dtype out",
+        lambda args: args.fp8_param_gather and args.fp8_recipe != "delayed" and _keeps_16_bit_main_parameters(args),
+    ),
+    Refusal(
+        "--fp8-param-gather with --fp8-recipe mxfp8",
+        "Transformer Engine cannot put MXFP8 parameters into Megatron's buffers",
+        "add --reuse-grad-buf-for-mxfp8-param-ag without --overlap-param-gather, or leave --fp8-param-gather out",
+        lambda args: (
+            args.fp8_param_gather and args.fp8_recipe == "mxfp8" and not args.reuse_grad_buf_for_mxfp8_param_ag
+        ),
+    ),
+)
+"""Whose state reference passes could not put back."""
+
+
 def check_fp8_flags(args: argparse.Namespace) -> None:
     """Refuse, by the flag's name, FP8 whose state reference passes could not put back. Needs no GPU.
 
@@ -37,48 +74,13 @@ def check_fp8_flags(args: argparse.Namespace) -> None:
     """
     if not args.fp8:
         return
-    for is_given, flag, reason, remedy in (
-        (
-            args.fp8_recipe not in AVAILABILITY,
-            f"--fp8-recipe {args.fp8_recipe}",
-            "its quantizers may keep state that is not known",
-            f"use {', '.join(AVAILABILITY)}",
-        ),
-        (
-            args.use_transformer_engine_op_fuser,
-            "--use-transformer-engine-op-fuser",
-            "fused operations keep their scales elsewhere",
-            "leave it out",
-        ),
-        (
-            args.reuse_grad_buf_for_mxfp8_param_ag and args.overlap_param_gather,
-            "--reuse-grad-buf-for-mxfp8-param-ag with --overlap-param-gather",
-            "parameters wait in the gradient buffers, which reference passes need",
-            "leave one of them out",
-        ),
-        (
-            args.fp8_param_gather and args.fp8_recipe != "delayed" and _keeps_16_bit_main_parameters(args),
-            f"--main-params-dtype and --fp8-param-gather with --fp8-recipe {args.fp8_recipe}",
-            "there is no shard of the parameters that the projection could be laid out by",
-            "leave --main-params-dtype out",
-        ),
-        (
-            args.fp8_param_gather and args.fp8_recipe == "mxfp8" and not args.reuse_grad_buf_for_mxfp8_param_ag,
-            "--fp8-param-gather with --fp8-recipe mxfp8",
-            "Transformer Engine cannot put MXFP8 parameters into Megatron's buffers",
-            "add --reuse-grad-buf-for-mxfp8-param-ag, or leave it out",
-        ),
-    ):
-        if is_given:
-            raise UnsupportedError(f"{flag} in FP8 with --ogpsa-reference is not supported: {reason}; {remedy}")
+    refuse(IN_FP8, args, " in FP8 with --ogpsa-reference is not supported")
     _check_tokens(args)
 
 
-def _keeps_16_bit_main_parameters(args: argparse.Namespace) -> bool:
-    return bool(args.use_precision_aware_optimizer) and args.main_params_dtype not in ("fp32", torch.float32)
-
-
 def _check_tokens(args: argparse.Namespace) -> None:
+    if args.seq_length is None:  # it comes with --use-checkpoint-args, and this is asked again
+        return
     from megatron.core.fp8_utils import get_fp8_align_size
 
     ranks = args.context_parallel_size * (args.tensor_model_parallel_size if args.sequence_parallel else 1)
@@ -86,7 +88,7 @@ def _check_tokens(args: argparse.Namespace) -> None:
     if tokens % multiple:
         raise UserError(
             f"--seq-length {args.seq_length} with --micro-batch-size {args.micro_batch_size} gives a rank {tokens} tokens: "
-            f"--fp8-recipe {args.fp8_recipe} takes multiples of {multiple}"
+            f"--fp8-recipe {args.fp8_recipe} takes multiples of {multiple}; use a --seq-length that gives one"
         )
 
 

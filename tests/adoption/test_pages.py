@@ -14,7 +14,7 @@ from megatron_ogpsa.cli.main import VERBS
 from megatron_ogpsa.cluster.settings import FLAGS
 from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.pipeline.plan import plan_stages
-from tests.adoption import flags_page
+from tests.adoption import flags_page, refused_page
 from tests.adoption.pages import ROOT, blocks
 from tests.harness import WorkerGroup
 
@@ -47,6 +47,9 @@ OF_OTHERS = {
 }
 """Programs that are no verbs of the command."""
 
+OF_KITCHEN = {"--kitchen-config-file", "--kitchen-recipe-number"}
+"""Megatron has them where its package is installed."""
+
 GONE = {"CHANGELOG.md": {"--no-dist-ckpt-optim-fully-reshardable"}}
 
 
@@ -74,11 +77,24 @@ def test_links_exist_and_flags_are_known(page: Path, known: set[str]) -> None:
     text = page.read_text(encoding="utf-8")
     for path in re.findall(r"\]\((?!http|#)([^)#]+)", text):
         assert (page.parent / path).exists(), path
-    assert flags_in(text) - GONE.get(page.name, set()) <= known
+    assert flags_in(text) - GONE.get(page.name, set()) - OF_KITCHEN <= known
 
 
 def test_every_flag_is_on_its_page_as_help_has_it() -> None:
     assert flags_page.PAGE.read_text(encoding="utf-8") == flags_page.page()
+
+
+def test_every_refusal_is_on_its_page() -> None:
+    assert refused_page.PAGE.read_text(encoding="utf-8") == refused_page.page()
+
+
+@pytest.mark.parametrize("where", refused_page.tables())
+def test_refusals_name_flags_that_are_there_and_end_with_the_remedy(known: set[str], where: str) -> None:
+    """``doctor`` shows what stands behind the last semicolon as what to do."""
+    for refusal in refused_page.tables()[where]:
+        assert flags_in(f"{refusal.flag} {refusal.reason} {refusal.remedy}") - OF_KITCHEN <= known
+        assert ";" not in refusal.remedy
+        assert ";" not in refusal.reason
 
 
 def test_the_configuration_of_the_page_is_one(tmp_path: Path) -> None:

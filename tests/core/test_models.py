@@ -14,25 +14,26 @@ from megatron_ogpsa.errors import UnsupportedError, UserError
 
 @pytest.mark.parametrize("is_alone", [True, False])
 def test_copies_that_megatron_lets_drift_apart_are_refused(is_alone: bool) -> None:
-    from megatron_ogpsa.plugin.support import _check_latent_attention
+    from megatron_ogpsa.plugin.limits import DRIFTING_KEYS
+    from megatron_ogpsa.refusal import refuse
 
-    latent = {"multi_latent_attention": True, "sequence_parallel": False, "mla_down_proj_fusion": False}
+    latent = {"multi_latent_attention": True, "sequence_parallel": False}
     config = SimpleNamespace(**latent, tensor_model_parallel_size=1 if is_alone else 2)
-    refused = pytest.raises(UnsupportedError, match=r"^--multi-latent-attention .+; add --sequence-parallel$")
+    refused = pytest.raises(UnsupportedError, match=r"^--multi-latent-attention: .+; add --sequence-parallel$")
     with nullcontext() if is_alone else refused:
-        _check_latent_attention(config)
+        refuse((DRIFTING_KEYS,), config, scope="")
     config.sequence_parallel = True
-    _check_latent_attention(config)
+    refuse((DRIFTING_KEYS,), config, scope="")
 
 
 def test_copies_of_a_gated_delta_nets_norm_are_refused_likewise() -> None:
-    from megatron_ogpsa.plugin.support import _check_parameters
+    from megatron_ogpsa.plugin.support import _check_norms
 
     name = "decoder.layers.0.self_attention.out_norm.weight"
     chunk = SimpleNamespace(named_parameters=lambda: [(name, SimpleNamespace())])
-    _check_parameters(chunk, is_split=False)  # type: ignore[arg-type]
+    _check_norms(chunk, is_split=False)  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match=r"gated_delta_net .+\.layers\.0\..+; add --sequence-parallel$"):
-        _check_parameters(chunk, is_split=True)  # type: ignore[arg-type]
+        _check_norms(chunk, is_split=True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

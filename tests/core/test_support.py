@@ -33,36 +33,18 @@ def test_config_names_the_field_that_is_wrong(field: str, value: object) -> None
 
 @pytest.fixture
 def arguments() -> Callable[..., argparse.Namespace]:
-    """Megatron's arguments as far as the check reads them: nothing unusual, one reference."""
-    plain: dict[str, Any] = {
-        "ogpsa_reference": [("math", "math.jsonl")],
-        "ogpsa_granularity": "tensor",
-        "ogpsa_mode": None,
-        "ogpsa_space": None,
-        "ogpsa_rank_per_reference": 1,
-        "ogpsa_refresh_interval": None,
-        "ogpsa_energy": 1.0,
-        "ogpsa_reference_loss": [],
-        "ogpsa_stage": "sft",
-        "ogpsa_basis_dtype": "fp32",
-        "ogpsa_basis_device": "accelerator",
-        "optimizer": "adam",
-        "cuda_graph_impl": "none",
-        "context_parallel_size": 1,
-        "tensor_model_parallel_size": 1,
-        "calculate_per_token_loss": True,
-        "transformer_impl": "local",
-        "micro_batch_size": 4,
-        "eval_micro_batch_size": 4,
-    }
-    switches = "ogpsa_authors_rule ogpsa_authors_leak fp8 fp4 use_megatron_fsdp use_torch_fsdp2 mtp_num_layers".split()
-    switches += ["ogpsa_packing", "hybrid_context_parallel", "ogpsa_stagger_references", "ogpsa_adaptive_interval"]
-    switches += ["save", "save_interval", "non_persistent_save_interval"]
-    switches += ["te_precision_config_file", "ogpsa_references_in_bf16", "bf16", "masked_softmax_fusion", "window_size"]
-    switches += "optimizer_cuda_graph perform_rl_step optimizer_cpu_offload use_precision_aware_optimizer".split()
-    switches += ["qk_clip", "moe_single_grouped_weight", "moe_paged_stash", "fine_grained_activation_offloading"]
-    switches += ["overlap_moe_expert_parallel_comm", "multi_latent_attention", "sequence_parallel", "tp_comm_overlap"]
-    return lambda **changes: argparse.Namespace(**(plain | dict.fromkeys(switches) | changes))
+    """Megatron's arguments as they are parsed, with one reference: nothing unusual."""
+    from megatron_ogpsa.integration.arguments.parser import parse_flags
+
+    plain = parse_flags(["--ogpsa-reference", "math=math.jsonl", "--micro-batch-size", "4"])
+    # As they are without a GPU, on any machine.
+    plain.transformer_impl, plain.masked_softmax_fusion = "local", False
+
+    def changed(**changes: Any) -> argparse.Namespace:
+        assert changes.keys() <= vars(plain).keys()
+        return argparse.Namespace(**vars(plain) | changes)
+
+    return changed
 
 
 @pytest.mark.parametrize(
@@ -87,6 +69,14 @@ def arguments() -> Callable[..., argparse.Namespace]:
         ({"fine_grained_activation_offloading": True}, "--fine-grained-activation-offloading"),
         ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
         ({"multi_latent_attention": True, "tensor_model_parallel_size": 2}, "--multi-latent-attention"),
+        (
+            {"experimental_attention_variant": "gated_delta_net", "tensor_model_parallel_size": 2},
+            "--experimental-attention-variant gated_delta_net",
+        ),
+        ({"moe_single_grouped_bias": True}, "--moe-single-grouped-bias"),
+        ({"tensor_parallel_num_weight_shards": 2}, "--tensor-parallel-num-weight-shards or .+"),
+        ({"expert_tensor_parallel_num_weight_shards": 2}, ".+ or --expert-tensor-parallel-num-weight-shards"),
+        ({"context_parallel_size": 2, "ogpsa_packing": True}, "--context-parallel-size with --ogpsa-packing"),
     ],
 )
 def test_unsupported_flags_are_refused_by_name_with_references_only(
@@ -108,12 +98,16 @@ def test_unsupported_flags_are_refused_by_name_with_references_only(
     ],
 )
 def test_what_updates_cannot_do_with_is_refused_by_a_loop_of_ones_own(name: str, value: Any, told: str) -> None:
-    from megatron_ogpsa.plugin.support import _check_update_space
+    from megatron.core.optimizer import OptimizerConfig
 
-    plain = {"optimizer_cpu_offload": False, "grad_norm_skip_threshold": float("inf")}
-    _check_update_space(SimpleNamespace(config=SimpleNamespace(**plain)))  # type: ignore[arg-type]
+    from megatron_ogpsa.plugin.limits import OPTIMIZERS_OF_UPDATES, SKIPPED_STEPS
+    from megatron_ogpsa.refusal import refuse
+
+    config = OptimizerConfig()
+    refuse((*OPTIMIZERS_OF_UPDATES, SKIPPED_STEPS), config, " with --ogpsa-space update")
+    setattr(config, name, value)
     with pytest.raises(UnsupportedError, match=f"^{told} with --ogpsa-space update: .+, or use --ogpsa-space gradient"):
-        _check_update_space(SimpleNamespace(config=SimpleNamespace(**plain | {name: value})))  # type: ignore[arg-type]
+        refuse((*OPTIMIZERS_OF_UPDATES, SKIPPED_STEPS), config, " with --ogpsa-space update")
 
 
 def test_buffers_for_fp8_alone_are_refused_with_references_in_bf16(

@@ -1,7 +1,8 @@
 """``megatron-ogpsa`` in which one rank meets what is not finite, as ``PLANT`` says: ``WHAT RANK STEP``.
 
 ``gradient`` poisons the accumulated gradient of that training step, ``reference`` that of every refresh from that step on,
-``basis`` an element of the basis before that step. Variables reach the ranks; arguments would have to be flags.
+``basis`` an element of the basis before that step; ``refusal`` is a model that the plugin does not take, whatever the step.
+Variables reach the ranks; arguments would have to be flags.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ if "RANK" in os.environ:
     from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 
     install_if_no_gpu()
+    from megatron_ogpsa.errors import UnsupportedError
     from megatron_ogpsa.integration.projection import run
+    from megatron_ogpsa.plugin import ogpsa, support
     from megatron_ogpsa.references import gradients
 
     what, rank, first = os.environ["PLANT"].split()
@@ -38,6 +41,11 @@ if "RANK" in os.environ:
         if what == "reference" and is_mine and now["step"] >= int(first):
             self._captured_KN[-1, 0] = float("nan")
 
+    def planted_refusal(*args: Any) -> None:
+        raise UnsupportedError("--a-layer: it is of another kind; leave it out")
+
+    if what == "refusal" and is_mine:
+        support.check_supported = ogpsa.check_supported = planted_refusal  # type: ignore[assignment]
     run.ProjectionRun.before_step = planted_before_step  # type: ignore[method-assign]
     gradients.OGPSA.capture = planted_capture  # type: ignore[method-assign]
 

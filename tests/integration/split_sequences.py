@@ -22,7 +22,7 @@ if "RANK" in os.environ:
 
     backends.DotProductAttention = GatheringAttention
     context_parallel.check_attention = lambda args: None
-    cpu._REFUSALS = tuple(r for r in cpu._REFUSALS if r.flag != "--context-parallel-size")
+    cpu.WITHOUT_GPU = tuple(r for r in cpu.WITHOUT_GPU if r.flag != "--context-parallel-size")
 
 if __name__ == "__main__":
     launching.RANK_MODULE = "tests.integration.split_sequences"

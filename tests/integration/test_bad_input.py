@@ -111,7 +111,7 @@ def test_values_that_megatrons_flags_look_up_or_evaluate(flags: list[str], expec
 
 def test_fewer_samples_than_a_batch_are_no_run() -> None:
     from megatron_ogpsa.errors import UserError
-    from megatron_ogpsa.integration.stages import check_arguments
+    from megatron_ogpsa.integration.arguments.stage import check_arguments
 
     args = argparse.Namespace(
         ogpsa_train_data="x.jsonl", ogpsa_stage="sft", calculate_per_token_loss=True, eval_iters=1

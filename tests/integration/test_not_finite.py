@@ -53,6 +53,14 @@ def test_the_run_ends_on_all_ranks_with_the_cause(
     assert "Traceback" not in outcome.output
 
 
+def test_layers_of_one_stage_that_are_refused_end_all_stages(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLANT", "refusal 1 1")
+    outcome = train(*LAYOUTS["pp2"].split(), module="tests.integration.planting")
+    assert outcome.exit_code == 2, outcome.output[-3000:]
+    (told,) = outcome.error_lines
+    assert "--a-layer: it is of another kind; leave it out (on rank 1)" in told
+
+
 @pytest.mark.parametrize(("layout", "rank"), [("pp2", 1), ("dp2", 1)])
 def test_a_basis_that_is_not_finite_costs_one_step_and_a_refresh(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, rank: int

@@ -144,13 +144,25 @@ def test_finished_stages_are_skipped_and_a_lost_job_leaves_no_process(
     assert output.count("stage sft") == 1  # rank 0 alone speaks
 
 
-def test_a_mistake_in_the_last_stage_is_told_before_the_first_one_trains(train: Train, pipeline: Path) -> None:
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [
+        ("ogpsa-dpo-beta: a lot", "ogpsa-dpo-beta: invalid float value: 'a lot'"),
+        (
+            "skip-train: true",
+            "--skip-train with --ogpsa-stage dpo is not supported: the reference policy is known after",
+        ),
+    ],
+)
+def test_a_mistake_in_the_last_stage_is_told_before_the_first_one_trains(
+    train: Train, pipeline: Path, mistake: str, told: str
+) -> None:
     text = pipeline.read_text(encoding="utf-8")
-    pipeline.write_text(text.replace("ogpsa-dpo-beta: 0.2", "ogpsa-dpo-beta: a lot"), encoding="utf-8")
+    pipeline.write_text(text.replace("ogpsa-dpo-beta: 0.2", mistake), encoding="utf-8")
     outcome = train(*DP2, config=pipeline, plain=True)
     assert outcome.exit_code == 2, outcome.output[-3000:]
     assert len(outcome.error_lines) == 1, outcome.error_lines
-    assert "ogpsa-dpo-beta: invalid float value: 'a lot'" in outcome.error_lines[0]
+    assert told in outcome.error_lines[0]
     assert "iteration" not in outcome.output
 
 

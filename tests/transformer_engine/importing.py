@@ -27,7 +27,7 @@ HOPPER = (9, 0)
 BLACKWELL = (10, 0)
 
 BROUGHT_BY_TRANSFORMER_ENGINE = (
-    "--transformer-impl transformer_engine",
+    "--transformer-impl {0.transformer_impl}",
     "--fp8-format",
     "--multi-latent-attention",
     "--sequence-parallel",
@@ -96,7 +96,9 @@ def _install_for_commands(capability: tuple[int, int]) -> None:
 
     from megatron_ogpsa.integration.arguments import cpu, parser
 
-    cpu._REFUSALS = tuple(refusal for refusal in cpu._REFUSALS if refusal.flag not in BROUGHT_BY_TRANSFORMER_ENGINE)
+    for table in ("WITHOUT_GPU", "TRAINING_WITHOUT_GPU"):
+        kept = tuple(refusal for refusal in getattr(cpu, table) if refusal.flag not in BROUGHT_BY_TRANSFORMER_ENGINE)
+        setattr(cpu, table, kept)
     set_cpu_defaults = cpu.set_cpu_defaults
 
     def set_defaults(parser: argparse.ArgumentParser) -> None:

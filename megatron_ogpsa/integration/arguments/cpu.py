@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
 
-from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.refusal import Refusal, refuse
 
 
 def set_cpu_defaults(parser: argparse.ArgumentParser) -> None:
@@ -35,75 +33,51 @@ def set_cpu_defaults(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Refusal:
-    """A request that the CPU runtime cannot serve: how to recognise it, what it is called, and the remedy."""
-
-    flag: str
-    applies: Callable[[argparse.Namespace], bool]
-    remedy: str
-
-
-_REFUSALS = (
+WITHOUT_GPU = (
     Refusal(
-        flag="--transformer-impl transformer_engine",
-        applies=lambda args: args.transformer_impl != "local",
-        remedy="leave it out or say --transformer-impl local",
+        "--transformer-impl {0.transformer_impl}",
+        "",
+        "leave it out or say --transformer-impl local",
+        lambda args: args.transformer_impl != "local",
+    ),
+    Refusal("--fp8-format", "", "use --bf16 or full precision", lambda args: args.fp8),
+    Refusal("--fp4-format", "", "use --bf16 or full precision", lambda args: args.fp4),
+    Refusal(
+        "--context-parallel-size",
+        "its attention is Transformer Engine's",
+        "use --context-parallel-size 1",
+        lambda args: args.context_parallel_size > 1,
     ),
     Refusal(
-        flag="--fp8-format",
-        applies=lambda args: bool(args.fp8),
-        remedy="use --bf16 or full precision",
+        "--multi-latent-attention",
+        "Megatron's own attention does not take the sizes of its heads",
+        "train another model",
     ),
     Refusal(
-        flag="--fp4-format",
-        applies=lambda args: bool(getattr(args, "fp4", None)),
-        remedy="use --bf16 or full precision",
+        "--moe-token-dispatcher-type",
+        "gloo has no uneven all-to-all",
+        "use --moe-token-dispatcher-type allgather",
+        lambda args: args.num_experts is not None and args.moe_token_dispatcher_type != "allgather",
     ),
+    Refusal("--moe-grouped-gemm", "the grouped product is a CUDA kernel"),
+    Refusal("--cuda-graph-impl", "", applies=lambda args: args.cuda_graph_impl != "none"),
     Refusal(
-        flag="--context-parallel-size",
-        applies=lambda args: args.context_parallel_size > 1,
-        remedy="use --context-parallel-size 1: its attention is Transformer Engine's",
-    ),
-    Refusal(
-        flag="--multi-latent-attention",
-        applies=lambda args: args.multi_latent_attention,
-        remedy="it needs Transformer Engine's attention, Megatron's own does not take the sizes of its heads",
-    ),
-    Refusal(
-        flag="--sequence-parallel",
-        applies=lambda args: args.sequence_parallel,
-        remedy="leave it out: Megatron's torch norm does not support it",
-    ),
-    Refusal(
-        flag="--moe-token-dispatcher-type",
-        applies=lambda args: args.num_experts is not None and args.moe_token_dispatcher_type != "allgather",
-        remedy="use --moe-token-dispatcher-type allgather: gloo has no uneven all-to-all",
-    ),
-    Refusal(
-        flag="--moe-grouped-gemm",
-        applies=lambda args: args.moe_grouped_gemm,
-        remedy="leave it out: the grouped product is a CUDA kernel",
-    ),
-    Refusal(
-        flag="--cuda-graph-impl",
-        applies=lambda args: args.cuda_graph_impl != "none",
-        remedy="leave it out",
-    ),
-    Refusal(
-        flag="--distributed-backend nccl",
-        applies=lambda args: args.distributed_backend != "gloo",
-        remedy="leave it out or say --distributed-backend gloo",
+        "--distributed-backend {0.distributed_backend}",
+        "",
+        "leave it out or say --distributed-backend gloo",
+        lambda args: args.distributed_backend != "gloo",
     ),
 )
 
 
-def check_supported_on_cpu(args: argparse.Namespace) -> None:
+TRAINING_WITHOUT_GPU = (Refusal("--sequence-parallel", "Megatron's torch norm does not support it"),)
+"""Scoring does without it by itself."""
+
+
+def check_supported_on_cpu(args: argparse.Namespace, *, for_training: bool = True) -> None:
     """Refuse, by the name of the flag, what cannot run without a GPU.
 
     Raises:
-        UserError: naming the first such flag and the remedy.
+        UnsupportedError: naming the first such flag and the remedy.
     """
-    for refusal in _REFUSALS:
-        if refusal.applies(args):
-            raise UserError(f"{refusal.flag} needs a GPU, and none was found: {refusal.remedy}")
+    refuse((*WITHOUT_GPU, *(TRAINING_WITHOUT_GPU if for_training else ())), args, " needs a GPU, and none was found")

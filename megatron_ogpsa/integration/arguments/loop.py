@@ -4,16 +4,88 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 from megatron_ogpsa.errors import UnsupportedError, UserError, one_line
+from megatron_ogpsa.refusal import Refusal, refuse
 
 _OF_THE_MODEL = "num_layers hidden_size num_attention_heads max_position_embeddings".split()
 _WANTED_BESIDE_CHECKPOINT = {"micro_batch_size": "rows that a rank computes at once, such as 1"}
 _WANTED = {"seq_length": "positions of a row, such as 2048"} | _WANTED_BESIDE_CHECKPOINT
 _WANTED_IN_TRAINING = {"lr": "the highest learning rate, such as 1e-6"}
 
-_PLACES = "save load pretrained_checkpoint non_persistent_global_ckpt_dir".split()
+PLACES = ("save", "load", "pretrained_checkpoint", "non_persistent_global_ckpt_dir")
+"""Of checkpoints, as arguments."""
+
+
+_OTHER_SAMPLES = (
+    "the data of a skipped step is drawn on one tensor-parallel rank alone, so that ranks would train on different "
+    "samples"
+)
+
+
+def _keeps_state(args: argparse.Namespace) -> bool:
+    return args.ogpsa_stage == "dpo" or args.ogpsa_adaptive_interval is not None or args.fp16
+
+
+IN_THE_LOOP = (
+    Refusal("--iterations-to-skip", _OTHER_SAMPLES),
+    Refusal("--result-rejected-tracker-filename", _OTHER_SAMPLES),
+    Refusal("--phase-transition-iterations", "each phase would begin the data again"),
+    Refusal("--full-validation", "Megatron 0.19 fails in its first evaluation"),
+    Refusal("--multiple-validation-sets", "it goes with --full-validation alone, which is not"),
+    Refusal(
+        "--rampup-batch-size",
+        "Megatron 0.19 reads it nowhere, and the batch would have its full size from the first step on",
+    ),
+    Refusal(
+        "--step-batch-size-schedule",
+        "how much data a run takes is counted at its start, by one size of the batch",
+    ),
+    Refusal("--log-straggler", "its detector times a forward step of Megatron's own"),
+    Refusal("--inprocess-restart", "Megatron's scripts restart so, and this command by --max-restarts"),
+    Refusal("--freeze-all-layers", "Megatron 0.19 reads it in scripts only, so that all would train"),
+    Refusal("--check-for-spiky-loss", "Megatron's own losses look at it, which are not these"),
+    Refusal(
+        "--ddp-average-in-collective",
+        "it goes without --calculate-per-token-loss alone, which answers need to weigh alike",
+    ),
+    Refusal("--perform-rl-step", "this command has no rollouts"),
+    Refusal("--yaml-cfg", "flags stand in CONFIG.yaml, under their own names", "write them there"),
+    Refusal(
+        "--trust-remote-code",
+        "code that comes with a tokenizer is never run",
+        "use a folder whose tokenizer transformers knows by itself",
+    ),
+    Refusal(
+        "--dataloader-type external",
+        "the data is read by Megatron's own loaders",
+        applies=lambda args: args.dataloader_type == "external",
+    ),
+    Refusal(
+        "--dataloader-type cyclic with --ogpsa-valid-data",
+        "Megatron would shuffle the samples of all evaluations among each other",
+        applies=lambda args: args.dataloader_type == "cyclic" and args.ogpsa_valid_data is not None,
+    ),
+    Refusal("--hybrid-context-parallel", "it splits packed documents of Megatron's own data"),
+    Refusal(
+        "--overlap-moe-expert-parallel-comm",
+        "micro-batches would be scheduled layer by layer, which the losses here are not",
+    ),
+    Refusal(
+        "--non-persistent-ckpt-type local",
+        "DPO's reference policy, adaptive intervals and fp16 go on from a state beside the weights, which local checkpoints "
+        "have no place for",
+        "use --non-persistent-ckpt-type global",
+        lambda args: args.non_persistent_ckpt_type == "local" and _keeps_state(args),
+    ),
+    Refusal(
+        "--cuda-graph-impl with rows of several documents",
+        "their number differs from graph to graph",
+        applies=lambda args: args.cuda_graph_impl != "none" and (args.ogpsa_packing or args.ogpsa_stage == "dpo"),
+    ),
+)
+"""Accepted by Megatron, and wrong or late with our data, losses and stages."""
 
 
 def check_before_validation(args: argparse.Namespace, *, is_here: bool = True) -> None:
@@ -67,13 +139,16 @@ def _flag(name: str) -> str:
     return name.replace("_", "-")
 
 
-def check_places(args: argparse.Namespace) -> None:
+def check_places(args: argparse.Namespace, names: Sequence[str] = PLACES) -> None:
     """Refuse places of checkpoints that are no folders of a file system.
+
+    Args:
+        names: of the arguments that are looked at.
 
     Raises:
         UnsupportedError: naming the flag.
     """
-    for name in _PLACES:
+    for name in names:
         place = getattr(args, name, None)
         if isinstance(place, str) and "://" in place:
             raise UnsupportedError(
@@ -101,8 +176,7 @@ def check_loop_arguments(args: argparse.Namespace) -> None:
     Raises:
         UnsupportedError: naming the flag, why, and the remedy.
     """
-    for flag, reason in _unsupported(args):
-        raise UnsupportedError(f"{flag} is not supported: {reason}; leave it out")
+    refuse(IN_THE_LOOP, args)
     check_model(args)
 
 
@@ -132,75 +206,3 @@ def check_model(args: argparse.Namespace) -> None:
         raise UserError(
             f"--spec {given}: no such layers: give a module and a name in it, as --spec my.layers layer_spec"
         )
-
-
-def _unsupported(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    skipped = (
-        "the data of a skipped step is drawn on one tensor-parallel rank alone, so that ranks would train on different"
-    )
-    for flag, is_given, reason in (
-        ("--iterations-to-skip", args.iterations_to_skip, f"{skipped} samples"),
-        ("--result-rejected-tracker-filename", args.result_rejected_tracker_filename, f"{skipped} samples"),
-        ("--phase-transition-iterations", args.phase_transition_iterations, "each phase would begin the data again"),
-        ("--full-validation", args.full_validation, "Megatron 0.19 fails in its first evaluation"),
-        (
-            "--multiple-validation-sets",
-            args.multiple_validation_sets,
-            "it goes with --full-validation alone, which is not",
-        ),
-        (
-            "--rampup-batch-size",
-            args.rampup_batch_size is not None,
-            "Megatron 0.19 reads it nowhere, and the batch would have its full size from the first step on",
-        ),
-        (
-            "--step-batch-size-schedule",
-            args.step_batch_size_schedule is not None,
-            "how much data a run takes is counted at its start, by one size of the batch",
-        ),
-        ("--log-straggler", args.log_straggler, "its detector times a forward step of Megatron's own"),
-        (
-            "--inprocess-restart",
-            args.inprocess_restart,
-            "Megatron's scripts restart so, and this command by --max-restarts",
-        ),
-        (
-            "--freeze-all-layers",
-            args.freeze_all_layers,
-            "Megatron 0.19 reads it in scripts only, so that all would train",
-        ),
-        ("--check-for-spiky-loss", args.check_for_spiky_loss, "Megatron's own losses look at it, which are not these"),
-        (
-            "--ddp-average-in-collective",
-            args.ddp_average_in_collective,
-            "it goes without --calculate-per-token-loss alone, which answers need to weigh alike",
-        ),
-        (
-            "--dataloader-type external",
-            args.dataloader_type == "external",
-            "the data is read by Megatron's own loaders",
-        ),
-        (
-            "--dataloader-type cyclic with --ogpsa-valid-data",
-            args.dataloader_type == "cyclic" and args.ogpsa_valid_data is not None,
-            "Megatron would shuffle the samples of all evaluations among each other",
-        ),
-        (
-            "--hybrid-context-parallel",
-            args.hybrid_context_parallel,
-            "it splits packed documents of Megatron's own data",
-        ),
-        (
-            "--overlap-moe-expert-parallel-comm",
-            args.overlap_moe_expert_parallel_comm,
-            "micro-batches would be scheduled layer by layer, which the losses here are not",
-        ),
-    ):
-        if is_given:
-            yield flag, reason
-    keeps_state = args.ogpsa_stage == "dpo" or args.ogpsa_adaptive_interval is not None or args.fp16
-    if args.non_persistent_ckpt_type == "local" and keeps_state:
-        what = "DPO's reference policy, adaptive intervals and fp16 go on from a state beside the weights"
-        yield "--non-persistent-ckpt-type local", f"{what}, which local checkpoints have no place for"
-    if args.cuda_graph_impl != "none" and (args.ogpsa_packing or args.ogpsa_stage == "dpo"):
-        yield "--cuda-graph-impl with rows of several documents", "their number differs from graph to graph"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 from megatron_ogpsa.config import MAX_CONFLICT_REFERENCES, OGPSAConfig
 from megatron_ogpsa.errors import UnsupportedError, UserError
@@ -12,19 +10,47 @@ from megatron_ogpsa.integration.arguments.packing import check_packing
 from megatron_ogpsa.integration.projection.authors import check_authors_arguments
 from megatron_ogpsa.integration.projection.reference_data import loss_of_reference
 from megatron_ogpsa.integration.projection.schedule import check_schedule_arguments
+from megatron_ogpsa.plugin.limits import MODELS, MODELS_OF_UPDATES, OPTIMIZERS, OPTIMIZERS_OF_UPDATES, WRAPPERS
 from megatron_ogpsa.precision.fp8_support import check_fp8_flags
+from megatron_ogpsa.references.limits import PASSES
+from megatron_ogpsa.refusal import Refusal, refuse
 
 DEFAULT_REFRESH_INTERVAL = {"sft": 30, "dpo": 5}
 """Optimizer steps between refreshes (arXiv:2602.07892)."""
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """A flag that does not go with references, why, and the nearest thing that works."""
+SCOPE = " with --ogpsa-reference is not supported"
+_UNKNOWN = "which layers are quantised, and by what, would not be known"
 
-    flag: str
-    reason: str
-    remedy: str
+
+def _names(args: argparse.Namespace) -> list[str]:
+    return [name for name, _ in args.ogpsa_reference]
+
+
+def _has_kitchen(args: argparse.Namespace) -> bool:
+    """Its flags are there where its package is."""
+    return any(getattr(args, name, None) is not None for name in ("kitchen_config_file", "kitchen_recipe_number"))
+
+
+def _cuts_pairs(args: argparse.Namespace) -> bool:
+    return args.context_parallel_size > 1 and any(loss_of_reference(args, name) != "nll" for name in _names(args))
+
+
+FLAGS = (
+    Refusal("--te-precision-config-file", _UNKNOWN, "use --fp8-format"),
+    Refusal("--kitchen-config-file or --kitchen-recipe-number", _UNKNOWN, "use --fp8-format", _has_kitchen),
+    Refusal(
+        "--context-parallel-size", "it would cut a reference's answers", "protect the loss nll, or use 1", _cuts_pairs
+    ),
+    Refusal(
+        "--context-parallel-size with --ogpsa-packing",
+        "documents would be cut apart",
+        "leave one of them out",
+        lambda args: args.context_parallel_size > 1 and args.ogpsa_packing,
+    ),
+    Refusal("--perform-rl-step", "references have no rollouts"),
+)
+"""What Megatron's configurations do not tell."""
 
 
 def config_from_arguments(args: argparse.Namespace) -> OGPSAConfig:
@@ -64,10 +90,9 @@ def check_projection_arguments(args: argparse.Namespace) -> None:
     check_schedule_arguments(args)
     config_from_arguments(args)
     _check_number_of_gradients(args)
-    for refusal in _refusals(args):
-        raise UnsupportedError(
-            f"{refusal.flag} with --ogpsa-reference is not supported: {refusal.reason}; {refusal.remedy}"
-        )
+    refuse((*FLAGS, *PASSES, *WRAPPERS, *MODELS, *OPTIMIZERS), args, SCOPE)
+    if args.ogpsa_space == "update":
+        refuse((*OPTIMIZERS_OF_UPDATES, *MODELS_OF_UPDATES), args, SCOPE)
     _check_rows_of_references(args)
     check_fp8_flags(args)
 
@@ -116,64 +141,3 @@ def _check_number_of_gradients(args: argparse.Namespace) -> None:
             f"--ogpsa-mode conflict with {gradients} reference gradients: it solves for up to {MAX_CONFLICT_REFERENCES}; "
             "join some references into one, lower --ogpsa-rank-per-reference, or use --ogpsa-mode orthogonal"
         )
-
-
-def _refusals(args: argparse.Namespace) -> Iterator[Refusal]:
-    """What is given and does not go with references."""
-    if args.fp4:
-        reason = "reference passes would leave their mark on its scaling factors"
-        yield Refusal("--fp4-format", reason, "train in --bf16 or with --fp8-format")
-    if args.te_precision_config_file:
-        reason = "which layers are quantised, and by what, would not be known"
-        yield Refusal("--te-precision-config-file", reason, "use --fp8-format")
-    if args.context_parallel_size > 1 and any(loss_of_reference(args, name) != "nll" for name in _names(args)):
-        reason = "it would cut a reference's answers"
-        yield Refusal("--context-parallel-size", reason, "protect the loss nll, or use 1")
-    if args.multi_latent_attention and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
-        reason = "without sequence parallelism copies of the keys' projection drift apart, each with one rank's heads"
-        yield Refusal("--multi-latent-attention", reason, "add --sequence-parallel")
-    for flag, is_given in (
-        ("--use-megatron-fsdp", args.use_megatron_fsdp),
-        ("--use-torch-fsdp2", args.use_torch_fsdp2),
-    ):
-        if is_given:
-            reason = "its gradients lie outside Megatron's gradient buffers"
-            yield Refusal(flag, reason, "use --use-distributed-optimizer")
-    if args.optimizer not in ("adam", "sgd"):
-        yield Refusal(f"--optimizer {args.optimizer}", "its shards differ", "use adam")
-    if args.ogpsa_space == "update":
-        for flag, is_given in (
-            ("--optimizer-cpu-offload", args.optimizer_cpu_offload),
-            ("--use-precision-aware-optimizer", args.use_precision_aware_optimizer),
-        ):
-            if is_given:
-                reason = "--ogpsa-space update does not reach parameters within the inner optimizer"
-                yield Refusal(flag, reason, "use --ogpsa-space gradient")
-        if args.qk_clip:
-            reason = "it changes weights after the step, where --ogpsa-space update projects nothing"
-            yield Refusal("--qk-clip", reason, "use --ogpsa-space gradient")
-    for flag, is_given, reason in (
-        ("--mtp-num-layers", args.mtp_num_layers, "losses of references would enter those that the log shows"),
-        ("--cuda-graph-impl", args.cuda_graph_impl != "none", "graphs replay training passes only"),
-        ("--optimizer-cuda-graph", args.optimizer_cuda_graph, "the projection decides on the host"),
-        ("--perform-rl-step", args.perform_rl_step, "references have no rollouts"),
-        ("--moe-single-grouped-weight", args.moe_single_grouped_weight, "blocks would hold several experts"),
-        ("--moe-paged-stash", args.moe_paged_stash, "its buffers would be sized for reference passes"),
-        ("--hybrid-context-parallel", args.hybrid_context_parallel, "its schedule reads Megatron's own packed data"),
-        (
-            "--fine-grained-activation-offloading",
-            args.fine_grained_activation_offloading,
-            "it is set up for the micro-batches of the first pass, which would be a reference's",
-        ),
-        (
-            "--overlap-moe-expert-parallel-comm",
-            args.overlap_moe_expert_parallel_comm,
-            "it schedules micro-batches layer by layer, which reference passes are not",
-        ),
-    ):
-        if is_given:
-            yield Refusal(flag, reason, "leave it out")
-
-
-def _names(args: argparse.Namespace) -> list[str]:
-    return [name for name, _ in args.ogpsa_reference]

@@ -9,7 +9,7 @@ import traceback
 
 from megatron_ogpsa.errors import UserError, one_line
 from megatron_ogpsa.integration.arguments.cpu import check_supported_on_cpu
-from megatron_ogpsa.integration.arguments.loop import check_before_validation, require_flags
+from megatron_ogpsa.integration.arguments.loop import check_before_validation, check_places, require_flags
 from megatron_ogpsa.integration.arguments.parser import add_training_arguments, parse_flags
 from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 from megatron_ogpsa.system.files import file_error
@@ -23,8 +23,11 @@ def validated_arguments(flags: list[str], *, for_training: bool = False) -> argp
 
     early = parse_flags(flags)
     if install_if_no_gpu():
-        check_supported_on_cpu(early)
-    check_before_validation(early)
+        check_supported_on_cpu(early, for_training=for_training)
+    if for_training:
+        check_before_validation(early)
+    else:
+        check_places(early, ("load", "pretrained_checkpoint"))
     require_flags(early, for_training=for_training)
     if early.tokenizer_type is None:
         raise UserError("--tokenizer-type is missing: HuggingFaceTokenizer or SentencePieceTokenizer")

@@ -35,6 +35,7 @@ from megatron_ogpsa.integration.bridge.settings import check_run
 from megatron_ogpsa.integration.projection.protection import Losses, as_line, interval_figures, log_figures
 from megatron_ogpsa.integration.ranks.agreement import agreed
 from megatron_ogpsa.plugin.ogpsa import OGPSA, attach
+from megatron_ogpsa.plugin.support import check_supported
 from megatron_ogpsa.references.gradients import Reference, pinned, refresh
 
 try:
@@ -107,6 +108,7 @@ class OGPSACallback(bridge.Callback):
         from megatron.bridge.training.utils.train_utils import prepare_forward_step_func
 
         agreed(lambda: check_run(context.state.cfg, context.model, references_in_bf16=self._references_in_bf16))
+        agreed(lambda: check_supported(context.optimizer, context.model, self._config))
         forward_step = prepare_forward_step_func(self._forward_step, context.state)
         self._references = [
             agreed(partial(_reference, name, rows, forward_step, context)) for name, rows in self._rows.items()

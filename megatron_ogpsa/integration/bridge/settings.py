@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
 
@@ -14,6 +16,8 @@ from megatron.core.utils import get_model_config
 
 from megatron_ogpsa.errors import UnsupportedError, UserError
 from megatron_ogpsa.precision.fp8_support import check_fp8_available, check_fp8_flags
+from megatron_ogpsa.references.limits import PASSES
+from megatron_ogpsa.refusal import Refusal, refuse
 
 FP8_SETTINGS = {
     "--fp8-format": "model.fp8",
@@ -34,8 +38,37 @@ FP8_SETTINGS = {
 }
 """Megatron's flags that decide on FP8 → where Bridge keeps them."""
 
-_PLAIN_NAMES = {"--seq-length": "model.seq_length", "--bf16": "bf16", "--ogpsa-reference": "OGPSACallback"}
+_PLAIN_NAMES = {
+    "--seq-length": "model.seq_length",
+    "--bf16": "bf16",
+    "--fp4-format": "model.fp4",
+    "--ogpsa-reference": "OGPSACallback",
+}
 _FLAG = re.compile(r"--[a-z0-9-]+[a-z0-9]")
+
+SCOPE = " with OGPSACallback is not supported"
+
+OF_BRIDGE = (
+    Refusal(
+        "model.quant_recipe",
+        "which layers are quantised, and by what, would not be known",
+        "use model.fp8",
+        lambda run: run.model.quant_recipe,
+    ),
+    Refusal(
+        "dist.use_decentralized_pg",
+        "passes use Megatron's own groups",
+        "use False",
+        lambda run: run.config.dist.use_decentralized_pg,
+    ),
+    Refusal(
+        "train.rampup_batch_size with checkpoint.async_save",
+        "checkpoints are saved at steps that no interval tells",
+        "use one of the two",
+        lambda run: run.config.checkpoint.async_save and run.config.train.rampup_batch_size,
+    ),
+)
+"""What Megatron's own loop does not have, or flags do not tell."""
 
 
 def check_run(config: Any, chunks: list[Any], *, references_in_bf16: bool) -> None:
@@ -50,42 +83,35 @@ def check_run(config: Any, chunks: list[Any], *, references_in_bf16: bool) -> No
         UserError: FP8 that this GPU or Transformer Engine does not have, or references in bf16 of a model that is not.
     """
     model = get_model_config(chunks[0])
-    scaling = "reference passes would mark its scaling factors"
-    for is_given, setting, reason, remedy in (
-        (getattr(model, "fp4", None), "model.fp4", scaling, "train in bf16 or with model.fp8"),
-        (
-            getattr(model, "quant_recipe", None),
-            "model.quant_recipe",
-            "which layers are quantised, and by what, would not be known",
-            "use model.fp8",
-        ),
-        (
-            model.cuda_graph_impl not in (None, "none"),
-            "model.cuda_graph_impl",
-            "graphs replay training passes only",
-            "use 'none'",
-        ),
-        (
-            config.dist.use_decentralized_pg,
-            "dist.use_decentralized_pg",
-            "passes use Megatron's own groups",
-            "use False",
-        ),
-        (
-            config.checkpoint.async_save and config.train.rampup_batch_size,
-            "train.rampup_batch_size with checkpoint.async_save",
-            "checkpoints are saved at steps that no interval tells",
-            "use one of the two",
-        ),
-    ):
-        if is_given:
-            raise UnsupportedError(f"{setting} with OGPSACallback is not supported: {reason}; {remedy}")
+    with _in_bridges_words(model):
+        refuse(PASSES, model, SCOPE)
+    refuse(OF_BRIDGE, argparse.Namespace(model=model, config=config), SCOPE)
     if references_in_bf16 and not model.bf16:
         raise UserError(
             "OGPSACallback(references_in_bf16=True): reference passes without FP8 are in the parameters' type, which is "
             "bf16 with model.bf16 only; train in bf16, or leave it out"
         )
+    if references_in_bf16 and model.fp8 and model.tp_comm_overlap:
+        raise UnsupportedError(
+            "model.tp_comm_overlap with OGPSACallback(references_in_bf16=True) and model.fp8: its buffers are made for "
+            "products in FP8 alone; leave one of them out"
+        )
     _check_fp8(config, model)
+
+
+@contextmanager
+def _in_bridges_words(model: Any) -> Iterator[None]:
+    """What is refused by Megatron's flags is told by Bridge's names of them."""
+
+    def translated(found: re.Match[str]) -> str:
+        field = found[0].removeprefix("--").replace("-", "_")
+        known = FP8_SETTINGS | _PLAIN_NAMES
+        return known.get(found[0], f"model.{field}" if hasattr(model, field) else found[0])
+
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(_FLAG.sub(translated, str(error))) from None
 
 
 def _check_fp8(config: Any, model: Any) -> None:
@@ -96,10 +122,6 @@ def _check_fp8(config: Any, model: Any) -> None:
     flags = {flag: attrgetter(setting)(owners) for flag, setting in FP8_SETTINGS.items()}
     args = argparse.Namespace(**{flag.removeprefix("--").replace("-", "_"): value for flag, value in flags.items()})
     args.fp8, args.seq_length = model.fp8, config.model.seq_length
-    try:
+    with _in_bridges_words(model):
         check_fp8_flags(args)
         check_fp8_available(args)
-    except UserError as error:
-        names = FP8_SETTINGS | _PLAIN_NAMES
-        message = _FLAG.sub(lambda found: names.get(found[0], found[0]), str(error))
-        raise type(error)(message) from None

@@ -6,7 +6,28 @@ import argparse
 
 import torch
 
-from megatron_ogpsa.errors import UnsupportedError
+from megatron_ogpsa.refusal import Refusal, refuse
+
+_WITH = "--context-parallel-size {0.context_parallel_size} with "
+_APART = "leave one of them out, or use --tensor-model-parallel-size with --sequence-parallel for long sequences"
+
+SPLIT = (
+    Refusal(
+        _WITH + "--ogpsa-stage dpo",
+        "an answer's log-probability is a sum over its whole sequence",
+        _APART,
+        lambda args: args.ogpsa_stage == "dpo",
+    ),
+    Refusal(_WITH + "--ogpsa-packing", "documents would be cut apart", _APART, lambda args: args.ogpsa_packing),
+)
+"""What cannot be done with parts of sequences."""
+
+LOCAL_ATTENTION = Refusal(
+    _WITH + "--transformer-impl {0.transformer_impl}",
+    "Megatron's own attention does not look at the other ranks' positions",
+    "use --transformer-impl transformer_engine",
+    lambda args: args.transformer_impl != "transformer_engine",
+)
 
 
 def check_context_parallel(args: argparse.Namespace) -> None:
@@ -15,22 +36,9 @@ def check_context_parallel(args: argparse.Namespace) -> None:
     Raises:
         UnsupportedError: naming the flag and the remedy.
     """
-    if args.context_parallel_size == 1:
-        return
-    for is_given, flag, reason in (
-        (
-            args.ogpsa_stage == "dpo",
-            "--ogpsa-stage dpo",
-            "an answer's log-probability is a sum over its whole sequence",
-        ),
-        (args.ogpsa_packing, "--ogpsa-packing", "documents would be cut apart"),
-    ):
-        if is_given:
-            raise UnsupportedError(
-                f"--context-parallel-size {args.context_parallel_size} with {flag} is not supported: {reason}; leave one of "
-                "them out, or use --tensor-model-parallel-size with --sequence-parallel for long sequences"
-            )
-    check_attention(args)
+    if args.context_parallel_size > 1:
+        refuse(SPLIT, args)
+        check_attention(args)
 
 
 def check_attention(args: argparse.Namespace) -> None:
@@ -39,12 +47,7 @@ def check_attention(args: argparse.Namespace) -> None:
     Raises:
         UnsupportedError: naming the flag and the remedy.
     """
-    if args.transformer_impl != "transformer_engine":
-        raise UnsupportedError(
-            f"--context-parallel-size {args.context_parallel_size} with --transformer-impl {args.transformer_impl} is not "
-            "supported: Megatron's own attention does not look at the other ranks' positions; use --transformer-impl "
-            "transformer_engine"
-        )
+    refuse((LOCAL_ATTENTION,), args)
 
 
 def own_positions(fields: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.refusal import Refusal, refuse
 
 MAX_REFERENCES = 2
 """Their code cuts a longer list short without a word."""
@@ -29,58 +29,111 @@ LEAK_NOTICE = (
 )
 
 
+_DROP_ONE = "drop one of the two flags"
+
+NOT_THEIRS = (
+    Refusal(
+        "--ogpsa-granularity {0.ogpsa_granularity}",
+        "the authors' is tensor",
+        _DROP_ONE,
+        lambda args: args.ogpsa_granularity != "tensor",
+    ),
+    Refusal(
+        "--ogpsa-mode {0.ogpsa_mode}",
+        "the authors' is orthogonal",
+        _DROP_ONE,
+        lambda args: args.ogpsa_mode != "orthogonal",
+    ),
+    Refusal(
+        "--ogpsa-space {0.ogpsa_space}",
+        "the authors' is gradient",
+        _DROP_ONE,
+        lambda args: args.ogpsa_space != "gradient",
+    ),
+    Refusal(
+        "--ogpsa-rank-per-reference {0.ogpsa_rank_per_reference}",
+        "the authors' is one gradient for each reference",
+        _DROP_ONE,
+        lambda args: args.ogpsa_rank_per_reference > 1,
+    ),
+    Refusal("--ogpsa-energy {0.ogpsa_energy}", "the authors' is 1", _DROP_ONE, lambda args: args.ogpsa_energy < 1.0),
+    Refusal("--ogpsa-stagger-references", "the authors' is all references at once", _DROP_ONE),
+    Refusal(
+        "--ogpsa-adaptive-interval {0.ogpsa_adaptive_interval}",
+        "the authors' is one interval",
+        _DROP_ONE,
+        lambda args: args.ogpsa_adaptive_interval is not None,
+    ),
+    Refusal(
+        "--ogpsa-reference-loss {0.other_loss}",
+        "the authors' is {0.their_loss}",
+        _DROP_ONE,
+        lambda args: args.other_loss,
+    ),
+    Refusal(
+        "{0.num_references} times --ogpsa-reference",
+        f"the authors' is {MAX_REFERENCES} at most",
+        _DROP_ONE,
+        lambda args: args.num_references > MAX_REFERENCES,
+    ),
+)
+"""Settings that are not their rule's."""
+
+_LEAK = "--ogpsa-authors-leak with "
+
+NOT_THE_LEAKS = (
+    Refusal(
+        _LEAK + "--ogpsa-space {0.ogpsa_space}",
+        "it leaks into the gradient",
+        _DROP_ONE,
+        lambda args: args.ogpsa_space != "gradient",
+    ),
+    Refusal(
+        _LEAK + "--ogpsa-stagger-references",
+        "all references leak at once",
+        _DROP_ONE,
+        lambda args: args.ogpsa_stagger_references,
+    ),
+    Refusal(
+        _LEAK + "--ogpsa-adaptive-interval",
+        "it leaks at multiples of one interval",
+        _DROP_ONE,
+        lambda args: args.ogpsa_adaptive_interval is not None,
+    ),
+    Refusal(
+        _LEAK + "--ogpsa-energy {0.ogpsa_energy}",
+        "what leaks is the whole references",
+        _DROP_ONE,
+        lambda args: args.ogpsa_energy < 1.0,
+    ),
+    Refusal(
+        "--ogpsa-authors-leak without --calculate-per-token-loss",
+        "references and training would be scaled differently",
+        "add that flag",
+        lambda args: not args.calculate_per_token_loss,
+    ),
+)
+"""Settings with which their mistake would be another one."""
+
+
 def check_authors_arguments(args: argparse.Namespace) -> None:
     """Refuse settings that are not the authors'.
 
     Raises:
-        UserError: naming both flags.
+        UnsupportedError: naming both flags.
     """
+    theirs = REFERENCE_LOSS[args.ogpsa_stage]
+    others = sorted({loss for _, loss in args.ogpsa_reference_loss} - {theirs})
     if args.ogpsa_authors_rule:
-        losses = sorted({loss for _, loss in args.ogpsa_reference_loss} - {REFERENCE_LOSS[args.ogpsa_stage]})
-        for is_other, flag, theirs in (
-            (args.ogpsa_granularity != "tensor", f"--ogpsa-granularity {args.ogpsa_granularity}", "tensor"),
-            (args.ogpsa_mode != "orthogonal", f"--ogpsa-mode {args.ogpsa_mode}", "orthogonal"),
-            (args.ogpsa_space != "gradient", f"--ogpsa-space {args.ogpsa_space}", "gradient"),
-            (
-                args.ogpsa_rank_per_reference > 1,
-                f"--ogpsa-rank-per-reference {args.ogpsa_rank_per_reference}",
-                "one gradient for each reference",
-            ),
-            (args.ogpsa_energy < 1.0, f"--ogpsa-energy {args.ogpsa_energy}", "1"),
-            (args.ogpsa_stagger_references, "--ogpsa-stagger-references", "all references at once"),
-            (
-                args.ogpsa_adaptive_interval is not None,
-                f"--ogpsa-adaptive-interval {args.ogpsa_adaptive_interval}",
-                "one interval",
-            ),
-            (losses, f"--ogpsa-reference-loss {losses and losses[0]}", REFERENCE_LOSS[args.ogpsa_stage]),
-            (
-                len(args.ogpsa_reference) > MAX_REFERENCES,
-                f"{len(args.ogpsa_reference)} times --ogpsa-reference",
-                f"{MAX_REFERENCES} at most",
-            ),
-        ):
-            if is_other:
-                raise UserError(
-                    f"{flag} with --ogpsa-authors-rule: the authors' is {theirs}; drop one of the two flags"
-                )
-    for is_other, flag, reason in (
-        (args.ogpsa_space != "gradient", f"--ogpsa-space {args.ogpsa_space}", "it leaks into the gradient"),
-        (args.ogpsa_stagger_references, "--ogpsa-stagger-references", "all references leak at once"),
-        (
-            args.ogpsa_adaptive_interval is not None,
-            "--ogpsa-adaptive-interval",
-            "it leaks at multiples of one interval",
-        ),
-        (args.ogpsa_energy < 1.0, f"--ogpsa-energy {args.ogpsa_energy}", "what leaks is the whole references"),
-    ):
-        if args.ogpsa_authors_leak and is_other:
-            raise UserError(f"--ogpsa-authors-leak with {flag}: {reason}; drop one of them")
-    if args.ogpsa_authors_leak and not args.calculate_per_token_loss:
-        raise UserError(
-            "--ogpsa-authors-leak without --calculate-per-token-loss: references and training would be scaled differently; "
-            "add that flag"
+        asked = argparse.Namespace(
+            **vars(args),
+            num_references=len(args.ogpsa_reference),
+            their_loss=theirs,
+            other_loss=others[0] if others else None,
         )
+        refuse(NOT_THEIRS, asked, " with --ogpsa-authors-rule")
+    if args.ogpsa_authors_leak:
+        refuse(NOT_THE_LEAKS, args, scope="")
 
 
 def leak_weight(args: argparse.Namespace, step: int, interval: int) -> float:

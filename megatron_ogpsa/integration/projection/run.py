@@ -22,7 +22,7 @@ from megatron_ogpsa.integration.loop.hooks import LoopHook
 from megatron_ogpsa.integration.projection.authors import LEAK_NOTICE, leak_weight
 from megatron_ogpsa.integration.projection.protection import tell_interval
 from megatron_ogpsa.integration.projection.schedule import RefreshSchedule, least_captured, schedule_from_arguments
-from megatron_ogpsa.integration.ranks.agreement import from_rank_0
+from megatron_ogpsa.integration.ranks.agreement import agreed, from_rank_0
 from megatron_ogpsa.watchdog import progress
 
 if TYPE_CHECKING:
@@ -57,9 +57,12 @@ class ProjectionRun(LoopHook):
         from megatron.training import print_rank_0
 
         from megatron_ogpsa.plugin.ogpsa import attach
+        from megatron_ogpsa.plugin.support import check_supported
 
+        config = config_from_arguments(self._args)
+        agreed(lambda: check_supported(optimizer, model, config))  # stages may hold layers of different kinds
         self._references = [self._load_reference(name, source) for name, source in self._args.ogpsa_reference]
-        self._ogpsa = attach(optimizer, model, config_from_arguments(self._args))
+        self._ogpsa = attach(optimizer, model, config)
         self._schedule = schedule_from_arguments(self._args)
         if self._args.load and not self._args.finetune:
             before = self._saved_state(iteration)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.refusal import Refusal, refuse
 
 if TYPE_CHECKING:
     from megatron_ogpsa.plugin.interval import ReferenceInterval
@@ -166,61 +166,73 @@ def schedule_from_arguments(args: argparse.Namespace) -> RefreshSchedule:
     )
 
 
+_WAITING = "references that wait for their turn come back out of the basis, "
+_ADAPTIVE = "--ogpsa-adaptive-interval {0.ogpsa_adaptive_interval} with "
+
+
+def _truncates(args: argparse.Namespace) -> bool:
+    return args.ogpsa_energy < 1.0
+
+
+def _adapts(args: argparse.Namespace) -> bool:
+    return args.ogpsa_adaptive_interval is not None
+
+
+WITH_SCHEDULES = (
+    Refusal(
+        "--ogpsa-stagger-references with one --ogpsa-reference",
+        "there is nothing to take turns",
+        applies=lambda args: args.ogpsa_stagger_references and len(args.ogpsa_reference) < 2,
+    ),
+    Refusal(
+        "--ogpsa-stagger-references with --ogpsa-basis-dtype {0.ogpsa_basis_dtype}",
+        _WAITING + "whose rounding would blur what tells them apart",
+        "use fp32, with --ogpsa-basis-device cpu if memory is short",
+        lambda args: args.ogpsa_stagger_references and args.ogpsa_basis_dtype != "fp32",
+    ),
+    Refusal(
+        "--ogpsa-stagger-references with --ogpsa-energy {0.ogpsa_energy}",
+        _WAITING + "which would not hold all of them",
+        "use one of the two",
+        lambda args: args.ogpsa_stagger_references and _truncates(args),
+    ),
+    Refusal(
+        "--ogpsa-energy {0.ogpsa_energy} with --ogpsa-mode conflict",
+        "its cone has a side for every whole reference",
+        "use --ogpsa-mode orthogonal, or leave it out",
+        lambda args: _truncates(args) and args.ogpsa_mode == "conflict",
+    ),
+    Refusal(
+        _ADAPTIVE + "--ogpsa-energy {0.ogpsa_energy}",
+        "a fresh basis may hold no more than that",
+        "ask for a smaller share, or keep more energy",
+        lambda args: _adapts(args) and _truncates(args) and args.ogpsa_energy <= args.ogpsa_adaptive_interval,
+    ),
+    Refusal(
+        _ADAPTIVE + "--ogpsa-refresh-interval 1",
+        "no interval is shorter",
+        "give the longest interval that you want",
+        lambda args: _adapts(args) and args.ogpsa_refresh_interval == 1,
+    ),
+    Refusal(
+        _ADAPTIVE
+        + "--ogpsa-refresh-interval {0.ogpsa_refresh_interval} and a checkpoint every {0.shortest_save} steps",
+        "the interval cannot adapt: each checkpoint begins it anew, and adapting takes more than {0.decides_after} steps",
+        "save less often, or give a shorter --ogpsa-refresh-interval",
+        lambda args: _adapts(args) and args.shortest_save is not None and args.shortest_save <= args.decides_after,
+    ),
+)
+"""Of this module's options, and of bases that are cut. ``shortest_save`` and ``decides_after`` are steps."""
+
+
 def check_schedule_arguments(args: argparse.Namespace) -> None:
     """Refuse what does not go with the options of this module and with ``--ogpsa-energy``.
 
     Raises:
-        UserError: naming both flags.
+        UnsupportedError: naming both flags.
     """
-    staggers, bound, energy = args.ogpsa_stagger_references, args.ogpsa_adaptive_interval, args.ogpsa_energy
-    truncates = energy < 1.0
-    stagger, adaptive = "--ogpsa-stagger-references", f"--ogpsa-adaptive-interval {bound}"
     saves = [n for n in (args.save_interval, args.non_persistent_save_interval) if args.save and n]
-    decides_after = schedule_from_arguments(args).longest_round
-    for is_given, flags, reason, remedy in (
-        (
-            staggers and len(args.ogpsa_reference) < 2,
-            f"{stagger} with one --ogpsa-reference",
-            "there is nothing to take turns",
-            "leave it out",
-        ),
-        (
-            staggers and args.ogpsa_basis_dtype != "fp32",
-            f"{stagger} with --ogpsa-basis-dtype {args.ogpsa_basis_dtype}",
-            "references that wait for their turn come back out of the basis, whose rounding would blur what tells them apart",
-            "use fp32, with --ogpsa-basis-device cpu if memory is short",
-        ),
-        (
-            staggers and truncates,
-            f"{stagger} with --ogpsa-energy {energy}",
-            "references that wait for their turn come back out of the basis, which would not hold all of them",
-            "use one of the two",
-        ),
-        (
-            truncates and args.ogpsa_mode == "conflict",
-            f"--ogpsa-energy {energy} with --ogpsa-mode conflict",
-            "its cone has a side for every whole reference",
-            "use --ogpsa-mode orthogonal, or leave it out",
-        ),
-        (
-            bound is not None and truncates and energy <= bound,
-            f"{adaptive} with --ogpsa-energy {energy}",
-            "a fresh basis may hold no more than that",
-            "ask for a smaller share, or keep more energy",
-        ),
-        (
-            bound is not None and args.ogpsa_refresh_interval == 1,
-            f"{adaptive} with --ogpsa-refresh-interval 1",
-            "no interval is shorter",
-            "give the longest interval that you want",
-        ),
-        (
-            bound is not None and saves and min(saves) <= decides_after,
-            f"{adaptive} with --ogpsa-refresh-interval {args.ogpsa_refresh_interval} and a checkpoint every "
-            f"{saves and min(saves)} steps",
-            f"the interval cannot adapt: each checkpoint begins it anew, and adapting takes more than {decides_after} steps",
-            "save less often, or give a shorter --ogpsa-refresh-interval",
-        ),
-    ):
-        if is_given:
-            raise UserError(f"{flags}: {reason}; {remedy}")
+    asked = argparse.Namespace(
+        **vars(args), shortest_save=min(saves, default=None), decides_after=schedule_from_arguments(args).longest_round
+    )
+    refuse(WITH_SCHEDULES, asked, scope="")

@@ -106,9 +106,9 @@ BLOCKS = (
     ),
     Mutation(
         "copies-left-to-drift-apart",
-        "megatron_ogpsa/plugin/support.py",
-        "    if not config.sequence_parallel:\n",
-        "    if config.sequence_parallel is None:\n",
+        "megatron_ogpsa/plugin/limits.py",
+        "model.tensor_model_parallel_size > 1 and not model.sequence_parallel",
+        "model.tensor_model_parallel_size > 1 and model.sequence_parallel is None",
         ("tests/core/test_models.py::test_copies_that_megatron_lets_drift_apart_are_refused",),
         "latent attention is projected where Megatron gives copies of a weight different gradients",
     ),

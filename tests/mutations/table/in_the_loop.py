@@ -41,6 +41,22 @@ IN_THE_LOOP = (
         "each evaluation takes other samples, as Megatron's do",
     ),
     Mutation(
+        "one-stage-refuses-alone",
+        "megatron_ogpsa/integration/projection/run.py",
+        "        agreed(lambda: check_supported(optimizer, model, config))",
+        "        check_supported(optimizer, model, config)",
+        ("tests/integration/test_not_finite.py::test_layers_of_one_stage_that_are_refused_end_all_stages",),
+        "a pipeline stage whose layers are refused ends by itself, and the others wait for it",
+    ),
+    Mutation(
+        "later-stages-unchecked",
+        "megatron_ogpsa/cli/train.py",
+        "        args = parse_flags(later.flags(parser))\n        check_parsed(args)\n",
+        "        args = parse_flags(later.flags(parser))\n",
+        ("tests/integration/test_pipeline.py::test_a_mistake_in_the_last_stage_is_told_before_the_first_one_trains",),
+        "what DPO cannot do with is told after all of SFT",
+    ),
+    Mutation(
         "seeds-share-epochs",
         "megatron_ogpsa/integration/inputs/sampling.py",
         "SeedSequence((seed, epoch))",
