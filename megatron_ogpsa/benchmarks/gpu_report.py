@@ -64,8 +64,7 @@ since dots write nothing.
 {projection}
 
 The slowest is {slowest:.0%} of a copy; the bar is 80 %. It has the fewest bytes to read, in {smallest:.2f} ms, so that what
-two launches take weighs most. Before loads were joined the same runs gave 37 to 100 % for dots and 30 to 88 % for
-subtraction.
+two launches take weighs most.
 
 Threads read eight elements at once here, since all lies at multiples of that, as shards of Megatron's distributed optimizer
 do with up to 16 data-parallel ranks. With 32 it is four and with 64 two, compiled by the tests and not measured; with 128 or

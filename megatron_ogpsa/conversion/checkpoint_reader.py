@@ -78,14 +78,19 @@ class Checkpoint:
 
     def dtype_of(self, piece: Piece) -> torch.dtype:
         """As which its tensor is stored."""
-        dtype: torch.dtype = self._tensors[piece.key].properties.dtype
+        dtype: torch.dtype = self._tensors[self._key_of(piece)].properties.dtype
         return dtype
 
     def read(self, piece: Piece) -> Tensor:
         """The values of a piece, whatever layout they were saved in."""
         # With axes to be prepended Megatron would have this one rank name the whole checkpoint's shards.
         shard = replace(
-            piece.shard, data=None, dtype=self.dtype_of(piece), local_shape=tuple(piece.extent), prepend_axis_num=0
+            piece.shard,
+            key=self._key_of(piece),
+            data=None,
+            dtype=self.dtype_of(piece),
+            local_shape=tuple(piece.extent),
+            prepend_axis_num=0,
         )
         (tensor,) = self._strategy.load({"piece": shard}, self.path).values()
         return tensor.reshape(piece.shard.local_shape)
@@ -97,18 +102,23 @@ class Checkpoint:
             UserError: naming the first tensor that is missing, misshaped or too many.
         """
         for piece in pieces:
-            if piece.key not in self._tensors:
-                raise UserError(f"{self.path}: the tensor {piece.key} is missing: {_REMEDY}")
-            found, expected = tuple(self._tensors[piece.key].size), tuple(piece.shard.global_shape)
+            key = self._key_of(piece)
+            if key not in self._tensors:
+                raise UserError(f"{self.path}: the tensor {key} is missing: {_REMEDY}")
+            found, expected = tuple(self._tensors[key].size), tuple(piece.shard.global_shape)
             is_padded = piece.shard.allow_shape_mismatch and found[0] >= expected[0] and found[1:] == expected[1:]
             if found != expected and not is_padded:
                 raise UserError(
-                    f"{self.path}: {piece.key} is {list(found)}, config.json makes it {list(expected)}: {_REMEDY}"
+                    f"{self.path}: {key} is {list(found)}, config.json makes it {list(expected)}: {_REMEDY}"
                 )
-        known = {piece.key for piece in pieces}
+        known = {key for piece in pieces for key in piece.keys}
         for key in self._tensors:
             if key.startswith(_OF_THE_MODEL) and key not in known:
                 raise UserError(f"{self.path}: the tensor {key} is not part of the model of config.json: {_REMEDY}")
+
+    def _key_of(self, piece: Piece) -> str:
+        """The first of its keys that is there; the first of all if none is."""
+        return next((key for key in piece.keys if key in self._tensors), piece.key)
 
     def require_arguments(self, expected: Namespace) -> None:
         """That training computed with the model that ``config.json`` describes, as far as its saved arguments tell.

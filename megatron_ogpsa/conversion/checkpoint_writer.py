@@ -9,7 +9,8 @@
         integrity.json                   SHA-256 of all of these
 
 Each linear layer and each norm also has an ``_extra_state``, which is Transformer Engine's memory of FP8 scales: there is
-none, and it says so, so that models with Transformer Engine's layers load it strictly too.
+none, and it says so, so that models with Transformer Engine's layers load it strictly too. For them the norm before experts
+is there a second time, under the key that they know it by.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def write_checkpoint(
     """Write a release of all ``pieces`` into ``folder``, with tracker and manifest.
 
     Args:
+        pieces: each under one key.
         tensor_of: the values of a piece; asked once for each, layer by layer.
         dtypes: of each key of the checkpoint.
         arguments: Megatron's, of the model; saved with it.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ogpsa.checkpoints.survey import TRACKER_FILE
 from megatron_ogpsa.console.progress import move_on, progress_bar
 from megatron_ogpsa.conversion.chat import carry_chat
 from megatron_ogpsa.conversion.checkpoint_reader import Checkpoint, saved_arguments
@@ -25,15 +26,19 @@ from megatron_ogpsa.conversion.huggingface import (
     carry_files,
     number_of_tokens,
     read_config,
+    require_no_adapter,
     require_tensors,
     write_dtype,
 )
 from megatron_ogpsa.conversion.model import CONTENT, Piece, arguments_of, unsharded
-from megatron_ogpsa.conversion.model_file import CARRIED_FOLDER, write_model_file
+from megatron_ogpsa.conversion.model_file import CARRIED_FOLDER, MODEL_FILE, write_model_file
 from megatron_ogpsa.conversion.safetensors_writer import Planned, write_weights
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.system.disk import disk_error, disk_remedy
 from megatron_ogpsa.system.files import file_error
+
+_MAKE_A_MODEL = (CONFIG_FILE, MODEL_FILE, TRACKER_FILE)
+"""Files without which nobody takes a folder for a Hugging Face model, a configuration's ``model``, or a run's checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +66,16 @@ def to_megatron(source: Path, target: Path, *, dtype: torch.dtype | None = None)
     Raises:
         UserError: what is wrong with the folder, or with the place to write.
     """
+    require_no_adapter(source)
     config = read_config(source)
     flags, family = model_flags(str(source / CONFIG_FILE), config), family_of(str(source / CONFIG_FILE), config)
     weights = Weights(source)
     args = arguments_of(flags)
     with unsharded(args, family, CONTENT) as pieces:
         require_tensors(source, weights, pieces, dtype)
-    dtypes = {piece.key: dtype or _known(weights.stored[piece.names[0]].dtype) for piece in pieces}
-    num_bytes = sum(piece.numel * dtypes[piece.key].itemsize for piece in pieces)
+    written = [one for piece in pieces for one in piece.under_each_key()]
+    dtypes = {piece.key: dtype or _known(weights.stored[piece.names[0]].dtype) for piece in written}
+    num_bytes = sum(piece.numel * dtypes[piece.key].itemsize for piece in written)
     with _written_whole(target, num_bytes) as folder, _progress(num_bytes, "converting") as advance:
 
         def tensor_of(piece: Piece) -> Tensor:
@@ -78,7 +85,7 @@ def to_megatron(source: Path, target: Path, *, dtype: torch.dtype | None = None)
 
         carry_files(source, folder / CARRIED_FOLDER)
         write_model_file(folder, flags, source)
-        write_checkpoint(folder, pieces, tensor_of, dtypes, saved_arguments(args))
+        write_checkpoint(folder, written, tensor_of, dtypes, saved_arguments(args))
     return Converted(flags=flags, num_tensors=sum(len(piece.names) for piece in pieces), num_bytes=num_bytes)
 
 
@@ -130,7 +137,7 @@ def to_hugging_face(
         with _written_whole(target, num_bytes) as folder, _progress(num_bytes, "converting") as advance:
             carry_files(carried, folder)
             write_dtype(folder, config, planned[0].dtype)
-            notes += carry_chat(folder, checkpoint.arguments)
+            notes += carry_chat(carried, folder, checkpoint.arguments)
             write_weights(folder, planned, tensor_of, most_bytes=most_bytes, after_tensor=advance)
     if not checkpoint.is_verified:
         notes.append(f"{checkpoint.path} has no manifest (it was saved without --verify-integrity): not verified")
@@ -155,23 +162,29 @@ def _require_rows(config: Mapping[str, Any], carried: Path, checkpoint: Checkpoi
     Returns:
         What the user is told, if that cannot be seen.
     """
-    if checkpoint.rows_of_embedding <= config["vocab_size"]:
+    vocab_size = config["vocab_size"]
+    if checkpoint.rows_of_embedding <= vocab_size:
         return []
-    notes = []
+    unseen = []
     trained_with = getattr(checkpoint.arguments, "tokenizer_model", None)
-    for folder in {carried, *([Path(trained_with)] if trained_with else [])}:
+    of_training = [Path(trained_with)] if trained_with else []
+    if not of_training:
+        unseen.append("the checkpoint does not say which tokenizer it was trained with")
+    for folder in dict.fromkeys([carried, *of_training]):
         try:
             number = number_of_tokens(folder)
         except UserError as error:
-            notes.append(f"rows of the embedding beyond {config['vocab_size']} are taken for padding: {error}")
+            unseen.append(str(error))
             continue
-        if number is not None and number > config["vocab_size"]:
+        if number is None and folder in of_training:
+            unseen.append(f"{folder}, with which it was trained, is no folder with a tokenizer here")
+        if number is not None and number > vocab_size:
             raise UserError(
-                f"{folder}: its tokenizer has {number} tokens, and vocab_size in {carried / CONFIG_FILE} is "
-                f"{config['vocab_size']}, so that rows of the embedding would be lost: name with --hf a folder whose "
+                f"{folder}: its tokenizer has tokens up to {number - 1}, and vocab_size in {carried / CONFIG_FILE} is "
+                f"{vocab_size}, so that rows of the embedding would be lost: name with --hf a folder whose "
                 f"{CONFIG_FILE} says {number} or more, up to {checkpoint.rows_of_embedding}"
             )
-    return notes
+    return [f"rows of the embedding beyond {vocab_size} are taken for padding: {reason}" for reason in unseen]
 
 
 def _known(dtype: torch.dtype | None) -> torch.dtype:
@@ -181,10 +194,15 @@ def _known(dtype: torch.dtype | None) -> torch.dtype:
 
 @contextmanager
 def _written_whole(target: Path, num_bytes: int) -> Iterator[Path]:
-    """A folder beside ``target`` that takes its place when all is written, and is removed if not."""
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    """A folder beside ``target`` that takes its place when all is written, and is removed if not.
+
+    A folder that is there is filled instead, from one within: another cannot take the place of a mount point, and not unseen
+    that of a shell's own folder.
+    """
+    place = target.resolve()
+    partial = place / ".partial" if place.is_dir() else place.with_name(f".{place.name}.partial")
+    if place.exists() and not (place.is_dir() and all(path == partial for path in place.iterdir())):
         raise UserError(f"{target}: is not an empty folder: name one that is, or a new one")
-    partial = target.absolute().with_name(f".{target.name}.partial")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(partial.parent).free
@@ -196,13 +214,20 @@ def _written_whole(target: Path, num_bytes: int) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
         partial.mkdir()
         yield partial
-        if target.exists():
-            target.rmdir()
-        partial.replace(target)
+        if partial.parent == place:
+            _move_up(partial)
+        else:
+            partial.replace(place)
     except (OSError, RuntimeError, CheckpointException) as error:
         raise _of_disk(target, error) or error from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _move_up(folder: Path) -> None:
+    """Move what is in a folder into the one around it, last of all what makes that one a model."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name in _MAKE_A_MODEL):
+        path.replace(folder.parent / path.name)
 
 
 def _of_disk(target: Path, error: BaseException) -> UserError | None:

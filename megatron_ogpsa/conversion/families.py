@@ -152,6 +152,10 @@ def _query_groups(config: Any) -> Flags:
 
 def _rope(config: Any) -> Flags:
     rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    if by_layer := [name for name, value in rope.items() if isinstance(value, Mapping)]:
+        raise UnsupportedError(
+            f"rope_parameters of {', '.join(by_layer)}: Megatron rotates alike in every layer: convert a model that does"
+        )
     base = rope.get("rope_theta") or config.rope_theta
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if base != int(base):
@@ -163,12 +167,26 @@ def _rope(config: Any) -> Flags:
     flags: Flags = {"position-embedding-type": "rope", "rotary-base": int(base)}
     if kind == "default":
         return flags
+    if kind == "linear":
+        return flags | _linear_scaling(float(rope["factor"]))
     if kind != "llama3":
-        raise UnsupportedError(f"rope_type {kind!r}: Megatron's GPT model has 'default' and 'llama3'")
+        raise UnsupportedError(
+            f"rope_type {kind!r}: Megatron's GPT model has default, linear and llama3: convert a model with one of these"
+        )
     for name, constant in LLAMA3_ROPE.items():
         if rope.get(name) != constant:
             raise UnsupportedError(f"rope scaling with {name} {rope.get(name)}: Megatron's is fixed at {constant:g}")
     return flags | {"use-rope-scaling": True, "rope-scaling-factor": float(rope["factor"])}
+
+
+def _linear_scaling(factor: float) -> Flags:
+    """Megatron divides positions by it, transformers frequencies."""
+    if factor < 1 or not factor.is_integer():
+        raise UnsupportedError(
+            f"linear rope scaling with factor {factor:g}: Megatron's --rotary-seq-len-interpolation-factor is a whole "
+            "number: convert a model whose factor is one"
+        )
+    return {"rotary-seq-len-interpolation-factor": int(factor)}
 
 
 def _window(config: Any) -> Flags:

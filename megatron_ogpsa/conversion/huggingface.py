@@ -19,9 +19,12 @@ from megatron_ogpsa.system.files import read_json, write_json
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter_config.json"
+NAMED_TEMPLATES = "additional_chat_templates"
+"""Folder of the chat templates beside the default one, ``NAME.jinja`` each."""
 
 _CARRIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md")
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _CARRIED_NAMES = ("LICENSE", "NOTICE")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _IGNORED = ("rotary_emb.inv_freq",)
@@ -50,6 +53,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder}: not a Hugging Face folder ({CONFIG_FILE} is missing): name the folder of a model")
     return read_json(path, remedy="restore the file from where the model came")
+
+
+def require_no_adapter(folder: Path) -> None:
+    """That its weights are all there is of the model: transformers would load an adapter beside them as well.
+
+    Raises:
+        UserError: there is one.
+    """
+    if (folder / ADAPTER_FILE).exists():
+        raise UserError(
+            f"{folder}: holds an adapter ({ADAPTER_FILE}), which would be left out: load the model with it in PEFT, "
+            "merge_and_unload() and save_pretrained() it into a new folder, and convert that one"
+        )
 
 
 class Weights:
@@ -128,16 +144,20 @@ def require_tensors(folder: Path, weights: Weights, pieces: list[Piece], dtype: 
 
 
 def carry_files(source: Path, target: Path) -> None:
-    """Copy what is neither weights nor code: configuration, tokenizer, generation settings, chat template, licence."""
+    """Copy what is neither weights nor code: configuration, tokenizer, generation settings, chat templates, licence."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         is_carried = path.suffix in _CARRIED_SUFFIXES or path.name in _CARRIED_NAMES
-        if is_carried and path.is_file() and not path.name.endswith(".index.json"):
+        is_of_weights = path.name.endswith(".index.json") or path.name == ADAPTER_FILE
+        if is_carried and path.is_file() and not is_of_weights:
             shutil.copyfile(path, target / path.name)
+    for path in sorted((source / NAMED_TEMPLATES).glob("*.jinja")):
+        (target / NAMED_TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(path, target / NAMED_TEMPLATES / path.name)
 
 
 def number_of_tokens(folder: Path) -> int | None:
-    """Of the folder's tokenizer, added tokens included; None if it has none.
+    """Rows of an embedding that the folder's tokenizer can ask for, added tokens included; None if there is no tokenizer.
 
     Raises:
         UserError: it cannot be loaded.
@@ -150,7 +170,7 @@ def number_of_tokens(folder: Path) -> int | None:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers lets through whatever its parsers raise
         raise UserError(f"{folder}: its tokenizer cannot be loaded ({one_line(error)})") from error
-    return len(tokenizer)
+    return max(tokenizer.get_vocab().values(), default=-1) + 1  # there may be gaps
 
 
 def write_dtype(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> None:

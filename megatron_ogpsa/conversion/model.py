@@ -1,7 +1,8 @@
 """What a Megatron checkpoint of a model is made of, read off Megatron's own unsharded model without memory.
 
 The model is built on torch's meta device (:mod:`megatron_ogpsa.integration.runtime.fake_world`); its ``sharded_state_dict``
-has the checkpoint's keys, shapes and offsets, which are those of any layout and of Transformer Engine's layers too.
+has the checkpoint's keys, shapes and offsets, which are those of any layout. The keys are those of Megatron's own layers;
+where Transformer Engine's keep the same tensor under another one, the piece knows that too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 """How tensors are laid out in a checkpoint, as Megatron's training of 0.19 does by default and notes in it
 (``_build_sharded_state_dict_metadata`` in training/checkpointing.py)."""
 
+_NORM_OF_LINEAR, _NORM = "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
+"""Keys of the norm before an MLP: fused into its first linear layer, as Megatron's own layers always call it
+(``sharded_state_dict_keys_map`` in core/models/gpt/gpt_layer_specs.py), and by itself."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
@@ -34,6 +39,7 @@ class Piece:
         shapes: of each of them.
         pattern: how their rows lie in the piece.
         layer: counted from zero; None outside the layers.
+        other_key: of the same values in models of Transformer Engine's layers; None if that is :attr:`key`.
     """
 
     shard: Any
@@ -41,11 +47,21 @@ class Piece:
     shapes: tuple[tuple[int, ...], ...]
     pattern: RowPattern
     layer: int | None
+    other_key: str | None
 
     @property
     def key(self) -> str:
         """Of the checkpoint's tensor."""
         return str(self.shard.key)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All that it may have."""
+        return (self.key,) if self.other_key is None else (self.key, self.other_key)
+
+    def under_each_key(self) -> list[Piece]:
+        """A piece for each of its keys, for a checkpoint that models of any layers load."""
+        return [replace(self, shard=replace(self.shard, key=key), other_key=None) for key in self.keys]
 
     @property
     def extent(self) -> torch.Size:
@@ -133,7 +149,15 @@ def _piece(shard: Any, name: str, pattern: RowPattern, family: Family) -> Piece:
         ),
         pattern=pattern,
         layer=int(name.split(".")[2]) if name.startswith("decoder.layers.") else None,
+        other_key=_other_key(shard.key, family),
     )
+
+
+def _other_key(key: str, family: Family) -> str | None:
+    """Experts have no linear layer in common, into which Transformer Engine could fuse the norm before them."""
+    if family.experts is None or _NORM_OF_LINEAR not in key:
+        return None
+    return key.replace(_NORM_OF_LINEAR, _NORM)
 
 
 def dtype_named(name: str) -> torch.dtype:

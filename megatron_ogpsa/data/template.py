@@ -186,7 +186,7 @@ def read_template_file(path: str) -> str:
         UserError: it is missing, a directory, not UTF-8, or empty.
     """
     shipped = _SHIPPED / f"{path}.jinja"
-    if re.fullmatch(r"[\w.-]+", path) and not Path(path).exists() and shipped.is_file():
+    if re.fullmatch(r"[\w.-]+", path) and not Path(path).is_file() and shipped.is_file():
         return shipped.read_text(encoding="utf-8")
     try:
         source = Path(path).read_text(encoding="utf-8")

@@ -17,17 +17,17 @@ from megatron_ogpsa.planning.arguments import megatron_arguments
 from tests.conversion.models import SEQUENCE_LENGTH, tokens
 
 
-def logits(folders: dict[str, str], **layout: int) -> dict[str, dict[str, Tensor]]:
+def logits(folders: dict[str, str], **layout: Any) -> dict[str, dict[str, Tensor]]:
     """Of each model: logits [rows, positions, vocabulary] and rotary frequencies, on the last stage.
 
     Args:
-        layout: sizes ``tp``, ``pp``, ``ep``.
+        layout: sizes ``tp``, ``pp``, ``ep``; ``grouped``: experts as one product, in Transformer Engine.
     """
     _initialize(**layout)
     return {name: _logits_of(Path(folder), layout) for name, folder in folders.items()}
 
 
-def saved(folders: dict[str, str], target: str, **layout: int) -> None:
+def saved(folders: dict[str, str], target: str, **layout: Any) -> None:
     """Load each model and save it as Megatron saves a run's first iteration in this layout, in ``target``/NAME."""
     from megatron.core import dist_checkpointing
 
@@ -42,7 +42,7 @@ def saved(folders: dict[str, str], target: str, **layout: int) -> None:
             dist_checkpointing.save(state, str(path), content_metadata=content)
 
 
-def _initialize(tp: int = 1, pp: int = 1, ep: int = 1) -> None:
+def _initialize(tp: int = 1, pp: int = 1, ep: int = 1, grouped: bool = False) -> None:
     from megatron.core import parallel_state, tensor_parallel
 
     prepare_megatron()
@@ -50,12 +50,14 @@ def _initialize(tp: int = 1, pp: int = 1, ep: int = 1) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
-def _logits_of(folder: Path, layout: dict[str, int]) -> dict[str, Tensor]:
+def _logits_of(folder: Path, layout: dict[str, Any]) -> dict[str, Tensor]:
     model, _ = loaded_model(folder, _arguments(folder, layout))
     hidden = _stages(model)
     if hidden is None:
         return {}
-    return {"logits": _whole_vocabulary(hidden), "inv_freq": model.rotary_pos_emb.inv_freq}
+    rotary = model.rotary_pos_emb
+    inv_freq = rotary.inv_freq / (rotary.seq_len_interpolation_factor or 1)
+    return {"logits": _whole_vocabulary(hidden), "inv_freq": inv_freq}
 
 
 def loaded_model(folder: Path, args: Any) -> tuple[Any, dict[str, Any]]:
@@ -81,19 +83,19 @@ def _sharded(model: Any, content: dict[str, Any]) -> Any:
     return model.sharded_state_dict(metadata=content | {"dp_cp_group": _data_parallel_group()})
 
 
-def _arguments(folder: Path, layout: dict[str, int]) -> Any:
+def _arguments(folder: Path, layout: dict[str, Any]) -> Any:
     flags = ConfigFile.read(folder / "model.yaml").as_flags(build_parser(), _layout_flags(folder, **layout))
     return megatron_arguments(flags, dist.get_world_size())
 
 
-def _layout_flags(folder: Path, tp: int = 1, pp: int = 1, ep: int = 1) -> list[str]:
+def _layout_flags(folder: Path, tp: int = 1, pp: int = 1, ep: int = 1, grouped: bool = False) -> list[str]:
     flags = (
         f"--tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp} --expert-model-parallel-size {ep} "
         f"--seq-length {SEQUENCE_LENGTH} --micro-batch-size 2 --train-iters 1 --lr 1e-3"
     ).split()
     if "vocab-size: 101" in (folder / "model.yaml").read_text(encoding="utf-8"):
         flags += ["--padded-vocab-size", "104"]
-    return flags
+    return [*flags, "--moe-grouped-gemm"] if grouped else flags
 
 
 def _data_parallel_group() -> Any:

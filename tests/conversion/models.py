@@ -39,11 +39,13 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 TRAINED_SHAPE = {"vocab_size": 400, "max_position_embeddings": 128}
 EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
 
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama2": lambda: LlamaConfig(**SHAPE | {"num_key_value_heads": 4}),
+    "llama2-linear": lambda: LlamaConfig(**SHAPE, rope_parameters=LINEAR_ROPE),
     "llama3.2": lambda: LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
     "qwen2.5": lambda: Qwen2Config(**SHAPE | {"vocab_size": 101}),  # rows that TP2 cannot share out
     "qwen2.5-tied": lambda: Qwen2Config(**SHAPE, tie_word_embeddings=True),

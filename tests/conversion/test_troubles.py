@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,22 +70,55 @@ def test_sizes_of_weights_files(text: str, expected: int) -> None:
             convert._gigabytes(wrong)
 
 
+def _checkpoint(rows: int, tokenizer_model: object) -> Checkpoint:
+    """One of which only this is known."""
+    return SimpleNamespace(arguments=SimpleNamespace(tokenizer_model=tokenizer_model), rows_of_embedding=rows)  # type: ignore[return-value]
+
+
 def test_rows_of_tokens_that_training_has_added_are_not_cut_off(tmp_path: Path) -> None:
     build_hugging_face_folder(tmp_path)
     number = number_of_tokens(tmp_path)
     assert number is not None
     assert number_of_tokens(tmp_path.parent) is None
-    trained = SimpleNamespace(arguments=SimpleNamespace(tokenizer_model=str(tmp_path)), rows_of_embedding=number)
+    trained = _checkpoint(number, str(tmp_path))
     for carried in (tmp_path, tmp_path.parent):
-        _require_rows({"vocab_size": number}, carried, trained)  # type: ignore[arg-type]
-        with pytest.raises(UserError, match=rf"its tokenizer has {number} tokens, .* --hf .* says {number} or more"):
-            _require_rows({"vocab_size": number - 1}, carried, trained)  # type: ignore[arg-type]
+        assert _require_rows({"vocab_size": number}, carried, trained) == []
+        with pytest.raises(UserError, match=rf"has tokens up to {number - 1}, .* --hf .* says {number} or more"):
+            _require_rows({"vocab_size": number - 1}, carried, trained)
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     (tmp_path / "tokenizer_config.json").write_text("{", encoding="utf-8")
-    (note,) = _require_rows({"vocab_size": number - 1}, tmp_path, trained)  # type: ignore[arg-type]
+    (note,) = _require_rows({"vocab_size": number - 1}, tmp_path, trained)
     assert note.startswith(
         f"rows of the embedding beyond {number - 1} are taken for padding: {tmp_path}: its tokenizer"
     )
+
+
+@pytest.mark.parametrize(
+    ("trained_with", "reason"),
+    [
+        ("/elsewhere/tokenizer", "/elsewhere/tokenizer, with which it was trained, is no folder with a tokenizer here"),
+        (None, "the checkpoint does not say which tokenizer it was trained with"),
+    ],
+)
+def test_rows_that_may_be_of_tokens_are_told(tmp_path: Path, trained_with: str | None, reason: str) -> None:
+    number = number_of_tokens(build_hugging_face_folder(tmp_path))
+    assert number is not None
+    trained = _checkpoint(number + 8, trained_with)
+    (note,) = _require_rows({"vocab_size": number}, tmp_path, trained)
+    assert note == f"rows of the embedding beyond {number} are taken for padding: {reason}"
+    assert _require_rows({"vocab_size": number + 8}, tmp_path, trained) == []
+
+
+def test_tokens_are_counted_up_to_the_highest(tmp_path: Path) -> None:
+    """A token may be added beyond those that there are, which leaves a gap."""
+    number = number_of_tokens(build_hugging_face_folder(tmp_path))
+    assert number is not None
+    path = tmp_path / "tokenizer.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["added_tokens"].append(settings["added_tokens"][-1] | {"id": number + 7, "content": "<|far|>"})
+    settings["model"]["vocab"]["<|far|>"] = number + 7
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    assert number_of_tokens(tmp_path) == number + 8
 
 
 def test_a_disk_that_is_too_small_is_told_before_it_is_full(tmp_path: Path) -> None:
@@ -103,6 +138,63 @@ def test_what_is_half_written_is_removed(tmp_path: Path) -> None:
     with _written_whole(tmp_path / "out", 1) as folder:
         (folder / "whole").touch()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
+
+
+def test_an_empty_folder_that_is_there_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays that folder: a mount point cannot be another one, and whose shell is in it would see nothing."""
+    place = tmp_path / "out"
+    place.mkdir()
+    before = place.stat().st_ino
+    (tmp_path / "link").symlink_to(place, target_is_directory=True)
+    monkeypatch.chdir(place)
+    for target in (place, tmp_path / "link", Path()):
+        with _written_whole(target, 1) as folder:
+            (folder / "config.json").touch()
+            (folder / "release").mkdir()
+            assert folder.is_relative_to(place)  # on its disk
+            assert [*place.iterdir()] == [folder]
+            assert folder.name.startswith(".")
+        assert {path.name for path in Path().iterdir()} == {"config.json", "release"}
+        assert place.stat().st_ino == before
+        (place / "config.json").unlink()
+        (place / "release").rmdir()
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_folder_that_is_there_is_empty_after_a_failure(tmp_path: Path) -> None:
+    (tmp_path / ".partial").mkdir()  # of a conversion that was killed
+    with pytest.raises(UserError, match="No space left on device"):
+        _write_until_full(tmp_path)
+    assert [*tmp_path.iterdir()] == []
+    (tmp_path / "of somebody").touch()
+    with pytest.raises(UserError, match="is not an empty folder"):
+        _write_until_full(tmp_path)
+
+
+@pytest.mark.parametrize("mark", ["config.json", "model.yaml", "latest_checkpointed_iteration.txt"])
+def test_a_folder_that_is_there_looks_whole_when_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: str
+) -> None:
+    """Not before, when it is killed while it moves them."""
+    moved: list[str] = []
+    replace = Path.replace
+
+    def noted(path: Path, target: Path) -> Path:
+        moved.append(path.name)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", noted)
+    with _written_whole(tmp_path, 1) as folder:
+        for name in (mark, "a", "z"):
+            (folder / name).touch()
+    assert {path.name for path in tmp_path.iterdir()} == {*moved} == {mark, "a", "z"}
+    assert moved[-1] == mark
+
+
+def test_free_space_is_that_of_the_folder_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if path == tmp_path else 100))
+    with pytest.raises(UserError, match="are free"), _written_whole(tmp_path, 1):
+        pass
 
 
 def _write_until_full(target: Path) -> None:

@@ -44,6 +44,7 @@ def torn(folder: Path) -> None:
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LONGER_LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -53,7 +54,7 @@ LONGER_LLAMA3 = {
     "original_max_position_embeddings": 4096,
 }
 
-TROUBLES: dict[str, tuple[Callable[[Path], None], str]] = {
+TROUBLES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no-config": (
         lambda folder: (folder / "config.json").unlink(),
         r"not a Hugging Face folder \(config.json is missing",
@@ -69,7 +70,18 @@ TROUBLES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "wrong-type": (with_config(hidden_size="wide"), r"not a configuration of llama .*hidden_size"),
     "quantised": (with_config(quantization_config={"quant_method": "awq"}), r"quantization_config"),
-    "yarn": (with_config(rope_parameters=YARN), r"rope_type 'yarn'"),
+    "yarn": (
+        with_config(rope_parameters=YARN),
+        r"rope_type 'yarn': .* has default, linear and llama3: convert a model with one of these$",
+    ),
+    "linear-fraction": (
+        with_config(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}),
+        r"linear rope scaling with factor 2.5: Megatron's --rotary-seq-len-interpolation-factor is a whole number",
+    ),
+    "rope-by-layer": (
+        with_config(rope_parameters={"full_attention": DEFAULT_ROPE, "sliding_attention": DEFAULT_ROPE}),
+        r"rope_parameters of full_attention, sliding_attention: Megatron rotates alike in every layer",
+    ),
     "llama3-constants": (
         with_config(rope_parameters=LONGER_LLAMA3),
         r"original_max_position_embeddings 4096: Megatron's is fixed at 8192",
@@ -102,6 +114,14 @@ TROUBLES: dict[str, tuple[Callable[[Path], None], str]] = {
         r"lm_head.weight is not model.embed_tokens.weight, .*set tie_word_embeddings to false",
     ),
     "pickled": (only_pickled, r"pytorch_model.bin: pickled weights are not read.*save_pretrained"),
+    "adapter": (
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        r"holds an adapter \(adapter_config.json\), .*merge_and_unload\(\) and save_pretrained\(\)",
+    ),
+    "adapter-alone": (
+        lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
+        r"holds an adapter \(adapter_config.json\)",
+    ),
     "torn": (torn, r"model.safetensors: cannot be read"),
     "no-weights": (lambda folder: (folder / WEIGHTS).unlink(), r"has no weights"),
 }

@@ -104,6 +104,9 @@ def test_a_template_is_found_by_its_name_unless_a_file_has_it(
     assert "<think>" in shipped.source
     (tmp_path / "qwen3").write_text("{{ messages }}", encoding="utf-8")
     assert read_template_file("qwen3") == "{{ messages }}"
+    (tmp_path / "qwen3").unlink()
+    (tmp_path / "qwen3").mkdir()  # a model's, say
+    assert read_template_file("qwen3") == shipped.source
     for name in ("qwen4", "../templates/qwen3", "templates/qwen3"):
         with pytest.raises(UserError, match="No such file or directory; give the path of a Jinja file, or qwen3"):
             read_template_file(name)

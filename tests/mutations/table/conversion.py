@@ -26,8 +26,8 @@ CONVERSION = (
     Mutation(
         "rope-factor-dropped",
         "megatron_ogpsa/conversion/families.py",
-        'float(rope["factor"])',
-        "8.0",
+        '"rope-scaling-factor": float(rope["factor"])',
+        '"rope-scaling-factor": 8.0',
         (LOGITS,),
         "every Llama 3 is scaled by the first one's factor",
     ),
@@ -60,8 +60,8 @@ CONVERSION = (
     Mutation(
         "base-model-without-template",
         "megatron_ogpsa/conversion/chat.py",
-        "    if tokenizer.chat_template is None or",
-        "    if tokenizer.chat_template is not None and",
+        "    if own is None or",
+        "    if own is not None and",
         ("tests/conversion/test_chat.py::test_a_base_model_gains_what_it_was_trained_with",),
         "a model made of a base model is exported without the chat template that it was trained with",
     ),

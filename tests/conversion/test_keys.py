@@ -1,0 +1,70 @@
+"""The norm before experts, which Megatron's own layers and Transformer Engine's keep under two keys."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from megatron_ogpsa.conversion import convert
+from megatron_ogpsa.errors import UserError
+from tests.conversion.conftest import Conversions
+from tests.conversion.key_cases import ALONE, FUSED, LAYERS, WIDTH, norms, values, write
+from tests.conversion.models import CONFIGS
+from tests.harness import WorkerGroup
+
+STATES = {
+    f"{key.rpartition('.')[0]}._extra_state/shard_{layer}_{LAYERS}" for key in (FUSED, ALONE) for layer in range(LAYERS)
+}
+
+
+@pytest.mark.parametrize("keys", [(FUSED,), (ALONE,), (FUSED, ALONE)], ids=["megatron", "transformer-engine", "both"])
+def test_a_norm_is_read_under_either_key(
+    distributed: Callable[[int], WorkerGroup], tmp_path: Path, keys: tuple[str, ...]
+) -> None:
+    write(tmp_path, *keys)
+    (found,) = distributed(1).run("tests.conversion.key_cases:read", folder=tmp_path)
+    for norm, value in zip(norms(), found, strict=True):
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, values(norm))
+
+
+def test_the_other_key_is_no_part_of_a_model_without_experts(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path, FUSED, ALONE)
+    with pytest.raises(UserError, match=f"the tensor {ALONE} is not part of the model"):
+        checkpoint.require_model([replace(norm, other_key=None) for norm in norms()])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_a_model_with_experts_is_written_under_both_keys(conversions: Conversions, name: str) -> None:
+    stored = FileSystemReader(conversions.megatron(name) / "release").read_metadata().state_dict_metadata
+    assert stored.keys() >= {FUSED, ALONE} | STATES
+
+
+def test_a_model_without_experts_is_written_under_one(conversions: Conversions) -> None:
+    stored = FileSystemReader(conversions.megatron("llama2") / "release").read_metadata().state_dict_metadata
+    assert FUSED in stored
+    assert not any("pre_mlp_layernorm" in key for key in stored)
+
+
+def test_what_is_told_is_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes under both keys, as the bar counts them; tensors of the Hugging Face folder."""
+    config = CONFIGS["mixtral"]()
+    config.architectures = ["MixtralForCausalLM"]
+    config.save_pretrained(tmp_path / "source")
+    save_file({norm.names[0]: values(norm) for norm in norms()}, tmp_path / "source/model.safetensors")
+    advanced: list[int] = []
+    monkeypatch.setattr(convert, "arguments_of", lambda flags: Namespace())
+    monkeypatch.setattr(convert, "saved_arguments", lambda args: args)
+    monkeypatch.setattr(convert, "unsharded", lambda *_: nullcontext(norms()))
+    monkeypatch.setattr(convert, "_progress", lambda num_bytes, what: nullcontext(advanced.append))
+    converted = convert.to_megatron(tmp_path / "source", tmp_path / "target")
+    assert sum(advanced) == converted.num_bytes == 2 * LAYERS * WIDTH * 2
+    assert converted.num_tensors == LAYERS
