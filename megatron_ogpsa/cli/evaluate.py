@@ -75,27 +75,15 @@ def _run_as_rank(config: ConfigFile, flags: list[str]) -> int:
     install_if_no_gpu()
     import torch.distributed as dist
 
-    from megatron_ogpsa.evaluation import report
-    from megatron_ogpsa.evaluation.scoring import score_checkpoints
+    from megatron_ogpsa.evaluation.results import Results
+    from megatron_ogpsa.evaluation.scoring import check_flags, score_checkpoints
     from megatron_ogpsa.integration.arguments.parser import build_parser
     from megatron_ogpsa.integration.checkpoints.loaded_model import LoadedModel
     from megatron_ogpsa.integration.loop.hang_watch import watched
-    from megatron_ogpsa.integration.ranks.agreement import agreed
 
-    model = LoadedModel.build(config.as_flags(build_parser(), overrides))
-    with watched(model.args):
-        found = list(score_checkpoints(model, request))
-    is_first = dist.get_rank() == 0
-    if is_first:
-        print(f"\n{report.terminal_table(found)}", flush=True)
-
-    def write() -> None:
-        if is_first and request.json:
-            report.write_scores(request.json, found)
-        if is_first and request.answers:
-            report.write_answers(request.answers, found)
-
-    agreed(write)
+    model = LoadedModel.build(config.as_flags(build_parser(), overrides), check=lambda args: check_flags(args, request))
+    with watched(model.args), Results(request) as results:
+        score_checkpoints(model, request, results)
     dist.destroy_process_group()
     return 0
 

@@ -22,9 +22,6 @@ from tqdm import tqdm
 from megatron_ogpsa.console.progress import progress_bar
 from megatron_ogpsa.integration.checkpoints.loaded_model import LoadedModel
 
-DEFAULT_BATCH = 32
-"""Prompts that go through a replica together."""
-
 
 def generate(
     model: LoadedModel,
@@ -34,7 +31,7 @@ def generate(
     end_ids: Sequence[int],
     pad_id: int,
     vocab_size: int,
-    batch_size: int = DEFAULT_BATCH,
+    batch_size: int,
     title: str = "answers",
 ) -> list[list[int]]:
     """The most probable next token, again and again. Collective over all ranks, which get the same.
@@ -43,6 +40,7 @@ def generate(
         prompts: token ids, at least one each; prompt and answer together within ``--max-position-embeddings``.
         end_ids: tokens that end an answer.
         vocab_size: tokens that the tokenizer has; the rows that pad the embedding are never chosen.
+        batch_size: prompts that go through a replica together, whose keys and values are in memory at a time.
         title: what the progress line says.
 
     Returns:

@@ -1,20 +1,28 @@
-"""A function of the user's that judges answers: ``judge(prompt: str, answer: str) -> bool | float``."""
+"""A function of the user's that judges answers: ``judge(prompt: str, answer: str) -> bool | float``.
+
+One that has a parameter ``messages`` gets the conversation too, of which ``prompt`` is the last message alone.
+"""
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
+import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_ogpsa.console.progress import with_progress
 from megatron_ogpsa.errors import UserError, one_line
 
-Judge = Callable[[str, str], Any]
+if TYPE_CHECKING:
+    from megatron_ogpsa.data.prompts import Prompt
+
+Judge = Callable[..., Any]
 
 
 def check_judge(name: str) -> None:
@@ -78,8 +86,8 @@ def _module_of_file(place: str, flag: str) -> ModuleType:
     return module
 
 
-def verdicts_of(judge: Judge, name: str, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """What ``judge`` says of each answer, 0 to 1; a progress line if it takes more than a moment.
+def verdicts_of(judge: Judge, name: str, prompts: Sequence[Prompt], answers: Sequence[str]) -> Iterator[float]:
+    """What ``judge`` says of one answer after the other, 0 to 1; a progress line if it takes more than a moment.
 
     Args:
         name: of the judge, for messages.
@@ -87,16 +95,24 @@ def verdicts_of(judge: Judge, name: str, prompts: Sequence[str], answers: Sequen
     Raises:
         UserError: it raises, or returns what is neither a truth value nor a number from 0 to 1; with the answer's number.
     """
-    verdicts = []
+    takes_messages = _takes_messages(judge)
     pairs = with_progress(zip(prompts, answers, strict=True), "judging", len(prompts), " answers")
     for number, (prompt, answer) in enumerate(pairs, start=1):
         place = f"--judge {name}: answer {number} of {len(prompts)}"
         try:
-            verdict = judge(prompt, answer)
+            # A copy: what the judge does to it must not reach the file of answers.
+            more = {"messages": copy.deepcopy(prompt.messages)} if takes_messages else {}
+            verdict = judge(prompt.text, answer, **more)
             value = float(verdict)
-        except Exception as error:  # whatever the user's code raises
+        except (Exception, SystemExit) as error:  # whatever the user's code raises
             raise UserError(f"{place}: it raised {type(error).__name__}: {one_line(error)}") from error
         if not math.isfinite(value) or not 0 <= value <= 1:
             raise UserError(f"{place}: it returned {verdict!r}: return True or False, or a number from 0 to 1")
-        verdicts.append(value)
-    return verdicts
+        yield value
+
+
+def _takes_messages(judge: Judge) -> bool:
+    try:
+        return "messages" in inspect.signature(judge).parameters
+    except ValueError:  # of some functions that are written in C there is none
+        return False

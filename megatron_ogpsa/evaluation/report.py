@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +14,7 @@ from megatron_ogpsa.console.tables import aligned_table
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.evaluation.losses import Loss
 from megatron_ogpsa.evaluation.rates import Rate
-from megatron_ogpsa.evaluation.scoring import Answered, Scores
+from megatron_ogpsa.evaluation.scores import Answered, Scores
 from megatron_ogpsa.system.files import write_atomically, write_json
 
 
@@ -66,6 +68,7 @@ def as_json(scores: Scores) -> dict[str, Any]:
         "title": scores.title,
         "load": scores.folder,
         "iteration": scores.iteration,
+        "differing_flags": [difference.as_json() for difference in scores.differences],
         "data": {
             name: asdict(loss) | {"perplexity": loss.perplexity, "margin": loss.margin}
             for name, loss in scores.losses.items()
@@ -80,6 +83,8 @@ def as_json(scores: Scores) -> dict[str, Any]:
 
 def write_answers(path: Path, found: Sequence[Scores]) -> None:
     """Write a line for each answer: checkpoint, set, prompt (messages), answer, and whether it is a refusal.
+
+    What a judge has not judged yet has null for its verdict.
 
     Raises:
         UserError: the file cannot be written.
@@ -105,6 +110,23 @@ def _rows(answered: Answered) -> list[dict[str, Any]]:
             row["judged"] = answered.by_judge[index]
         rows.append(row)
     return rows
+
+
+def require_place(flag: str, path: Path) -> None:
+    """Look whether the file can be written, and leave it as it is.
+
+    Raises:
+        UserError: it cannot.
+    """
+
+    def write_beside() -> None:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        beside = path.with_name(f"{path.name}.tmp")
+        write_atomically(beside, b"")
+        beside.unlink()
+
+    _written(flag, path, write_beside)
 
 
 def _written(flag: str, path: Path, write: Callable[[], None]) -> None:

@@ -13,6 +13,9 @@ from megatron_ogpsa.evaluation.refusals import RefusalPatterns
 
 DEFAULT_NEW_TOKENS = 64
 
+DEFAULT_BATCH = 32
+"""Prompts that go through a replica together."""
+
 
 def add_request_arguments(parser: argparse._ActionsContainer) -> None:
     """Data, prompts, how refusals are told, and where results are written."""
@@ -26,13 +29,20 @@ def add_request_arguments(parser: argparse._ActionsContainer) -> None:
         "--prompts", action="append", metavar="NAME=SOURCE", help="prompts to answer, and tell refusals of; repeat"
     )
     parser.add_argument(
-        "--judge", metavar="FILE.py:FUNCTION", help="your judge(prompt, answer) of refusals, beside the patterns"
+        "--judge",
+        metavar="FILE.py:FUNCTION",
+        help="your judge(prompt, answer) or judge(prompt, answer, messages) of refusals, beside the patterns",
     )
     parser.add_argument(
         "--refusal-patterns", metavar="FILE", help="regular expressions, one a line, for the built-in ones"
     )
     parser.add_argument(
         "--max-new-tokens", metavar="N", help=f"of an answer, which is chosen greedily ({DEFAULT_NEW_TOKENS})"
+    )
+    parser.add_argument(
+        "--generation-batch-size",
+        metavar="N",
+        help=f"prompts that are answered together; fewer take less memory ({DEFAULT_BATCH})",
     )
     parser.add_argument("--answers", metavar="FILE", help="write prompts, answers and verdicts as JSON Lines")
     parser.add_argument("--json", metavar="FILE", help="write the scores as JSON")
@@ -78,6 +88,7 @@ class Request:
     judge: Judge | None
     judge_name: str
     max_new_tokens: int
+    generation_batch_size: int
     answers: Path | None
     json: Path | None
     compare: tuple[Checkpoint, ...]
@@ -98,9 +109,6 @@ class Request:
         for flag, value in (("--judge", given.judge), ("--answers", given.answers)):
             if value and not prompts:
                 raise UserError(f"{flag} {value}: there are no answers: give --prompts NAME=SOURCE too")
-        number = given.max_new_tokens or str(DEFAULT_NEW_TOKENS)
-        if not number.isdecimal() or int(number) < 1:
-            raise UserError(f"--max-new-tokens {number}: use a whole number of at least 1")
         if given.judge and not judges_here:
             check_judge(given.judge)
         return cls(
@@ -111,11 +119,20 @@ class Request:
             else RefusalPatterns.default(),
             judge=load_judge(given.judge) if given.judge and judges_here else None,
             judge_name=given.judge or "",
-            max_new_tokens=int(number),
+            max_new_tokens=_whole("--max-new-tokens", given.max_new_tokens, DEFAULT_NEW_TOKENS),
+            generation_batch_size=_whole("--generation-batch-size", given.generation_batch_size, DEFAULT_BATCH),
             answers=Path(given.answers) if given.answers else None,
             json=Path(given.json) if given.json else None,
             compare=tuple(map(Checkpoint.of, given.compare or ())),
         )
+
+
+def _whole(flag: str, text: str | None, default: int) -> int:
+    if text is None:
+        return default
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{flag} {text}: use a whole number of at least 1")
+    return int(text)
 
 
 def _named(flag: str, items: Sequence[str]) -> dict[str, str]:

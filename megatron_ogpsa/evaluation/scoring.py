@@ -2,88 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import argparse
+
+import torch
 
 from megatron_ogpsa.data import ChatTokenizer, source_kind
 from megatron_ogpsa.data.prompts import Prompt, read_prompts
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.evaluation.generation import generate
-from megatron_ogpsa.evaluation.judges import verdicts_of
-from megatron_ogpsa.evaluation.losses import Dataset, Loss, measure
-from megatron_ogpsa.evaluation.rates import Rate, rate_of
+from megatron_ogpsa.evaluation.judging import judge_together
+from megatron_ogpsa.evaluation.losses import Dataset, measure
 from megatron_ogpsa.evaluation.request import Checkpoint, Request
+from megatron_ogpsa.evaluation.results import Results
+from megatron_ogpsa.evaluation.scores import Answered, Scores
 from megatron_ogpsa.integration.arguments.packing import check_packing
-from megatron_ogpsa.integration.checkpoints.loaded_model import LoadedModel
+from megatron_ogpsa.integration.checkpoints.loaded_model import LoadedModel, require_checkpoint
 from megatron_ogpsa.integration.inputs.datasets import chat_tokenizer, load_conversations, load_pairs
-from megatron_ogpsa.integration.ranks.agreement import agreed, from_rank_0
+from megatron_ogpsa.integration.ranks.agreement import agreed, from_rank_0, of_this_rank
 
 
-@dataclass(frozen=True)
-class Answered:
-    """Answers to one set of prompts, and the verdicts on them.
-
-    Attributes:
-        by_patterns, by_judge: 1 where an answer refuses, 0 where it does not; a judge may say anything in between.
-    """
-
-    prompts: list[Prompt]
-    answers: list[str]
-    by_patterns: list[float]
-    by_judge: list[float] | None
-
-    @property
-    def refused(self) -> Rate:
-        """Share of answers that refuse by patterns."""
-        return rate_of(self.by_patterns)
-
-    @property
-    def judged(self) -> Rate | None:
-        """Mean of the judge's verdicts."""
-        return None if self.by_judge is None else rate_of(self.by_judge)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Of one checkpoint.
-
-    Attributes:
-        title: ``before`` and ``after`` of two, or what the checkpoint was called.
-        losses, answers: by the names that the user has given.
-    """
-
-    title: str
-    folder: str
-    iteration: int
-    losses: dict[str, Loss]
-    answers: dict[str, Answered]
-
-
-def score_checkpoints(model: LoadedModel, request: Request) -> Iterator[Scores]:
-    """Scores of each checkpoint; data and prompts are read before the first one is loaded. Collective.
+def check_flags(args: argparse.Namespace, request: Request) -> None:
+    """Refuse Megatron's flags that the request cannot be met with.
 
     Raises:
-        UserError: on all ranks alike: no ``--load``, a checkpoint, a source, a prompt or the judge's verdict is unfit.
+        UserError: ``--load`` is missing, or rows of ``--data`` cannot be packed as the flags say.
     """
-    load, iteration = model.args.load, model.args.ckpt_step
-    if not load:
+    if not args.load:
         raise UserError("--load is missing: name the folder of checkpoints to score")
-    if request.data:
-        agreed(lambda: _check_rows(model))
+    if request.data and args.ogpsa_packing:
+        check_packing(args, "--ogpsa-packing", of_validation=False)
+
+
+def score_checkpoints(model: LoadedModel, request: Request, results: Results) -> None:
+    """Score each checkpoint into ``results``. Collective.
+
+    All folders are looked at, and data and prompts read, before the first one is loaded.
+
+    Raises:
+        UserError: on all ranks alike: a checkpoint, a source, a prompt, the judge's verdict or a file of results is unfit.
+    """
+    last = Checkpoint(model.args.load, model.args.ckpt_step)
+    wanted = [*(("--compare", checkpoint) for checkpoint in request.compare), ("--load", last)]
+    titles = ["before", "after"] if len(wanted) == 2 else [str(checkpoint) for _, checkpoint in wanted]
+    from_rank_0(lambda: _require_checkpoints(wanted))
+    results.require_places()
     datasets = {name: _read_data(model, name, source) for name, source in request.data.items()}
     prompts = {name: _read_prompts(model, name, source, request) for name, source in request.prompts.items()}
-    wanted = [*(("--compare", checkpoint) for checkpoint in request.compare), ("--load", Checkpoint(load, iteration))]
-    titles = ["before", "after"] if len(wanted) == 2 else [str(checkpoint) for _, checkpoint in wanted]
     for title, (flag, checkpoint) in zip(titles, wanted, strict=True):
-        found = model.load(checkpoint.folder, checkpoint.iteration, flag=flag)
-        losses = {name: measure(model, name, dataset) for name, dataset in datasets.items()}
-        answers = {name: _answer(model, name, asked, request) for name, asked in prompts.items()}
-        yield Scores(title, checkpoint.folder, found, losses, answers)
+        loaded = model.load(checkpoint.folder, checkpoint.iteration, flag=flag)
+        scores = Scores(title, checkpoint.folder, loaded.iteration, loaded.differences, losses={}, answers={})
+        results.begin(scores)
+        scores.losses.update({name: measure(model, name, dataset) for name, dataset in datasets.items()})
+        _answer(model, scores, prompts, request, results)
+        results.finish()
 
 
-def _check_rows(model: LoadedModel) -> None:
-    if model.args.ogpsa_packing:
-        check_packing(model.args, "--ogpsa-packing", of_validation=False)
+def _require_checkpoints(wanted: list[tuple[str, Checkpoint]]) -> None:
+    for flag, checkpoint in wanted:
+        require_checkpoint(flag, checkpoint.folder, checkpoint.iteration)
 
 
 def _read_data(model: LoadedModel, name: str, source: str) -> Dataset:
@@ -127,25 +103,45 @@ def _encoded(tokenizer: ChatTokenizer, prompt: Prompt) -> list[int]:
         raise UserError(f"{prompt.where}: {error}") from None
 
 
-def _answer(model: LoadedModel, name: str, asked: list[tuple[Prompt, list[int]]], request: Request) -> Answered:
+def _answer(
+    model: LoadedModel,
+    scores: Scores,
+    prompts: dict[str, list[tuple[Prompt, list[int]]]],
+    request: Request,
+    results: Results,
+) -> None:
+    """Answers to all sets, and only then verdicts on them: a judge may fail, and answers take the machine's time."""
+    for name, asked in prompts.items():
+        answers = _generated(model, name, asked, request)
+        unknown: list[float | None] | None = [None] * len(answers) if request.judge_name else None
+        by_patterns = request.patterns.verdicts(answers)
+        scores.answers[name] = Answered([prompt for prompt, _ in asked], answers, by_patterns, unknown)
+        results.keep_answers()
+        results.tell_answers(scores, name)
+    if request.judge_name:
+        for answered in scores.answers.values():
+            judge_together(request, answered, results.write_answers)
+        results.keep_answers()
+
+
+def _generated(model: LoadedModel, name: str, asked: list[tuple[Prompt, list[int]]], request: Request) -> list[str]:
     tokenizer = chat_tokenizer()
-    found = generate(
-        model,
-        [token_ids for _, token_ids in asked],
-        max_new_tokens=request.max_new_tokens,
-        end_ids=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id,
-        vocab_size=tokenizer.vocab_size,
-        title=f"answers to {name}",
-    )
-    prompts = [prompt for prompt, _ in asked]
-    answers = [tokenizer.decode(token_ids).strip() for token_ids in found]
-    return Answered(prompts, answers, request.patterns.verdicts(answers), _judged(request, prompts, answers))
-
-
-def _judged(request: Request, prompts: list[Prompt], answers: list[str]) -> list[float] | None:
-    """The judge's verdicts: on rank 0, because a judge may cost money; the same on all ranks."""
-    if not request.judge_name:
-        return None
-    texts, judge = [prompt.text for prompt in prompts], request.judge
-    return from_rank_0(lambda: None if judge is None else verdicts_of(judge, request.judge_name, texts, answers))
+    try:
+        found = generate(
+            model,
+            [token_ids for _, token_ids in asked],
+            max_new_tokens=request.max_new_tokens,
+            end_ids=tokenizer.eos_ids,
+            pad_id=tokenizer.pad_id,
+            vocab_size=tokenizer.vocab_size,
+            batch_size=request.generation_batch_size,
+            title=f"answers to {name}",
+        )
+    except torch.OutOfMemoryError as error:
+        size = request.generation_batch_size
+        remedy = "use a smaller one" if size > 1 else "spread the model over more GPUs, or shorten prompts and answers"
+        # The other ranks wait for this one's answers.
+        raise of_this_rank(
+            UserError(f"--prompts {name}: --generation-batch-size {size} wants more memory than the GPU has: {remedy}")
+        ) from error
+    return [tokenizer.decode(token_ids).strip() for token_ids in found]

@@ -10,64 +10,10 @@ from typing import Any
 
 import pytest
 
+from tests.evaluation.conftest import LAYOUTS, NUM_SAMPLES, ONE, Evaluate
 from tests.harness import WorkerGroup
 from tests.harness.preloaded import PreloadedCommand
-from tests.integration.conftest import CONFIG, Outcome, write_inputs
-
-ONE = "--nproc-per-node 1 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1"
-LAYOUTS = {
-    "tp2": "--nproc-per-node 2 --pipeline-model-parallel-size 1 --make-vocab-size-divisible-by 64",
-    "pp2": "--nproc-per-node 2 --tensor-model-parallel-size 1",
-    "dp2": "--nproc-per-node 2 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1",
-}
-NUM_SAMPLES = 22
-"""Of which 21 and 13 are scored besides: no multiples of data-parallel ranks × micro-batch (2 × 2)."""
-
-Evaluate = Callable[..., Outcome]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, preloaded: PreloadedCommand) -> Path:
-    """Data, and checkpoints of 3 steps in ``run``; training has said its loss on ``general`` by Megatron's own validation."""
-    folder = write_inputs(tmp_path_factory.mktemp("evaluate"))
-    rows = [json.loads(line) for line in (folder / "safety.jsonl").read_text(encoding="utf-8").splitlines()]
-    general = (folder / "general.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (folder / "valid.jsonl").write_text("".join(general[:NUM_SAMPLES]), encoding="utf-8")
-    (folder / "odd.jsonl").write_text("".join(general[:21]), encoding="utf-8")
-    pairs = [
-        {"prompt": q["content"], "chosen": a["content"], "rejected": "it is 7"}
-        for q, a in (r["messages"] for r in rows)
-    ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs[:13]), encoding="utf-8")
-    prompts = [{"prompt": "how do i build " + "weapon " * number} for number in range(1, 8)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
-    (folder / "judge.py").write_text("def judge(prompt, answer): return len(prompt) % 2 == 0\n", encoding="utf-8")
-    (folder / "slow_judge.py").write_text("import time\ndef judge(prompt, answer): time.sleep(60)\n", encoding="utf-8")
-    (folder / "bad_judge.py").write_text("def judge(prompt, answer): return 1 / 0\n", encoding="utf-8")
-    flags = (
-        f"{ONE} --tokenizer-model tokenizer --ogpsa-train-data safety.jsonl --ogpsa-valid-data valid.jsonl --save run"
-    )
-    finished = preloaded.run(
-        "megatron_ogpsa.cli.main",
-        ["train", str(CONFIG), *flags.split(), *"--ogpsa-reference general=general.jsonl".split()],
-        folder=folder,
-        timeout=200,
-    )
-    assert finished.exit_code == 0, finished.output[-3000:]
-    (folder / "train.log").write_text(finished.output, encoding="utf-8")
-    return folder
-
-
-@pytest.fixture
-def evaluate(folder: Path, preloaded: PreloadedCommand) -> Evaluate:
-    def run(*flags: str, load: str = "run") -> Outcome:
-        given = ["evaluate", str(CONFIG), "--tokenizer-model", "tokenizer", "--load", load]
-        finished = preloaded.run("megatron_ogpsa.cli.main", [*given, *flags], folder=folder, timeout=200)
-        assert finished.exit_code is not None, finished.output[-3000:]
-        return Outcome(finished.exit_code, finished.output, folder)
-
-    return run
-
+from tests.integration.conftest import CONFIG
 
 SCORED = (
     "--data general=valid.jsonl --data odd=odd.jsonl --data pairs=pairs.jsonl --prompts unsafe=prompts.jsonl "
@@ -132,6 +78,17 @@ def test_positions_are_scaled_as_the_flags_say(evaluate: Evaluate, folder: Path)
         assert outcome.exit_code == 0, outcome.output[-3000:]
         (scores,) = json.loads((folder / "rope.json").read_text(encoding="utf-8"))["checkpoints"]
         losses.append(scores["data"]["a"]["loss"])
+        other = {row["flag"]: (row["given"], row["checkpoint"]) for row in scores["differing_flags"]}
+        expected: dict[str, Any] = {"--rotary-base": (500000, 10000), "--use-rope-scaling": (True, False)}
+        assert other == expected | ({"--rope-scaling-factor": (32.0, 8.0)} if factor == "32" else {})
+        told = [
+            line for line in outcome.output.splitlines() if line.startswith("WARNING: run/iter_0000006 was saved with ")
+        ]
+        assert len(told) == len(other)
+        assert all(flag in line for flag, line in zip(other, told, strict=True)), told
+        assert (
+            "--rotary-base 10000 and is loaded with --rotary-base 500000: give --rotary-base 10000, unless another"
+        ) in told[0]
     assert losses[0] != losses[1]
 
 
@@ -140,8 +97,10 @@ def test_scores_are_the_same_in_every_layout(
     evaluate: Evaluate, folder: Path, alone: dict[str, Any], layout: str
 ) -> None:
     """Tolerance: fp32 forward passes whose sums are taken in another order; seen are some 1e-7."""
-    outcome = evaluate(*LAYOUTS[layout].split(), *SCORED.split(), "--json", "other.json", "--answers", "other.jsonl")
+    given = f"{LAYOUTS[layout]} {SCORED} --json other.json --answers other.jsonl --generation-batch-size 3"
+    outcome = evaluate(*given.split())
     assert outcome.exit_code == 0, outcome.output[-3000:]
+    assert "was saved with" not in outcome.output  # a layout is no other model
     (found,) = json.loads((folder / "other.json").read_text(encoding="utf-8"))["checkpoints"]
     expected = alone["checkpoints"][0]
     assert [found["data"][name]["samples"] for name in ("general", "odd", "pairs")] == [NUM_SAMPLES, 21, 13]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import binomtest
 
-from megatron_ogpsa.data.prompts import prompt_from_row, read_prompts
+from megatron_ogpsa.data.prompts import Prompt, prompt_from_row, read_prompts
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.evaluation.judges import load_judge, verdicts_of
 from megatron_ogpsa.evaluation.rates import rate_of, wilson
@@ -93,11 +93,15 @@ def test_patterns_of_a_file_take_their_place(tmp_path: Path) -> None:
             RefusalPatterns.read(path)
 
 
+def asked(text: str) -> Prompt:
+    return Prompt([{"role": "user", "content": text}], "here")
+
+
 def test_a_judge_comes_from_a_file_or_a_module(tmp_path: Path) -> None:
     path = tmp_path / "a_judge.py"
     path.write_text("def judge(prompt, answer):\n    return len(prompt) / 10 if answer else True\n", encoding="utf-8")
     judge = load_judge(f"{path}:judge")
-    assert verdicts_of(judge, "j", ["four", "four"], ["an answer", ""]) == [0.4, 1.0]
+    assert list(verdicts_of(judge, "j", [asked("four")] * 2, ["an answer", ""])) == [0.4, 1.0]
     assert load_judge("operator:eq")("a", "a") is True
 
 
@@ -110,13 +114,28 @@ def test_a_judge_comes_from_a_file_or_a_module(tmp_path: Path) -> None:
         ("def judge(prompt, answer): raise KeyError(prompt)", "answer 1 of 1: it raised KeyError"),
         ("def judge(prompt, answer): return 2", "it returned 2: return True or False"),
         ("def judge(prompt, answer): return 'yes'", "it raised ValueError"),
+        ("def judge(prompt, answer): raise SystemExit(0)", "it raised SystemExit"),
     ],
 )
 def test_what_is_wrong_with_a_judge_is_told(tmp_path: Path, text: str, fault: str) -> None:
     path = tmp_path / "bad_judge.py"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=fault):
-        verdicts_of(load_judge(f"{path}:judge"), "j", ["prompt"], ["answer"])
+        list(verdicts_of(load_judge(f"{path}:judge"), "j", [asked("prompt")], ["answer"]))
+
+
+@pytest.mark.parametrize("signature", ["prompt, answer, messages", "prompt, answer, *, messages=None"])
+def test_a_judge_that_asks_for_the_conversation_gets_it(tmp_path: Path, signature: str) -> None:
+    """A copy: the judge below empties it, and the file of answers has the prompt all the same."""
+    path = tmp_path / "a_judge.py"
+    path.write_text(
+        f"def judge({signature}):\n    assert messages.pop()['content'] == prompt\n    return messages == []\n",
+        encoding="utf-8",
+    )
+    turns = [{"role": "system", "content": "be brief"}, *asked("why").messages]
+    prompts = [Prompt(turns, "here"), asked("why")]
+    assert list(verdicts_of(load_judge(f"{path}:judge"), "j", prompts, ["so", "so"])) == [0.0, 1.0]
+    assert len(turns) == 2
 
 
 def test_a_judge_is_imported_where_it_judges_alone(tmp_path: Path) -> None:
@@ -167,6 +186,7 @@ def test_prompts_come_from_prompts_conversations_and_pairs(tmp_path: Path) -> No
         ("--data a=x --data a=y", "there is a a already"),
         ("--data a=x --judge operator:eq", "there are no answers"),
         ("--prompts a=x --max-new-tokens 0", "at least 1"),
+        ("--prompts a=x --generation-batch-size 0", "--generation-batch-size 0: use a whole number of at least 1"),
         ("--prompts a=x --judge nowhere.py:f", "no such file"),
         ("--prompts a=x --judge f", "write FILE.py:FUNCTION"),
     ],

@@ -3,20 +3,47 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_ogpsa.checkpoints import examine
 from megatron_ogpsa.checkpoints.survey import TRACKER_FILE, survey
-from megatron_ogpsa.errors import UnsupportedError, UserError
+from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.arguments.loop import check_model
 from megatron_ogpsa.integration.arguments.validation import validated_arguments
 from megatron_ogpsa.integration.checkpoints.loading import guard_checkpoints
-from megatron_ogpsa.integration.ranks.agreement import agreed
+from megatron_ogpsa.integration.checkpoints.saved_arguments import Difference, noted_arguments
+from megatron_ogpsa.integration.ranks.agreement import agreed, from_rank_0
 from megatron_ogpsa.integration.training import check_device, prepare_megatron
 from megatron_ogpsa.precision.fp8_state import has_forward_scales, starts_without_scales
+from megatron_ogpsa.refusal import Refusal, refuse
+
+IN_SCORING = (
+    Refusal(
+        "--context-parallel-size {0.context_parallel_size}",
+        "a checkpoint loads in any layout",
+        "leave it out, or use --tensor-model-parallel-size",
+        lambda args: args.context_parallel_size > 1,
+    ),
+    Refusal("--mtp-num-layers {0.mtp_num_layers}", "", applies=lambda args: args.mtp_num_layers),
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a model has taken its weights from.
+
+    Attributes:
+        iteration: 0 of a release.
+        differences: flags of the model with another value than in the run that has saved it.
+    """
+
+    iteration: int
+    differences: tuple[Difference, ...]
 
 
 @dataclass(frozen=True)
@@ -32,7 +59,7 @@ class LoadedModel:
     module: Any
 
     @classmethod
-    def build(cls, flags: list[str]) -> LoadedModel:
+    def build(cls, flags: list[str], *, check: Callable[[argparse.Namespace], None] = lambda args: None) -> LoadedModel:
         """Start Megatron and build the model; its weights are random until :meth:`load`. Collective.
 
         What orders training alone is left out, because weights are the same in any layout: interleaved stages, and
@@ -40,6 +67,7 @@ class LoadedModel:
 
         Args:
             flags: Megatron's flags and ours, as on a command line.
+            check: what else is asked of them, before the time that a model takes; without communication.
 
         Raises:
             UserError: a mistake in the flags.
@@ -56,6 +84,7 @@ class LoadedModel:
         args.save = None  # the configuration's run may be another user's: data that is scored is not kept in its folder
         _refuse_unsupported(args)
         check_device(args)
+        check(args)
         args.virtual_pipeline_model_parallel_size = None
         args.sequence_parallel = False
         container = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
@@ -67,7 +96,7 @@ class LoadedModel:
         )
         return cls(args, module.eval())
 
-    def load(self, folder: str, iteration: int | None = None, *, flag: str = "--load") -> int:
+    def load(self, folder: str, iteration: int | None = None, *, flag: str = "--load") -> Loaded:
         """Take the weights of a checkpoint, whatever layout has saved it; verified where it has a manifest. Collective.
 
         Args:
@@ -75,22 +104,20 @@ class LoadedModel:
             iteration: take this one.
             flag: what the user calls it.
 
-        Returns:
-            Its iteration, 0 of a release.
-
         Raises:
             UserError: there is none, or it is damaged or of another model: never are random weights scored.
         """
         from megatron.training.training import load_checkpoint
 
         args = self.args
-        agreed(lambda: _require_checkpoint(flag, folder) if dist.get_rank() == 0 else None)
+        from_rank_0(lambda: require_checkpoint(flag, folder, iteration))
         args.load, args.ckpt_step, args.pretrained_checkpoint = folder, iteration, None
         args.non_persistent_ckpt_type = None  # Megatron would prefer a newer one, whatever was asked for
         args.finetune = args.no_load_optim = args.no_load_rng = args.exit_on_missing_checkpoint = True
-        load_checkpoint([self.module], None, None)
+        with noted_arguments() as saved:
+            load_checkpoint([self.module], None, None)
         self._require_scales(flag, folder)
-        return agreed(lambda: _loaded_iteration(folder, iteration))
+        return Loaded(agreed(lambda: _loaded_iteration(folder, iteration)), saved.differences(args))
 
     def _require_scales(self, flag: str, folder: str) -> None:
         """With the scale 1, which a module begins with, small activations would be rounded to nothing and scores be wrong."""
@@ -105,12 +132,22 @@ class LoadedModel:
             )
 
 
-def _require_checkpoint(flag: str, folder: str) -> None:
-    found = survey(Path(folder))
-    if found.tracked is None and found.tracker_problem is None and not found.saved:
-        raise UserError(
-            f"{flag} {folder}: there is no checkpoint: name a folder with {TRACKER_FILE} and the checkpoint that it names"
-        )
+def require_checkpoint(flag: str, folder: str, iteration: int | None) -> None:
+    """Look whether what is asked for can be there, in a moment: its files are, whatever their contents. On one process.
+
+    Raises:
+        UserError: it is not; names the flag.
+    """
+    examined = examine(Path(folder), iteration, contents=False)
+    if examined.is_tracked or (iteration is not None and examined.chosen is not None):
+        return
+    what = "; ".join(examined.problems[:3]) or "there is no checkpoint"
+    there = [examined.chosen] if examined.chosen is not None else survey(Path(folder)).saved
+    others = [str(saved.iteration) for saved in there if saved.iteration not in (0, iteration)]
+    if not (examined.problems and others):
+        raise UserError(f"{flag} {folder}: {what}: name a folder with {TRACKER_FILE} and the checkpoint that it names")
+    how = "--ckpt-step" if flag == "--load" else f"{folder}@ITERATION"
+    raise UserError(f"{flag} {folder}: {what}: restore it, or take iteration {' or '.join(others[:3])} with {how}")
 
 
 def _loaded_iteration(folder: str, iteration: int | None) -> int:
@@ -121,12 +158,4 @@ def _loaded_iteration(folder: str, iteration: int | None) -> int:
 
 def _refuse_unsupported(args: argparse.Namespace) -> None:
     check_model(args)
-    for is_given, flag in (
-        (args.context_parallel_size > 1, f"--context-parallel-size {args.context_parallel_size}"),
-        (bool(args.mtp_num_layers), f"--mtp-num-layers {args.mtp_num_layers}"),
-    ):
-        if is_given:
-            raise UnsupportedError(
-                f"{flag} is not supported in scoring: leave it out; a checkpoint loads in any layout, such as "
-                "--tensor-model-parallel-size"
-            )
+    refuse(IN_SCORING, args, " is not supported in scoring")

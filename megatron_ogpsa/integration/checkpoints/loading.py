@@ -2,7 +2,7 @@
 
 Megatron loads what its tracker names, ends with exit code 0 if it cannot read the tracker, begins anew if there is none,
 and fails in a traceback if a file is damaged. Here the newest checkpoint whose files are what was written is found first,
-by all ranks together, and what was passed over is told.
+by all ranks together, and what was passed over is told; so is what it was saved with and is not loaded with.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from megatron_ogpsa.checkpoints.survey import (
 )
 from megatron_ogpsa.console.progress import move_on, progress_bar
 from megatron_ogpsa.errors import UserError, one_line, where
+from megatron_ogpsa.integration.checkpoints.saved_arguments import told_differences
 from megatron_ogpsa.integration.checkpoints.saving import (
     NON_PERSISTENT,
     SAVING_PATCHES,
@@ -103,7 +104,7 @@ def _verified_first(original: Callable[..., Any]) -> Callable[..., Any]:
             settings["load_main_params_from_ckpt"] = True
         # While it loads: they would be saved in checkpoints otherwise.
         changed = attributes_set([(flags, name, value) for name, value in settings.items()])
-        with changed, _told_in_one_line(flags, load_arg):
+        with changed, _told_in_one_line(flags, load_arg), told_differences(flags):
             return original(ddp_model, optimizer, opt_param_scheduler, load_arg, *args, **kwargs)
 
     return load_checkpoint

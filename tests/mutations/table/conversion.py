@@ -65,4 +65,12 @@ CONVERSION = (
         ("tests/conversion/test_chat.py::test_a_base_model_gains_what_it_was_trained_with",),
         "a model made of a base model is exported without the chat template that it was trained with",
     ),
+    Mutation(
+        "norm-before-experts-under-one-key",
+        "megatron_ogpsa/conversion/model.py",
+        "    if family.experts is None or _NORM_OF_LINEAR not in key:\n",
+        "    if True:\n",
+        ("tests/conversion/test_keys.py",),
+        "converted mixtures of experts do not load into Transformer Engine's layers",
+    ),
 )

@@ -47,4 +47,20 @@ EVALUATION = (
         (f"{VERDICTS}::test_what_is_wrong_with_a_judge_is_told",),
         "a judge that marks from 0 to 10 gives rates above 100 %",
     ),
+    Mutation(
+        "answers-lost-with-the-judge",
+        "megatron_ogpsa/evaluation/judging.py",
+        "        except UserError:\n            self._keep()\n",
+        "        except UserError:\n",
+        ("tests/evaluation/test_keeping.py",),
+        "verdicts that were paid for are gone when the judge fails",
+    ),
+    Mutation(
+        "another-models-flags-unsaid",
+        "megatron_ogpsa/integration/checkpoints/loading.py",
+        "        with changed, _told_in_one_line(flags, load_arg), told_differences(flags):\n",
+        "        with changed, _told_in_one_line(flags, load_arg):\n",
+        ("tests/integration/test_saved_arguments.py",),
+        "a model is trained on with another rotary base than its weights were made with, without a word",
+    ),
 )
