@@ -94,7 +94,7 @@ def markdown_tables(curves: Curves, sizes: Sizes) -> str:
     """What each setting ends with; and, if plain is among them, what each level of refusal costs."""
     tables = [_table_of_ends(curves, sizes)]
     if PLAIN in curves:
-        tables += [_table_of_levels(curves, along) for along in ALONG]
+        tables += [_table_of_levels(curves, along) for along in ALONG if _is_reached(curves, along)]
     return "\n".join(tables)
 
 
@@ -106,6 +106,11 @@ def _table_of_ends(curves: Curves, sizes: Sizes) -> str:
         ends = _ends(by_seed, sizes)
         rows.append([SETTINGS[name].title, *(cell for title in ENDS for cell in _cells(ends[title]))])
     return _markdown(rows)
+
+
+def _is_reached(curves: Curves, along: Safety) -> bool:
+    """Whether there is a level that a setting reaches where plain does: a table without would say nothing."""
+    return any(compare(by_seed, curves[PLAIN], level, along) for by_seed in curves.values() for level in LEVELS)
 
 
 def _table_of_levels(curves: Curves, along: Safety) -> str:
