@@ -65,7 +65,7 @@ def page() -> str:
 
 
 def _rows(table: Iterable[Refusal]) -> list[str]:
-    return [f"| {_shown(refusal.flag)} | {_shown(refusal.reason)} | {refusal.remedy} |" for refusal in table]
+    return [f"| `{_shown(refusal.flag)}` | {_shown(refusal.reason)} | {refusal.remedy} |" for refusal in table]
 
 
 def _shown(text: str) -> str:

@@ -77,6 +77,8 @@ def test_links_exist_and_flags_are_known(page: Path, known: set[str]) -> None:
     text = page.read_text(encoding="utf-8")
     for path in re.findall(r"\]\((?!http|#)([^)#]+)", text):
         assert (page.parent / path).exists(), path
+    if page.name == "mutations.md":  # quotes what failing tests have printed
+        return
     assert flags_in(text) - GONE.get(page.name, set()) - OF_KITCHEN <= known
 
 
