@@ -56,6 +56,11 @@ SETTINGS: dict[str, Setting] = {
         flags={**UPDATE, "ogpsa-refresh-interval": 30, "ogpsa-adaptive-interval": 0.5},
         save_interval=None,
     ),
+    "update-conflict-adaptive": Setting(
+        title="update, conflict, every 1 to 30 steps",
+        flags={**UPDATE, "ogpsa-mode": "conflict", "ogpsa-refresh-interval": 30, "ogpsa-adaptive-interval": 0.5},
+        save_interval=None,
+    ),
     "update-interval-30": Setting(
         title="update, every 30 steps", flags={**UPDATE, "ogpsa-refresh-interval": 30}, save_interval=30
     ),
