@@ -2,8 +2,9 @@
 
 The folder holds ``projection.json`` and ``large.json`` (:mod:`megatron_ogpsa.benchmarks.projection`), ``steps.jsonl``
 (:mod:`megatron_ogpsa.benchmarks.step`, the paper's rule) and ``profile.json`` (:mod:`megatron_ogpsa.benchmarks.profile`); and
-where they were made, ``narrow.json`` as the first two, ``default_step.jsonl`` as the third, ``training.json``
-(:mod:`megatron_ogpsa.benchmarks.training`) and what pytest wrote of the tests, ``kernels.xml`` and ``fp8.xml``.
+where they were made, ``narrow.json`` as the first two, ``default_step.jsonl`` as the third, ``sft.json`` and ``dpo.json``
+(:mod:`megatron_ogpsa.benchmarks.training`) and what pytest wrote of the tests, ``kernels.xml``, ``fp8-figures.xml`` and
+``fp8-bitwise.xml``.
 :mod:`megatron_ogpsa.benchmarks.on_gpu` makes them all.
 """
 
@@ -151,7 +152,7 @@ parameter, beside those of a run in bf16 (`python -m pytest tests/gpu`, [fp8.md]
 _TRAINING = """## Whole runs
 
 ```bash
-{command}
+{commands}
 ```
 
 SFT and DPO of one model on the same data, as `megatron-ogpsa train` runs them on packed rows, and as TRL's trainers do, which
@@ -171,7 +172,7 @@ class Data:
     steps: Sequence[Json]
     profile: Json
     narrow: Json | None = None
-    training: Json | None = None
+    training: Sequence[Json] = ()
     kernels: Sequence[TestRun] = ()
     fp8: Sequence[TestRun] = ()
 
@@ -208,9 +209,9 @@ class Data:
             ],
             profile=json.loads(text("profile.json")),
             narrow=optional("narrow.json"),
-            training=optional("training.json"),
+            training=[account for stage in ("sft", "dpo") if (account := optional(f"{stage}.json"))],
             kernels=tests("kernels.xml"),
-            fp8=tests("fp8.xml"),
+            fp8=[*tests("fp8-figures.xml"), *tests("fp8-bitwise.xml")],
         )
 
 
@@ -225,7 +226,8 @@ def _further_sections(data: Data) -> Iterator[str]:
     missing = ["Several GPUs"]
     if data.training:
         yield _TRAINING.format(
-            command=data.training["command"], training=in_markdown(training_rows(data.training["results"]))
+            commands="\n".join(account["command"] for account in data.training),
+            training=in_markdown(training_rows(result for account in data.training for result in account["results"])),
         )
     else:
         missing.append("whole runs")

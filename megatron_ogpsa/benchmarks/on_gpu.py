@@ -33,6 +33,8 @@ _MODEL_1B = (
     *("--vocabulary", "32768", "--seq-length", "2048"),
 )
 _PASSES = "megatron_ogpsa.benchmarks.projection"
+_BITWISE = "trace or bitwise"
+"""Of FP8's tests, those that take two or three runs each; the others take one, beside those in bf16 that all share."""
 
 MOST_PROCESSES = 12
 """Of FP8's tests side by side: each run of theirs takes some GB of the GPU, and two cores while it starts."""
@@ -55,6 +57,11 @@ class Measurement:
     module: tuple[str, ...]
     seconds: float
 
+    @property
+    def name(self) -> str:
+        """What ``--only`` knows it by."""
+        return Path(self.file).stem
+
     def command(self, folder: Path) -> Command:
         """What is there already counts as done."""
         argv = [sys.executable, "-m", *self.module, self.flag, str(self.unfinished(folder))]
@@ -69,9 +76,10 @@ class Measurement:
 def measurements(args: argparse.Namespace) -> list[Measurement]:
     """What there is to run, what is known least first; whole runs only where a model is given."""
     side_by_side = ("-n", str(min(MOST_PROCESSES, max(1, (os.cpu_count() or 1) // 2))))
+    fp8 = (*_PYTEST, *side_by_side, "tests/gpu", "-k")
     found = [
-        Measurement("tests of the kernels", "kernels.xml", "--junit-xml", (*_PYTEST, "tests/core"), 60),
-        Measurement("tests of FP8", "fp8.xml", "--junit-xml", (*_PYTEST, *side_by_side, "tests/gpu"), 330),
+        Measurement("FP8 beside bf16", "fp8-figures.xml", "--junit-xml", (*fp8, f"not ({_BITWISE})"), 100),
+        Measurement("FP8, to the bit", "fp8-bitwise.xml", "--junit-xml", (*fp8, _BITWISE), 230),
         Measurement("a training step", "steps.jsonl", "--json", (*_TORCHRUN, f"{__package__}.step", *_MODEL_1B), 80),
         Measurement(
             "a training step, the default rule",
@@ -92,14 +100,30 @@ def measurements(args: argparse.Namespace) -> list[Measurement]:
             (_PASSES, "--elements", "100000004", "100000002", "--rank", "2", "--basis-dtype", "bf16"),
             10,
         ),
+        Measurement("tests of the kernels", "kernels.xml", "--junit-xml", (*_PYTEST, "tests/core"), 60),
     ]
     if args.model:
-        sources = [f"--{name}={path}" for name in ("sft", "dpo", "reference") if (path := getattr(args, name))]
-        flags = ("--trl", "--nproc", "1", "--bf16", "--rounds", "1", "--seq-length", "2048")
-        out = f"--out={args.folder / 'training'}"
-        module = (f"{__package__}.training", str(args.model), *sources, *flags, out)
-        found.insert(2, Measurement("whole runs, beside TRL's", "training.json", "--json", module, 420))
-    return found
+        found[2:2] = [_whole_runs(args, stage) for stage in ("sft", "dpo") if getattr(args, stage)]
+    return [one for one in found if not args.only or one.name in args.only]
+
+
+def _whole_runs(args: argparse.Namespace, stage: str) -> Measurement:
+    flags = (
+        "--settings",
+        "plain",
+        "update",
+        "--trl",
+        "--nproc",
+        "1",
+        "--bf16",
+        "--rounds",
+        "1",
+        "--seq-length",
+        "2048",
+    )
+    sources = (f"--{stage}={getattr(args, stage)}", f"--reference={args.reference}")
+    module = (f"{__package__}.training", str(args.model), *sources, *flags, f"--out={args.folder / 'training'}")
+    return Measurement(f"whole runs of {stage.upper()}, beside TRL's", f"{stage}.json", "--json", module, 180)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -116,6 +140,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("transformer_engine is not installed: docs/fp8.md says how")
     if args.model and not (args.reference and (args.sft or args.dpo)):
         raise UserError("--model MODEL wants --reference FILE and --sft FILE, --dpo FILE or both")
+    if unknown := set(args.only or ()) - {one.name for one in measurements(args)}:
+        raise UserError(f"--only {' '.join(sorted(unknown))}: not among what is measured")
     if args.minutes <= 0:
         raise UserError(f"--minutes {args.minutes:g}: use more than 0")
 
@@ -166,6 +192,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m megatron_ogpsa.benchmarks.on_gpu")
     parser.add_argument("folder", type=Path, help="where results go; those that are there are not made again")
     parser.add_argument("--minutes", type=float, default=math.inf, help="in which to end (no limit)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="of the files that are to be made, without their endings"
+    )
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a Hugging Face folder, for whole runs")
     for name, what in (
         ("sft", "conversations"),

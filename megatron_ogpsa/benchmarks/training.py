@@ -181,7 +181,7 @@ def measure(args: argparse.Namespace, stages: Sequence[str]) -> list[dict[str, A
         _data(args, stage).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     convert = [*COMMAND, "convert", str(args.model), str(_start(args))]
     steps = [Command("to Megatron", convert, args.out / "convert.log", 30.0, _start(args).exists())]
-    settings = [*SETTINGS, *(TRL_SETTINGS if args.trl else ())]
+    settings = [*args.settings, *(TRL_SETTINGS if args.trl else ())]
     speeds: dict[tuple[str, str], list[Path]] = {(stage, name): [] for stage in stages for name in settings}
     for round_number in range(1, args.rounds + 1):
         for (stage, name), files in speeds.items():
@@ -286,6 +286,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--train-flags", default="", metavar="FLAGS", help="more of megatron-ogpsa train's, in one word"
     )
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        choices=[*SETTINGS],
+        default=[*SETTINGS],
+        metavar="SETTING",
+        help=f"of Megatron's runs: {', '.join(SETTINGS)} (all); {PLAIN}, which ratios are to, is always there",
+    )
     parser.add_argument("--trl", action="store_true", help="TRL's trainers too, plain and with the authors' rule")
     parser.add_argument("--out", type=Path, default=Path("runs/training-benchmark"), help="(runs/training-benchmark)")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -296,6 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write JSON where it is asked for."""
     given = [*(sys.argv[1:] if argv is None else argv)]
     args = _parser().parse_args(given)
+    args.settings = [*dict.fromkeys([PLAIN, *args.settings])]
     stages = [stage for stage in ("sft", "dpo") if getattr(args, stage)]
     try:
         if not stages:

@@ -79,7 +79,7 @@ def test_each_command_is_one(tmp_path: Path) -> None:
             args = PARSERS[module]().parse_args(given)
             assert args.json == one.unfinished(tmp_path)
             known += 1
-    assert known == 7
+    assert known == 8
 
 
 def test_the_pages_commands_are_commands() -> None:
@@ -88,9 +88,14 @@ def test_the_pages_commands_are_commands() -> None:
     assert [arguments(*shlex.split(command)).folder.name for command in commands] == ["measured", "measured"]
 
 
-@pytest.mark.parametrize(("flags", "number"), [((), 8), (("--model", "folder", "--reference", "r", "--sft", "s"), 9)])
+@pytest.mark.parametrize(("flags", "number"), [((), 9), (("--model", "folder", "--reference", "r", "--sft", "s"), 10)])
 def test_whole_runs_want_a_model(flags: tuple[str, ...], number: int, tmp_path: Path) -> None:
     assert len(on_gpu.measurements(arguments(str(tmp_path), *flags))) == number
+
+
+def test_some_of_it_can_be_asked_for(tmp_path: Path) -> None:
+    chosen = arguments(str(tmp_path), "--only", "fp8-bitwise", "narrow")
+    assert [one.name for one in on_gpu.measurements(chosen)] == ["fp8-bitwise", "narrow"]
 
 
 def test_what_is_left_is_for_the_next_call(
@@ -122,6 +127,7 @@ def test_what_is_left_is_for_the_next_call(
         ((), "no GPU"),
         (("--minutes", "0"), "--minutes 0: use more than 0"),
         (("--model", "folder", "--sft", "s"), "--model MODEL wants --reference"),
+        (("--only", "narrow", "sft"), "--only sft: not among what is measured"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
@@ -160,9 +166,9 @@ def test_the_page_tells_what_there_is(junit: Path, tmp_path: Path, capsys: pytes
     folder.mkdir()
     for file in (ROOT / "docs" / "gpu").glob("*.json*"):
         (folder / file.name).write_bytes(file.read_bytes())
-    (folder / "fp8.xml").write_bytes(junit.read_bytes())
+    (folder / "fp8-figures.xml").write_bytes(junit.read_bytes())
     whole_runs = json.loads((ROOT / "docs/performance/training.json").read_text(encoding="utf-8"))
-    (folder / "training.json").write_text(json.dumps(whole_runs), encoding="utf-8")
+    (folder / "sft.json").write_text(json.dumps(whole_runs), encoding="utf-8")
     page = gpu_report.as_markdown(gpu_report.Data.of(folder))
     assert "| delayed | 2 passed |" in page
     assert "7 passed, 1 failed, 2 skipped; failed: refreshes leave no trace [recompute, blockwise]" in page

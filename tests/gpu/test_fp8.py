@@ -6,10 +6,10 @@ model, over an emulation of Transformer Engine's kernels: tests/transformer_engi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,7 +17,7 @@ from megatron_ogpsa.precision.fp8_support import ALLOW_PICKLES, AVAILABILITY, re
 from tests.integration.conftest import Train
 from tests.integration.conftest import inputs as inputs
 from tests.integration.conftest import train as train
-from tests.precision.fp8_training import VARIANTS, Fp8Training, fp8, refusal_of
+from tests.precision.fp8_training import VARIANTS, Fp8Training, Shared, fp8, refusal_of
 
 STEPS = 20
 FEW_STEPS = 6
@@ -33,14 +33,22 @@ def _checkpoints_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ALLOW_PICKLES, "1")
 
 
-@pytest.fixture(scope="module")
-def in_bf16() -> dict[str, Any]:
-    return {}
+@pytest.fixture(autouse=True)
+def _compiles_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each run that compiles a fused function starts a process for each core, which is a lot with runs side by side."""
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def in_bf16(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    own = tmp_path_factory.getbasetemp()
+    of_all = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    return Shared(of_all)
 
 
 @pytest.fixture
 def training(
-    train: Train, tmp_path: Path, recipe: str, in_bf16: dict[str, Any], record_property: Callable[[str, object], None]
+    train: Train, tmp_path: Path, recipe: str, in_bf16: Shared, record_property: Callable[[str, object], None]
 ) -> Fp8Training:
     """Skips the test where the GPU does not have the recipe."""
     pytest.importorskip("transformer_engine.pytorch", exc_type=ImportError)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from tests.integration.checkpoints import differences
 from tests.integration.conftest import Outcome, Train, scalars
@@ -53,6 +54,25 @@ def fp8(recipe: str, variant: str = "") -> list[str]:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """What one test has found and all others use, those of other processes too (``pytest -n``).
+
+    Attributes:
+        folder: that they all have.
+    """
+
+    folder: Path
+
+    def get(self, name: str, find: Callable[[], Any]) -> Any:
+        """What ``find`` gave where it was asked for first: tensors, and dictionaries of them."""
+        kept = self.folder / f"{name}.pt"
+        with FileLock(kept.with_suffix(".lock")):
+            if not kept.exists():
+                torch.save(find(), kept)
+        return torch.load(kept, weights_only=True)
+
+
+@dataclass(frozen=True)
 class Fp8Training:
     """Runs of one small model, and what is measured on them.
 
@@ -61,7 +81,7 @@ class Fp8Training:
         model: flags besides :data:`MODEL`.
         steps: of a run.
         fresh: on a GPU, in new processes: CUDA does not outlive a fork.
-        in_bf16: what runs in bf16 gave, which all recipes are compared with; shared by the tests of a process.
+        in_bf16: what runs in bf16 gave, which all recipes are compared with.
         record: takes what is measured, by name; pytest's ``record_property``.
     """
 
@@ -70,7 +90,7 @@ class Fp8Training:
     model: tuple[str, ...]
     steps: int
     fresh: bool
-    in_bf16: dict[str, Any]
+    in_bf16: Shared
     record: Callable[[str, object], None]
 
     def run(self, name: str, *flags: str, **how: object) -> Outcome:
@@ -159,9 +179,9 @@ class Fp8Training:
             assert [name for name, one in gradients.items() if not torch.equal(one, found[reference][name])] == []
 
     def _gradients_in_bf16(self) -> dict[str, dict[str, torch.Tensor]]:
-        if "gradients" not in self.in_bf16:
-            self.in_bf16["gradients"] = self.reference_gradients("bf16", [])
-        gradients: dict[str, dict[str, torch.Tensor]] = self.in_bf16["gradients"]
+        gradients: dict[str, dict[str, torch.Tensor]] = self.in_bf16.get(
+            "gradients", lambda: self.reference_gradients("bf16", [])
+        )
         return gradients
 
     def mean_loss(self, name: str, stage: str, flags: list[str]) -> float:
@@ -175,9 +195,8 @@ class Fp8Training:
 
     def losses_beside_bf16(self, recipe: str, stage: str) -> tuple[float, float]:
         """Mean losses of the runs in FP8 and in bf16, from the same weights."""
-        if stage not in self.in_bf16:
-            self.in_bf16[stage] = self.mean_loss("bf16", stage, [])
-        in_bf16, in_fp8 = self.in_bf16[stage], self.mean_loss("fp8", stage, fp8(recipe))
+        in_bf16: float = self.in_bf16.get(stage, lambda: self.mean_loss("bf16", stage, []))
+        in_fp8 = self.mean_loss("fp8", stage, fp8(recipe))
         print(f"{recipe}: {stage}: mean loss {in_fp8:.4f}, in bf16 {in_bf16:.4f}")
         self.record("mean loss", in_fp8)
         self.record("mean loss in bf16", in_bf16)

@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ import torch
 from megatron_ogpsa.precision.fp8_support import ALLOW_PICKLES, AVAILABILITY
 from tests.integration.checkpoints import checkpoint_tensors
 from tests.integration.conftest import Train
-from tests.precision.fp8_training import VARIANTS, Fp8Training, fp8, refusal_of
+from tests.precision.fp8_training import VARIANTS, Fp8Training, Shared, fp8, refusal_of
 
 ALL = os.environ.get("OGPSA_TEST_ALL_FP8") == "1"
 
@@ -40,8 +39,8 @@ def _checkpoints_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def in_bf16() -> dict[str, Any]:
-    return {}
+def in_bf16(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    return Shared(tmp_path_factory.mktemp("bf16"))
 
 
 @pytest.fixture
@@ -49,7 +48,7 @@ def training(
     recipe: str,
     request: pytest.FixtureRequest,
     tmp_path: Path,
-    in_bf16: dict[str, Any],
+    in_bf16: Shared,
     record_property: Callable[[str, object], None],
 ) -> Fp8Training:
     train: Train = request.getfixturevalue("train_te_blackwell" if recipe == "mxfp8" else "train_te")
