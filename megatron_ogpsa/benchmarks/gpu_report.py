@@ -3,8 +3,8 @@
 The folder holds ``projection.json`` and ``large.json`` (:mod:`megatron_ogpsa.benchmarks.projection`), ``steps.jsonl``
 (:mod:`megatron_ogpsa.benchmarks.step`, the paper's rule) and ``profile.json`` (:mod:`megatron_ogpsa.benchmarks.profile`); and
 where they were made, ``narrow.json`` as the first two, ``default_step.jsonl`` as the third, ``sft.json`` and ``dpo.json``
-(:mod:`megatron_ogpsa.benchmarks.training`) and what pytest wrote of the tests, ``kernels.xml``, ``fp8-figures.xml`` and
-``fp8-bitwise.xml``.
+(:mod:`megatron_ogpsa.benchmarks.training`) and what pytest wrote of the tests, ``kernels.xml``, ``fp8-figures.xml``,
+``fp8-resume.xml`` and ``fp8-traces.xml``.
 :mod:`megatron_ogpsa.benchmarks.on_gpu` makes them all.
 """
 
@@ -211,7 +211,7 @@ class Data:
             narrow=optional("narrow.json"),
             training=[account for stage in ("sft", "dpo") if (account := optional(f"{stage}.json"))],
             kernels=tests("kernels.xml"),
-            fp8=[*tests("fp8-figures.xml"), *tests("fp8-bitwise.xml")],
+            fp8=[test for part in ("figures", "resume", "traces") for test in tests(f"fp8-{part}.xml")],
         )
 
 

@@ -33,8 +33,8 @@ _MODEL_1B = (
     *("--vocabulary", "32768", "--seq-length", "2048"),
 )
 _PASSES = "megatron_ogpsa.benchmarks.projection"
-_BITWISE = "trace or bitwise"
-"""Of FP8's tests, those that take two or three runs each; the others take one, beside those in bf16 that all share."""
+_RESUME, _TRACES = "goes_on", "trace"
+"""Of FP8's tests, those that take three and two runs each; the others take one, beside those in bf16 that all share."""
 
 MOST_PROCESSES = 12
 """Of FP8's tests side by side: each run of theirs takes some GB of the GPU, and two cores while it starts."""
@@ -78,8 +78,11 @@ def measurements(args: argparse.Namespace) -> list[Measurement]:
     side_by_side = ("-n", str(min(MOST_PROCESSES, max(1, (os.cpu_count() or 1) // 2))))
     fp8 = (*_PYTEST, *side_by_side, "tests/gpu", "-k")
     found = [
-        Measurement("FP8 beside bf16", "fp8-figures.xml", "--junit-xml", (*fp8, f"not ({_BITWISE})"), 100),
-        Measurement("FP8, to the bit", "fp8-bitwise.xml", "--junit-xml", (*fp8, _BITWISE), 230),
+        Measurement(
+            "FP8 beside bf16", "fp8-figures.xml", "--junit-xml", (*fp8, f"not {_RESUME} and not {_TRACES}"), 210
+        ),
+        Measurement("FP8, resumed", "fp8-resume.xml", "--junit-xml", (*fp8, _RESUME), 130),
+        Measurement("FP8, traces", "fp8-traces.xml", "--junit-xml", (*fp8, _TRACES), 260),
         Measurement("a training step", "steps.jsonl", "--json", (*_TORCHRUN, f"{__package__}.step", *_MODEL_1B), 80),
         Measurement(
             "a training step, the default rule",
@@ -103,7 +106,7 @@ def measurements(args: argparse.Namespace) -> list[Measurement]:
         Measurement("tests of the kernels", "kernels.xml", "--junit-xml", (*_PYTEST, "tests/core"), 60),
     ]
     if args.model:
-        found[2:2] = [_whole_runs(args, stage) for stage in ("sft", "dpo") if getattr(args, stage)]
+        found[3:3] = [_whole_runs(args, stage) for stage in ("sft", "dpo") if getattr(args, stage)]
     return [one for one in found if not args.only or one.name in args.only]
 
 

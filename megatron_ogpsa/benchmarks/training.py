@@ -181,8 +181,7 @@ def measure(args: argparse.Namespace, stages: Sequence[str]) -> list[dict[str, A
         _data(args, stage).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     convert = [*COMMAND, "convert", str(args.model), str(_start(args))]
     steps = [Command("to Megatron", convert, args.out / "convert.log", 30.0, _start(args).exists())]
-    settings = [*args.settings, *(TRL_SETTINGS if args.trl else ())]
-    speeds: dict[tuple[str, str], list[Path]] = {(stage, name): [] for stage in stages for name in settings}
+    speeds: dict[tuple[str, str], list[Path]] = {(stage, name): [] for stage in stages for name in args.settings}
     for round_number in range(1, args.rounds + 1):
         for (stage, name), files in speeds.items():
             log = args.out / f"{stage}-{name.replace(', ', '-')}-{round_number}.log"
@@ -289,12 +288,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--settings",
         nargs="+",
-        choices=[*SETTINGS],
+        choices=[*SETTINGS, *TRL_SETTINGS],
         default=[*SETTINGS],
         metavar="SETTING",
-        help=f"of Megatron's runs: {', '.join(SETTINGS)} (all); {PLAIN}, which ratios are to, is always there",
+        help=f"those of {', '.join(map(repr, (*SETTINGS, *TRL_SETTINGS)))} (the first {len(SETTINGS)}); "
+        f"{PLAIN}, which ratios are to, is always among them",
     )
-    parser.add_argument("--trl", action="store_true", help="TRL's trainers too, plain and with the authors' rule")
+    parser.add_argument("--trl", action="store_true", help="both of TRL's as well")
     parser.add_argument("--out", type=Path, default=Path("runs/training-benchmark"), help="(runs/training-benchmark)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser
@@ -304,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and write JSON where it is asked for."""
     given = [*(sys.argv[1:] if argv is None else argv)]
     args = _parser().parse_args(given)
-    args.settings = [*dict.fromkeys([PLAIN, *args.settings])]
+    args.settings = [*dict.fromkeys([PLAIN, *args.settings, *(TRL_SETTINGS if args.trl else ())])]
     stages = [stage for stage in ("sft", "dpo") if getattr(args, stage)]
     try:
         if not stages:
@@ -319,8 +319,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: use {least} or more")
         require_source(str(args.reference))
-        if args.trl and find_spec("trl") is None:
-            raise UserError("--trl: trl is not installed: pip install 'megatron-ogpsa[test]'")
+        if TRL_SETTINGS.keys() & {*args.settings} and find_spec("trl") is None:
+            raise UserError("TRL's trainers: trl is not installed: pip install 'megatron-ogpsa[test]'")
         results = measure(args, stages)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -88,14 +88,14 @@ def test_the_pages_commands_are_commands() -> None:
     assert [arguments(*shlex.split(command)).folder.name for command in commands] == ["measured", "measured"]
 
 
-@pytest.mark.parametrize(("flags", "number"), [((), 9), (("--model", "folder", "--reference", "r", "--sft", "s"), 10)])
+@pytest.mark.parametrize(("flags", "number"), [((), 10), (("--model", "folder", "--reference", "r", "--sft", "s"), 11)])
 def test_whole_runs_want_a_model(flags: tuple[str, ...], number: int, tmp_path: Path) -> None:
     assert len(on_gpu.measurements(arguments(str(tmp_path), *flags))) == number
 
 
 def test_some_of_it_can_be_asked_for(tmp_path: Path) -> None:
-    chosen = arguments(str(tmp_path), "--only", "fp8-bitwise", "narrow")
-    assert [one.name for one in on_gpu.measurements(chosen)] == ["fp8-bitwise", "narrow"]
+    chosen = arguments(str(tmp_path), "--only", "fp8-resume", "narrow")
+    assert [one.name for one in on_gpu.measurements(chosen)] == ["fp8-resume", "narrow"]
 
 
 def test_what_is_left_is_for_the_next_call(
