@@ -49,6 +49,8 @@ class Sizes:
         sft_steps, dpo_steps: of the optimizer.
         save_interval: steps between the checkpoints that are scored. A refresh follows each.
         refresh_interval: steps between refreshes; a divisor of the former, or else there are more of them.
+        adaptive_interval: share of each reference gradient that is to stay in the basis until the next refresh, which comes
+            every 1 to ``refresh_interval`` steps for it (``--ogpsa-adaptive-interval``); None: every ``refresh_interval``.
         references: general conversations whose gradients are protected.
         parts: how many gradients, each of a part of these conversations.
         sft_lr, dpo_lr: peak learning rates.
@@ -61,6 +63,7 @@ class Sizes:
     dpo_steps: int = 5
     save_interval: int = 5
     refresh_interval: int = 5
+    adaptive_interval: float | None = None
     references: int = 8
     parts: int = 1
     sft_lr: float = 3.0e-5
@@ -175,6 +178,7 @@ class Recipe:
             "ogpsa-rank-per-reference": self.sizes.parts,
             "ogpsa-reference-loss": ["nll"],
             "ogpsa-refresh-interval": self.sizes.refresh_interval,
+            **({"ogpsa-adaptive-interval": change} if (change := self.sizes.adaptive_interval) is not None else {}),
             **setting.flags,
         }
 

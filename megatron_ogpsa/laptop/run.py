@@ -55,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{stage}-lr", type=float, default=rate, metavar="RATE", help=f"peak rate (default: {rate:g})"
         )
     parser.add_argument(
+        "--adaptive-interval",
+        type=float,
+        metavar="SHARE",
+        help="refresh every 1 to --refresh-interval steps, so that this share of what is protected stays in the basis: "
+        "train's --ogpsa-adaptive-interval (default: no)",
+    )
+    parser.add_argument(
         "--bf16",
         action="store_true",
         help="faster on CPUs that multiply bfloat16 (avx512_bf16, amx_bf16), slower on others",
@@ -138,6 +145,8 @@ def _recipes(args: argparse.Namespace) -> list[Recipe]:
     for flag in ("sft_lr", "dpo_lr"):
         if not 0 < getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: use a rate such as 1e-5")
+    if args.adaptive_interval is not None and not 0 < args.adaptive_interval < 1:
+        raise UserError(f"--adaptive-interval {args.adaptive_interval:g}: use a share such as 0.5")
     if args.parts > args.references:
         raise UserError(
             f"--parts {args.parts}: is more than --references {args.references}: each part wants a conversation"
