@@ -119,9 +119,9 @@ steps of DPO that count, of two pairs each, lengths happened to be alike.
 A refresh finds its reference data ready: they are tokenized once, when the run starts, cut into each rank's micro-batches
 and kept in host memory, page-locked where there is a GPU. Nothing is read from disk or tokenized during a refresh.
 
-## Not measured
+## Elsewhere
 
-Whole runs on a GPU, and FP8. What cheaper refreshes (fewer samples, longer intervals, references in turn) leave of the
+On a GPU: [gpu.md](gpu.md). What cheaper refreshes (fewer samples, longer intervals, references in turn) leave of the
 protection is measured in the [study](study/README.md).
 """
 
@@ -322,8 +322,8 @@ def commands(lines: Iterable[Json]) -> str:
 
 
 def training_rows(results: Iterable[Json]) -> list[list[str]]:
-    """Of :mod:`megatron_ogpsa.benchmarks.training`: a line for each stage and setting."""
-    titles = ["stage", "setting", "of positions are tokens", "tokens/s", "of plain", "a refresh"]
+    """Of :mod:`megatron_ogpsa.benchmarks.training`: a line for each stage and setting, with the range of its steps."""
+    titles = ["stage", "setting", "of positions are tokens", "a step, s", "tokens/s", "of plain", "a refresh, s"]
     rows = [[*titles, "of plain, with refreshes"]]
     for result in results:
         refresh = result["seconds of a refresh"]
@@ -332,13 +332,19 @@ def training_rows(results: Iterable[Json]) -> list[list[str]]:
                 result["stage"],
                 result["setting"],
                 f"{result['share of positions that are tokens']:.1%}",
+                f"{result['seconds of a step']:.3g}" + _range(result.get("seconds of each step", [])),
                 f"{result['tokens per second']:.0f}",
                 f"{result['of plain']:.3f}",
-                "–" if refresh is None else f"{refresh:.1f} s",
+                "–" if refresh is None else f"{refresh:.1f}",
                 f"{result['of plain, with refreshes']:.3f}",
             ]
         )
     return rows
+
+
+def _range(rounds: Iterable[Sequence[float]]) -> str:
+    seconds = [one for of_round in rounds for one in of_round]
+    return f" ({min(seconds):.3g} to {max(seconds):.3g})" if seconds else ""
 
 
 def in_markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -70,6 +70,7 @@ class Speed:
     Attributes:
         tokens: of the data, in one optimizer step of all ranks.
         step_seconds: median over steps without a refresh.
+        counted: seconds of each of those.
         refresh_seconds: of the last refresh; None without references.
         useful: share of a row's positions that are tokens of the data, not padding.
     """
@@ -77,6 +78,7 @@ class Speed:
     tokens: float
     useful: float
     step_seconds: float
+    counted: Sequence[float]
     refresh_seconds: float | None
 
     def tokens_per_second(self, interval: int | None = None) -> float:
@@ -116,6 +118,7 @@ def read_speed(log: Path, data: Path, rows_in_step: int, refreshed: Sequence[int
         tokens=rows_in_step * int(told[1]) * float(told[2]) / 100,
         useful=float(told[2]) / 100,
         step_seconds=statistics.median(counted) / 1e3,
+        counted=[milliseconds / 1e3 for milliseconds in counted],
         refresh_seconds=refresh.values[-1] / 1e3 if refresh and refresh.values[-1] else None,
     )
 
@@ -134,6 +137,7 @@ def read_trl_speed(file: Path, refreshed: Sequence[int]) -> Speed:
         tokens=tokens / len(counted),
         useful=tokens / sum(step["positions"] for step in counted),
         step_seconds=sum(step["seconds"] for step in counted) / len(counted),
+        counted=[step["seconds"] for step in counted],
         refresh_seconds=refreshes[-1] if refreshes else None,
     )
 
@@ -242,6 +246,7 @@ def _account(stage: str, name: str, speeds: Sequence[Speed], plain: Sequence[Spe
         "tokens of a step": speeds[0].tokens,
         "share of positions that are tokens": speeds[0].useful,
         "seconds of a step": statistics.median(speed.step_seconds for speed in speeds),
+        "seconds of each step": [speed.counted for speed in speeds],
         "seconds of a refresh": statistics.median(refreshes) if refreshes else None,
         "tokens per second": statistics.median(speed.tokens_per_second() for speed in speeds),
         "of plain": statistics.median(own.tokens_per_second() / its.tokens_per_second() for own, its in pairs),

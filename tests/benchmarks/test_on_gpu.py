@@ -161,6 +161,13 @@ def test_outcomes_and_figures_come_out_of_pytests_file(junit: Path) -> None:
     assert len(rows) == 3
 
 
+def test_what_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    """As pytest with workers leaves it on SIGINT: those that were under way have no name."""
+    cases = '<testcase name="test_losses_are_near[delayed-sft]" time="1"/><testcase time="0.002"/>'
+    (tmp_path / "cut.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>", encoding="utf-8")
+    assert in_words(read_tests(tmp_path / "cut.xml")) == "1 passed"
+
+
 def test_the_page_tells_what_there_is(junit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "gpu"
     folder.mkdir()
