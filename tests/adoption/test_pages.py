@@ -13,7 +13,9 @@ import pytest
 from megatron_ogpsa.cli.main import VERBS
 from megatron_ogpsa.cluster.settings import FLAGS
 from megatron_ogpsa.configuration.config_file import ConfigFile
+from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.pipeline.plan import plan_stages
+from megatron_ogpsa.watchdog import HANG_EXIT_CODE
 from tests.adoption import flags_page, refused_page
 from tests.adoption.pages import ROOT, blocks
 from tests.harness import WorkerGroup
@@ -80,6 +82,27 @@ def test_links_exist_and_flags_are_known(page: Path, known: set[str]) -> None:
     if page.name == "mutations.md":  # quotes what failing tests have printed
         return
     assert flags_in(text) - GONE.get(page.name, set()) - OF_KITCHEN <= known
+
+
+def test_troubles_are_quoted_as_they_are_told() -> None:
+    """Of warnings the words, of a command that ended its code."""
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "megatron_ogpsa").rglob("*.py"))
+    told = re.sub(r'"\s*\n\s*f?"', "", sources)  # a string over several lines
+    warnings = re.findall(
+        r"^\| `([^`]+)` \|", page.partition("## Warnings")[2].partition("\n## ")[0], flags=re.MULTILINE
+    )
+    assert len(warnings) == 7
+    assert [words for words in warnings if words not in told] == []
+    assert UserError.exit_code == 2
+    assert HANG_EXIT_CODE == 3
+    assert [row.split(" |")[0] for row in re.findall(r"^\| (\d.*)", page, flags=re.MULTILINE)] == [
+        "0",
+        "1",
+        "2",
+        "3",
+        "143, 130",
+    ]
 
 
 def test_every_flag_is_on_its_page_as_help_has_it() -> None:
