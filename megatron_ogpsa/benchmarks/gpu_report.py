@@ -21,7 +21,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from megatron_ogpsa.benchmarks import profile
-from megatron_ogpsa.benchmarks.gpu_tests import TestRun, by_recipe, failures, fp8_rows, in_words, read_tests
+from megatron_ogpsa.benchmarks.gpu_tests import TestRun, by_recipe, failures, fp8_rows, in_words, is_cut, read_tests
 from megatron_ogpsa.benchmarks.report import Json, commands, in_markdown, training_rows
 from megatron_ogpsa.benchmarks.training import TRL_SETTINGS
 from megatron_ogpsa.errors import UserError
@@ -116,11 +116,11 @@ memory, {basis:.1f} GB in fp32, which each of the two passes brings to the GPU i
 * **In host memory**, a step grows by what the bus takes for two passes, at {host_gbs:.0f} GB/s. Of {copied:.0f} ms of copies
   {hidden:.0f} run beside kernels: those of the projection take a {bus_ratio:.0f}th of the time of the copies, and forward and
   backward passes hide the first two tiles of a step alone. A basis in bf16 takes half.
-* Beside computation of the same length copies are hidden whole: of 16 tiles, 2.1 GB, 34 ms; products of matrices 43 ms; both
-  together 43 ms (`python -m pytest tests/core/test_streaming.py -m gpu -s -k overlap`).
+* Beside computation of the same length copies are hidden whole, as was seen once and not kept: of 16 tiles, 2.1 GB, 34 ms;
+  products of matrices 43 ms; both together 43 ms (`python -m pytest tests/core/test_streaming.py -m gpu -s -k overlap`).
 
-Page-locked memory of exact size (`megatron_ogpsa/plugin/host_memory.py`) takes 0.6 s a GiB to lock; copies from it run at
-54 GB/s, from PyTorch's own at 55.
+Seen, without data that were kept: page-locked memory of exact size (`megatron_ogpsa/plugin/host_memory.py`) takes 0.6 s a GiB
+to lock; copies from it run at 54 GB/s, from PyTorch's own at 55.
 
 {further}
 """
@@ -132,7 +132,7 @@ _DEFAULT_RULE = (
 )
 
 _KERNELS_SO_FAR = (
-    "* `python -m pytest tests/core -m gpu` passed, before its outcomes were kept: the kernels against PyTorch, to the bit "
+    "* `python -m pytest tests/core -m gpu` passed, whose outcomes were not kept: the kernels against PyTorch, to the bit "
     "where bits can be the same; rows in host memory; page-locked memory."
 )
 
@@ -165,6 +165,8 @@ length), with the least and the most; *with refreshes* spreads one, of 32 conver
 
 {training}
 
+{notes}
+
 The authors' rule brings all references over the bus on each micro-batch, tensor by tensor. Between runs of Megatron the
 ratios say less: the step above has four times these tokens in 0.60 s, so that here the GPU waits for the host most of the
 time, and steps of one run differ by a half. What projection itself takes is under [a training step](#a-training-step). Why
@@ -185,6 +187,7 @@ class Data:
     training: Sequence[Json] = ()
     kernels: Sequence[TestRun] = ()
     fp8: Sequence[TestRun] = ()
+    fp8_is_cut: bool = False
 
     @classmethod
     def of(cls, folder: Path) -> Data:
@@ -221,6 +224,7 @@ class Data:
             narrow=optional("narrow.json"),
             training=[account for stage in ("sft", "dpo") if (account := optional(f"{stage}.json"))],
             kernels=tests("kernels.xml"),
+            fp8_is_cut=any(is_cut(path) for path in folder.glob("*fp8-*.xml")),
             fp8=[test for part in ("figures", "resume", "traces") for test in tests(f"fp8-{part}.xml")],
         )
 
@@ -233,7 +237,8 @@ def as_markdown(data: Data) -> str:
 
 def _further_sections(data: Data) -> Iterator[str]:
     """What may not be measured yet, and at the end that it is not."""
-    missing = ["Several GPUs"]
+    missing = ["Several GPUs", "evaluation and its answers"]
+    missing += [] if len(data.steps) > 1 else ["a step of the default rule"]
     if data.training:
         measured = {(result["stage"], result["setting"]) for account in data.training for result in account["results"]}
         missing += [
@@ -243,10 +248,13 @@ def _further_sections(data: Data) -> Iterator[str]:
         ]
         yield _TRAINING.format(
             commands="\n".join(account["command"] for account in data.training),
+            notes=" ".join(dict.fromkeys(account["note"] for account in data.training if "note" in account)),
             training=in_markdown(training_rows(result for account in data.training for result in account["results"])),
         )
     else:
         missing.append("whole runs")
+    if data.fp8_is_cut:
+        missing.append("those of FP8's tests for which there was no time ([fp8.md](fp8.md#on-a-gpu))")
     if data.fp8:
         yield _FP8.format(fp8=in_markdown(fp8_rows(by_recipe(data.fp8, [*AVAILABILITY]))))
     else:

@@ -36,6 +36,11 @@ def read_tests(file: Path) -> list[TestRun]:
     return [_test(case) for case in ElementTree.parse(file).getroot().iter("testcase") if "name" in case.attrib]
 
 
+def is_cut(file: Path) -> bool:
+    """Whether the run was interrupted before all its tests had ended."""
+    return any("name" not in case.attrib for case in ElementTree.parse(file).getroot().iter("testcase"))
+
+
 def _test(case: ElementTree.Element) -> TestRun:
     name, _, parameters = case.attrib["name"].partition("[")
     kinds = {child.tag for child in case}

@@ -111,7 +111,14 @@ def measurements(args: argparse.Namespace) -> list[Measurement]:
 
 
 def _whole_runs(args: argparse.Namespace, stage: str) -> Measurement:
-    flags = ["--settings", "plain", "update", "TRL, authors", *"--nproc 1 --bf16 --rounds 1 --seq-length 2048".split()]
+    flags = [
+        "--settings",
+        "plain",
+        "update",
+        "TRL, authors",
+        "TRL, plain",
+        *"--nproc 1 --bf16 --rounds 1 --seq-length 2048".split(),
+    ]
     sources = (f"--{stage}={getattr(args, stage)}", f"--reference={args.reference}")
     module = (f"{__package__}.training", str(args.model), *sources, *flags, f"--out={args.folder / 'training'}")
     return Measurement(f"whole runs of {stage.upper()}, beside TRL's", f"{stage}.json", "--json", module, 180)

@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from megatron_ogpsa.benchmarks import step
 from megatron_ogpsa.benchmarks.loop import Loop
+from megatron_ogpsa.benchmarks.timing import versions
 from megatron_ogpsa.errors import UserError
 
 PLAIN, BESIDE, FP32_ON_HOST, BF16_ON_HOST = (
@@ -249,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "command": "torchrun --nproc-per-node 1 -m megatron_ogpsa.benchmarks.profile " + " ".join(given),
             "date": time.strftime("%Y-%m-%d"),
             "device": torch.cuda.get_device_name(),
-            "versions": step.versions(),
+            "versions": versions(),
             "steps": args.steps,
             "settings": found,
         }

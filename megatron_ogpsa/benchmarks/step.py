@@ -20,8 +20,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, override
@@ -34,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_ogpsa.benchmarks.authors_hooks import AuthorsHooks
 from megatron_ogpsa.benchmarks.loop import Loop, has_gpu
 from megatron_ogpsa.benchmarks.memory import peak_bytes
-from megatron_ogpsa.benchmarks.timing import in_turn, median_ratio, wait
+from megatron_ogpsa.benchmarks.timing import in_turn, median_ratio, versions, wait
 from megatron_ogpsa.errors import UserError
 
 if TYPE_CHECKING:
@@ -197,15 +195,6 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(
             "--transformer-impl transformer_engine: it is not installed: use local, or install it (docs/fp8.md)"
         )
-
-
-def versions() -> dict[str, str]:
-    """Of what a step on a GPU is made of, where it is installed."""
-    found = {}
-    for name in ("torch", "triton", "megatron-core", "transformer-engine"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def parser(prog: str = "torchrun -m megatron_ogpsa.benchmarks.step") -> argparse.ArgumentParser:

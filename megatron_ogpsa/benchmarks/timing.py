@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -53,3 +55,12 @@ def wait(device: torch.device) -> None:
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:
     """Median over rounds of the ratio within a round."""
     return statistics.median(n / d for n, d in zip(numerators, denominators, strict=True))
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Of what a step is made of, and of ``more`` packages, where they are installed."""
+    found = {}
+    for name in ("torch", "triton", "megatron-core", "transformer-engine", *more):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

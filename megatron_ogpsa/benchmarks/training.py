@@ -32,6 +32,7 @@ import torch
 import yaml
 
 from megatron_ogpsa.benchmarks import trl_training
+from megatron_ogpsa.benchmarks.timing import versions
 from megatron_ogpsa.console.commands import Command, run_commands
 from megatron_ogpsa.console.training_log import read_curves
 from megatron_ogpsa.data.sources import open_source, require_source
@@ -341,6 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "date": time.strftime("%Y-%m-%d"),
             "cores": os.cpu_count(),
             **({"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
+            "versions": versions("transformers", "trl"),
             "reference samples": args.reference_samples,
             "results": results,
         }

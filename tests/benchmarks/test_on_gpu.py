@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ogpsa.benchmarks import gpu_report, on_gpu, profile, projection, step, training
-from megatron_ogpsa.benchmarks.gpu_tests import failures, fp8_rows, in_words, read_tests
+from megatron_ogpsa.benchmarks.gpu_tests import failures, fp8_rows, in_words, is_cut, read_tests
 from megatron_ogpsa.benchmarks.on_gpu import Measurement
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +47,11 @@ def test_losses_are_near(recipe, stage, record_property):
     record_property("mean loss", 1.5 if stage == "sft" else 0.7)
     record_property("mean loss in bf16", 1.25 if stage == "sft" else 0.6)
 """
+
+CUT = (
+    '<testsuites><testsuite><testcase name="test_losses_are_near[delayed-sft]" time="1"/><testcase time="0.002"/>'
+    "</testsuite></testsuites>"
+)
 
 LEAVING = """
 import sys, time
@@ -153,6 +158,7 @@ def junit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_outcomes_and_figures_come_out_of_pytests_file(junit: Path) -> None:
     tests = read_tests(junit)
+    assert not is_cut(junit)
     assert in_words(tests) == "7 passed, 1 failed, 2 skipped"
     assert failures(tests) == ["refreshes leave no trace [recompute, blockwise]"]
     rows = fp8_rows(gpu_report.by_recipe(tests, ["delayed", "blockwise", "mxfp8"]))
@@ -163,9 +169,9 @@ def test_outcomes_and_figures_come_out_of_pytests_file(junit: Path) -> None:
 
 def test_what_was_cut_off_is_left_out(tmp_path: Path) -> None:
     """As pytest with workers leaves it on SIGINT: those that were under way have no name."""
-    cases = '<testcase name="test_losses_are_near[delayed-sft]" time="1"/><testcase time="0.002"/>'
-    (tmp_path / "cut.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>", encoding="utf-8")
+    (tmp_path / "cut.xml").write_text(CUT, encoding="utf-8")
     assert in_words(read_tests(tmp_path / "cut.xml")) == "1 passed"
+    assert is_cut(tmp_path / "cut.xml")
 
 
 def test_the_page_tells_what_there_is(junit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,7 +186,13 @@ def test_the_page_tells_what_there_is(junit: Path, tmp_path: Path, capsys: pytes
     assert "| delayed | 2 passed |" in page
     assert "7 passed, 1 failed, 2 skipped; failed: refreshes leave no trace [recompute, blockwise]" in page
     assert whole_runs["command"] in page
-    assert page.endswith("## Not measured\n\nSeveral GPUs.\n")
+    assert page.endswith("## Not measured\n\nSeveral GPUs, evaluation and its answers, a step of the default rule.\n")
+    (folder / "dpo.json").unlink()
+    del whole_runs["results"][-1]
+    (folder / "sft.json").write_text(json.dumps(whole_runs), encoding="utf-8")
+    (folder / "fp8-traces.xml").write_text(CUT, encoding="utf-8")
+    page = gpu_report.as_markdown(gpu_report.Data.of(folder))
+    assert "whole runs of DPO (TRL, authors), those of FP8's tests for which there was no time" in page
     (folder / "profile.json").unlink()
     assert gpu_report.main([str(folder)]) == 2
     assert "profile.json: not measured yet" in capsys.readouterr().err
