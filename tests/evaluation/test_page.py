@@ -53,7 +53,7 @@ def test_the_commands_are_accepted() -> None:
 def test_the_harness_reads_the_exported_model(tmp_path: Path) -> None:
     """Its own task, without a network. (A folder as convert writes it: by transformers' own account of the same form.)"""
     if shutil.which("lm_eval") is None:
-        pytest.skip("lm_eval is not installed: pip install lm-eval")
+        pytest.skip("lm_eval is not installed: pip install 'lm-eval[hf]'")
     from transformers import LlamaConfig
 
     from tests.conversion.models import build

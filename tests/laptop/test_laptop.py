@@ -53,9 +53,18 @@ def laptop(preloaded: PreloadedCommand, folder: Path, *flags: str) -> Finished:
     return preloaded.run("megatron_ogpsa.cli.main", ["laptop", *flags], folder=folder, timeout=300, agent=True)
 
 
-def test_a_model_goes_through_sft_and_dpo_and_comes_back(folder: Path, preloaded: PreloadedCommand) -> None:
-    flags = ["tiny", "--general", "general.jsonl", "--out", "out", *STEPS.split()]
-    done = laptop(preloaded, folder, *flags)
+FLAGS = ["tiny", "--general", "general.jsonl", "--out", "out", *STEPS.split()]
+
+
+@pytest.fixture(scope="module")
+def done(folder: Path, preloaded: PreloadedCommand) -> Finished:
+    """A whole run, which leaves ``out``."""
+    return laptop(preloaded, folder, *FLAGS)
+
+
+def test_a_model_goes_through_sft_and_dpo_and_comes_back(
+    folder: Path, preloaded: PreloadedCommand, done: Finished
+) -> None:
     assert done.exit_code == 0, done.output[-4000:]
     lines = done.output.splitlines()
     assert sum(line.startswith("? ") for line in lines) == 4  # each question, then an answer of each model
@@ -77,7 +86,7 @@ def test_a_model_goes_through_sft_and_dpo_and_comes_back(folder: Path, preloaded
     assert {name: tensor.shape for name, tensor in before.items()} == {n: t.shape for n, t in after.items()}
     assert any(not before[name].equal(after[name]) for name in before)
 
-    again = laptop(preloaded, folder, *flags)
+    again = laptop(preloaded, folder, *FLAGS)
     assert again.exit_code == 0, again.output[-2000:]
     assert not any(line.startswith("[") for line in again.output.splitlines())  # no step is left to run
 
@@ -98,8 +107,7 @@ def test_a_model_goes_through_sft_and_dpo_and_comes_back(folder: Path, preloaded
             "tiny --general general.jsonl --settings plain,update-in-turns",
             "--settings update-in-turns: use some of plain, ",
         ),
-        ("tiny --general general.jsonl --references 2 --out out", "is of a run with other data"),
-        (f"other --general general.jsonl --out out {STEPS}", "is of a run from another model"),
+        ("tiny --general general.jsonl --adaptive-interval 1", "--adaptive-interval 1: use a share such as 0.5"),
     ],
 )
 def test_mistakes_are_told_before_any_step(
@@ -110,6 +118,20 @@ def test_mistakes_are_told_before_any_step(
     told = capsys.readouterr().err
     assert fault in told
     assert told.count("megatron-ogpsa: error:") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        ("tiny --general general.jsonl --references 2 --out out", "is of a run with other data"),
+        (f"other --general general.jsonl --out out {STEPS}", "is of a run from another model"),
+    ],
+)
+@pytest.mark.usefixtures("done")
+def test_another_run_does_not_go_into_its_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: str, fault: str
+) -> None:
+    test_mistakes_are_told_before_any_step(folder, monkeypatch, capsys, flags, fault)
 
 
 def test_the_pages_commands_are_accepted() -> None:
