@@ -46,8 +46,12 @@ SHARED = {
     "lr_decay_style": "cosine",
     "weight_decay": 0.0,
     "clip_grad": 1.0,
+    "seq_length": 2048,
     "ogpsa_reference_samples": 200,
+    "ogpsa_reference_loss": [],  # nll of conversations
     "ogpsa_granularity": "tensor",
+    "ogpsa_space": "gradient",
+    "ogpsa_mode": "orthogonal",
 }
 PAPER: dict[str, dict[str, Any]] = {
     "sft": SHARED
@@ -57,6 +61,8 @@ PAPER: dict[str, dict[str, Any]] = {
         "ogpsa_refresh_interval": 5,
         "global_batch_size": 2 * 16 * 8,
         "train_iters": 10_000 // 256,
+        "seq_length": 2 * 2048,  # a row holds both answers
+        "ogpsa_reference_loss": [[None, "nll_chosen"]],  # the authors' code: nll_pair, rejected answers too
         "ogpsa_dpo_beta": 0.2,
         "ogpsa_dpo_loss": "sigmoid",
     },

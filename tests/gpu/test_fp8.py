@@ -17,7 +17,7 @@ from megatron_ogpsa.precision.fp8_support import ALLOW_PICKLES, AVAILABILITY, re
 from tests.integration.conftest import Train
 from tests.integration.conftest import inputs as inputs
 from tests.integration.conftest import train as train
-from tests.precision.fp8_training import VARIANTS, Fp8Training, Shared, fp8, refusal_of
+from tests.precision.fp8_training import IN_E4M3, VARIANTS, Fp8Training, Shared, fp8, refusal_of
 
 STEPS = 20
 FEW_STEPS = 6
@@ -94,3 +94,15 @@ def test_losses_are_near_those_in_bf16(training: Fp8Training, recipe: str, stage
     """20 projected steps from the same weights; within 5 % of what bf16 gives, on the mean over all of them."""
     in_fp8, in_bf16 = training.losses_beside_bf16(recipe, stage)
     assert in_fp8 == pytest.approx(in_bf16, rel=0.05)
+
+
+@pytest.mark.parametrize("recipe", IN_E4M3)
+def test_in_e4m3_refreshes_leave_no_trace(training: Fp8Training, recipe: str) -> None:
+    replace(training, steps=FEW_STEPS).assert_no_trace(fp8(recipe, number_format="e4m3"))
+
+
+@pytest.mark.parametrize("recipe", IN_E4M3)
+def test_losses_in_e4m3_are_near_those_in_bf16(training: Fp8Training, recipe: str) -> None:
+    """As in the hybrid format, whose figures it is not among."""
+    in_e4m3, in_bf16 = training.losses_beside_bf16(recipe, "sft", number_format="e4m3")
+    assert in_e4m3 == pytest.approx(in_bf16, rel=0.05)

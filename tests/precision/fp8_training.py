@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from filelock import FileLock
 
@@ -37,6 +38,9 @@ VARIANTS = {
     "recompute": ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
 }
 
+IN_E4M3 = [pytest.param("blockwise", id="blockwise e4m3")]
+"""A recipe without E5M2, by an id of its own: the figures of ``benchmarks/gpu_tests.py`` go by recipe, and are of hybrid."""
+
 
 def refusal_of(recipe: str, variant: str) -> str | None:
     """Why a recipe does not go with a variant; None if it does."""
@@ -47,10 +51,10 @@ def refusal_of(recipe: str, variant: str) -> str | None:
     return None
 
 
-def fp8(recipe: str, variant: str = "") -> list[str]:
-    """Flags."""
+def fp8(recipe: str, variant: str = "", *, number_format: str = "hybrid") -> list[str]:
+    """Flags. ``hybrid`` has gradients in E5M2 and all else in E4M3, ``e4m3`` all in E4M3."""
     through_gradients = ("--reuse-grad-buf-for-mxfp8-param-ag",) if recipe == "mxfp8" and "param" in variant else ()
-    return ["--fp8-format", "hybrid", "--fp8-recipe", recipe, *VARIANTS[variant], *through_gradients]
+    return ["--fp8-format", number_format, "--fp8-recipe", recipe, *VARIANTS[variant], *through_gradients]
 
 
 @dataclass(frozen=True)
@@ -193,11 +197,11 @@ class Fp8Training:
         assert losses[self.steps] < losses[1]
         return sum(losses.values()) / self.steps
 
-    def losses_beside_bf16(self, recipe: str, stage: str) -> tuple[float, float]:
+    def losses_beside_bf16(self, recipe: str, stage: str, *, number_format: str = "hybrid") -> tuple[float, float]:
         """Mean losses of the runs in FP8 and in bf16, from the same weights."""
         in_bf16: float = self.in_bf16.get(stage, lambda: self.mean_loss("bf16", stage, []))
-        in_fp8 = self.mean_loss("fp8", stage, fp8(recipe))
-        print(f"{recipe}: {stage}: mean loss {in_fp8:.4f}, in bf16 {in_bf16:.4f}")
+        in_fp8 = self.mean_loss("fp8", stage, fp8(recipe, number_format=number_format))
+        print(f"{recipe} {number_format}: {stage}: mean loss {in_fp8:.4f}, in bf16 {in_bf16:.4f}")
         self.record("mean loss", in_fp8)
         self.record("mean loss in bf16", in_bf16)
         return in_fp8, in_bf16

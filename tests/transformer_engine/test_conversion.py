@@ -1,4 +1,7 @@
-"""Converted mixtures of experts on Transformer Engine's layers, which keep a norm under a key of its own, and back."""
+"""Converted models on Transformer Engine's layers, which all users with GPUs have, and back.
+
+Mixtures of experts keep a norm under a key of its own there.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from tests.conversion.test_families import TOLERANCE, weights
 from tests.harness import WorkerGroup
 
 MODELS = ("mixtral", "qwen3-moe")
+DENSE = tuple(name for name in CONFIGS if not name.startswith(MODELS))
 OF_MEGATRON, OF_TRANSFORMER_ENGINE = (
     f"decoder.layers.{name}weight" for name in ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
 )
@@ -26,9 +30,10 @@ Distributed = Callable[[int], WorkerGroup]
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds ``NAME`` as transformers wrote it, and ``NAME-megatron``."""
     top = tmp_path_factory.mktemp("converted")
-    for name in MODELS:
+    names = (*MODELS, *DENSE)
+    for name in names:
         build(top / name, CONFIGS[name]())
-    for outcome in convert([(top / name, top / f"{name}-megatron") for name in MODELS]):
+    for outcome in convert([(top / name, top / f"{name}-megatron") for name in names]):
         assert outcome.exit_code == 0, outcome.errors
     return top
 
@@ -41,6 +46,22 @@ def test_logits_are_those_of_transformers(distributed_te: Distributed, converted
     for name in MODELS:
         expected, _ = logits_of(converted / name)
         assert (found[name]["logits"] - expected).abs().max() < TOLERANCE, name
+
+
+def test_logits_of_dense_models_are_those_of_transformers(distributed_te: Distributed, converted: Path) -> None:
+    """All that families differ in: frequencies, biases, norms of queries and keys, a window shorter than the row, tied
+    embeddings. In fp32, for which Transformer Engine takes its unfused attention.
+    """
+    folders = {name: converted / f"{name}-megatron" for name in DENSE}
+    (found,) = distributed_te(1).run("tests.conversion.cases:logits", folders=folders)
+    assert [*found] == [*DENSE]
+    for name, of_megatron in found.items():
+        expected, inv_freq = logits_of(converted / name)
+        vocabulary = expected.shape[-1]
+        assert not of_megatron["logits"][..., vocabulary:].any(), name  # rows that were added are zero
+        assert (of_megatron["logits"][..., :vocabulary] - expected).abs().max() < TOLERANCE, name
+        assert expected.abs().max() > 1, name
+        assert torch.allclose(of_megatron["inv_freq"], inv_freq, rtol=1e-5, atol=0), name
 
 
 def test_a_checkpoint_of_these_layers_is_exported(distributed_te: Distributed, converted: Path) -> None:

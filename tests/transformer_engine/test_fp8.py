@@ -16,7 +16,7 @@ import torch
 from megatron_ogpsa.precision.fp8_support import ALLOW_PICKLES, AVAILABILITY
 from tests.integration.checkpoints import checkpoint_tensors
 from tests.integration.conftest import Train
-from tests.precision.fp8_training import VARIANTS, Fp8Training, Shared, fp8, refusal_of
+from tests.precision.fp8_training import IN_BF16, IN_E4M3, VARIANTS, Fp8Training, Shared, fp8, refusal_of
 
 ALL = os.environ.get("OGPSA_TEST_ALL_FP8") == "1"
 
@@ -84,6 +84,21 @@ def test_references_without_fp8_are_those_of_a_run_in_bf16(training: Fp8Training
 def test_losses_are_near_those_in_bf16(training: Fp8Training, recipe: str, stage: str) -> None:
     in_fp8, in_bf16 = training.losses_beside_bf16(recipe, stage)
     assert in_fp8 == pytest.approx(in_bf16, rel=0.05)
+
+
+@pytest.mark.parametrize("recipe", IN_E4M3)
+@pytest.mark.parametrize("more", [(), (IN_BF16,)], ids=["", "references in bf16"])
+def test_in_e4m3_refreshes_leave_no_trace(training: Fp8Training, recipe: str, more: tuple[str, ...]) -> None:
+    """References in bf16 are followed by steps in the format that was asked for."""
+    training.assert_no_trace([*fp8(recipe, number_format="e4m3"), *more])
+
+
+@pytest.mark.parametrize("recipe", IN_E4M3)
+def test_losses_in_e4m3_are_near_those_in_bf16(training: Fp8Training, recipe: str) -> None:
+    """Gradients have three bits of mantissa then: other losses than in the hybrid format, from the same weights."""
+    in_e4m3, in_bf16 = training.losses_beside_bf16(recipe, "sft", number_format="e4m3")
+    assert in_e4m3 == pytest.approx(in_bf16, rel=0.05)
+    assert in_e4m3 != training.mean_loss("hybrid", "sft", fp8(recipe))
 
 
 @pytest.mark.parametrize(
