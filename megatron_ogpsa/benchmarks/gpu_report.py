@@ -4,7 +4,7 @@ The folder holds ``projection.json`` and ``large.json`` (:mod:`megatron_ogpsa.be
 (:mod:`megatron_ogpsa.benchmarks.step`, the paper's rule) and ``profile.json`` (:mod:`megatron_ogpsa.benchmarks.profile`); and
 where they were made, ``narrow.json`` as the first two, ``default_step.jsonl`` as the third, ``sft.json`` and ``dpo.json``
 (:mod:`megatron_ogpsa.benchmarks.training`) and what pytest wrote of the tests, ``kernels.xml``, ``fp8-figures.xml``,
-``fp8-resume.xml`` and ``fp8-traces.xml``.
+``fp8-resume.xml`` and ``fp8-traces.xml``. ``notes.json`` has what is to be said of these data and no others, by section.
 :mod:`megatron_ogpsa.benchmarks.on_gpu` makes them all.
 """
 
@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
@@ -91,8 +91,7 @@ micro-batch.
 The two passes read and write {pass_bytes:.1f} GB, for which a copy's bandwidth takes {pass_floor:.1f} ms; they add
 {added:.1f} ms to `optimizer.step()`, {added_share:.1%} of a step. The whole step grew by {grown:.1%}; the profile below has
 most of the rest as time in which the GPU was idle. The host waited twice more in a projected step, each wait uses up its
-lead, and with {kernels:.0f} launches in a step it takes a while to be ahead again. Since this was measured the host waits
-for the step's numbers while the GPU subtracts, and no longer to hand over the norm; that was not measured again.
+lead, and with {kernels:.0f} launches in a step it takes a while to be ahead again. {step_note}
 
 Memory: the highest that the allocator gave out, and by how many bytes for each element it is above a plain step. In a refresh
 the new references stand beside the basis in use. The authors' copies, {copies:.1f} bytes an element, are in host memory.
@@ -116,11 +115,8 @@ memory, {basis:.1f} GB in fp32, which each of the two passes brings to the GPU i
 * **In host memory**, a step grows by what the bus takes for two passes, at {host_gbs:.0f} GB/s. Of {copied:.0f} ms of copies
   {hidden:.0f} run beside kernels: those of the projection take a {bus_ratio:.0f}th of the time of the copies, and forward and
   backward passes hide the first two tiles of a step alone. A basis in bf16 takes half.
-* Beside computation of the same length copies are hidden whole, as was seen once and not kept: of 16 tiles, 2.1 GB, 34 ms;
-  products of matrices 43 ms; both together 43 ms (`python -m pytest tests/core/test_streaming.py -m gpu -s -k overlap`).
 
-Seen, without data that were kept: page-locked memory of exact size (`megatron_ogpsa/plugin/host_memory.py`) takes 0.6 s a GiB
-to lock; copies from it run at 54 GB/s, from PyTorch's own at 55.
+{copies_note}
 
 {further}
 """
@@ -129,11 +125,6 @@ to lock; copies from it run at 54 GB/s, from PyTorch's own at 55.
 _DEFAULT_RULE = (
     "The default rule, `--ogpsa-space update --ogpsa-mode conflict`, reads basis and main parameters three times a step and "
     "the gradient once, and writes the parameters once: for two references 1.6 times the bytes of the paper's."
-)
-
-_KERNELS_SO_FAR = (
-    "* `python -m pytest tests/core -m gpu` passed, whose outcomes were not kept: the kernels against PyTorch, to the bit "
-    "where bits can be the same; rows in host memory; page-locked memory."
 )
 
 _TESTS = """## Tests
@@ -165,13 +156,10 @@ length), with the least and the most; *with refreshes* spreads one, of 32 conver
 
 {training}
 
-{notes}
+The authors' rule brings all references over the bus on each micro-batch, tensor by tensor. What projection itself takes is
+under [a training step](#a-training-step).
 
-The authors' rule brings all references over the bus on each micro-batch, tensor by tensor. Between runs of Megatron the
-ratios say less: the step above has four times these tokens in 0.60 s, so that here the GPU waits for the host most of the
-time, and steps of one run differ by a half. What projection itself takes is under [a training step](#a-training-step). Why
-DPO with the update projected took longer still than that is not known; on a CPU it does not
-([performance.md](performance.md)).
+{note}
 """
 
 
@@ -188,6 +176,7 @@ class Data:
     kernels: Sequence[TestRun] = ()
     fp8: Sequence[TestRun] = ()
     fp8_is_cut: bool = False
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path) -> Data:
@@ -224,6 +213,7 @@ class Data:
             narrow=optional("narrow.json"),
             training=[account for stage in ("sft", "dpo") if (account := optional(f"{stage}.json"))],
             kernels=tests("kernels.xml"),
+            notes=optional("notes.json") or {},
             fp8_is_cut=any(is_cut(path) for path in folder.glob("*fp8-*.xml")),
             fp8=[test for part in ("figures", "resume", "traces") for test in tests(f"fp8-{part}.xml")],
         )
@@ -232,7 +222,8 @@ class Data:
 def as_markdown(data: Data) -> str:
     """The page."""
     further = "\n".join(_further_sections(data))
-    return _PAGE.format(**_of_the_passes(data), **_of_steps(data), **_of_the_profile(data), further=further)
+    notes = {f"{section}_note": data.notes.get(section, "") for section in ("step", "copies")}
+    return _PAGE.format(**_of_the_passes(data), **_of_steps(data), **_of_the_profile(data), **notes, further=further)
 
 
 def _further_sections(data: Data) -> Iterator[str]:
@@ -248,7 +239,7 @@ def _further_sections(data: Data) -> Iterator[str]:
         ]
         yield _TRAINING.format(
             commands="\n".join(account["command"] for account in data.training),
-            notes=" ".join(dict.fromkeys(account["note"] for account in data.training if "note" in account)),
+            note=data.notes.get("whole runs", ""),
             training=in_markdown(training_rows(result for account in data.training for result in account["results"])),
         )
     else:
@@ -259,9 +250,10 @@ def _further_sections(data: Data) -> Iterator[str]:
         yield _FP8.format(fp8=in_markdown(fp8_rows(by_recipe(data.fp8, [*AVAILABILITY]))))
     else:
         missing.append("FP8")
-    kernels = () if data.kernels else (_KERNELS_SO_FAR,)
-    outcomes = [*kernels, *_outcomes({"tests/core": data.kernels, "tests/gpu": data.fp8})]
-    yield _TESTS.format(outcomes="\n".join(outcomes))
+    outcomes = [*_outcomes({"tests/core": data.kernels, "tests/gpu": data.fp8})]
+    outcomes += [f"* {data.notes['tests']}"] if "tests" in data.notes else []
+    if outcomes:
+        yield _TESTS.format(outcomes="\n".join(outcomes))
     yield f"## Not measured\n\n{', '.join(missing)}."
 
 

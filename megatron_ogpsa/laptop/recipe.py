@@ -178,7 +178,7 @@ class Recipe:
             "ogpsa-rank-per-reference": self.sizes.parts,
             "ogpsa-reference-loss": ["nll"],
             "ogpsa-refresh-interval": self.sizes.refresh_interval,
-            **({"ogpsa-adaptive-interval": change} if (change := self.sizes.adaptive_interval) is not None else {}),
+            **({"ogpsa-adaptive-interval": share} if (share := self.sizes.adaptive_interval) is not None else {}),
             **setting.flags,
         }
 

@@ -183,6 +183,11 @@ def test_the_page_tells_what_there_is(junit: Path, tmp_path: Path, capsys: pytes
     whole_runs = json.loads((ROOT / "docs/performance/training.json").read_text(encoding="utf-8"))
     (folder / "sft.json").write_text(json.dumps(whole_runs), encoding="utf-8")
     page = gpu_report.as_markdown(gpu_report.Data.of(folder))
+    assert "not measured again" in page
+    (folder / "notes.json").unlink()  # of those data alone: a page of others says nothing of it
+    page = gpu_report.as_markdown(gpu_report.Data.of(folder))
+    assert "not measured again" not in page
+    assert "tests/core" not in page.partition("## Tests")[2]
     assert "| delayed | 2 passed |" in page
     assert "7 passed, 1 failed, 2 skipped; failed: refreshes leave no trace [recompute, blockwise]" in page
     assert whole_runs["command"] in page

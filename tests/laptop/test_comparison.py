@@ -54,6 +54,14 @@ def test_settings_differ_in_the_projection_alone(recipe: Recipe) -> None:
             assert flags["ogpsa_rank_per_reference"] == 2
 
 
+def test_an_interval_that_adapts_is_asked_of_protected_runs(recipe: Recipe) -> None:
+    adapting = replace(recipe, sizes=replace(recipe.sizes, adaptive_interval=0.5))
+    for name in NAMES:
+        kept = adapting.config(name, SETTINGS[name]).get("ogpsa-adaptive-interval")
+        assert kept == (0.5 if SETTINGS[name].projected else None)
+        assert "ogpsa-adaptive-interval" not in recipe.config(name, SETTINGS[name])
+
+
 def test_long_conversations_are_left_out_and_protected_ones_are_not_scored(recipe: Recipe) -> None:
     protected, scored = (
         (recipe.data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines() for name in ("references", "general")
