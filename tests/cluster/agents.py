@@ -20,6 +20,7 @@ from megatron_ogpsa.cluster.node import run_node
 from megatron_ogpsa.cluster.settings import launch_settings
 from megatron_ogpsa.system.ports import free_port
 from megatron_ogpsa.system.processes import PARENT_VARIABLE, end_with_parent
+from tests.cluster.ready import ready_file
 
 RANKS_PER_NODE = 2
 ROOT = Path(__file__).parents[2]
@@ -68,8 +69,7 @@ def main(request: str) -> None:
 
 
 def _wait_for_ranks(number: int) -> None:
-    ready = [Path(f"ready-{rank}") for rank in range(number)]
-    while not all(path.exists() and path.read_text(encoding="utf-8") for path in ready):
+    while not all(ready_file(rank).exists() for rank in range(number)):
         time.sleep(0.02)
 
 

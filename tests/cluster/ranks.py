@@ -14,21 +14,31 @@ from types import FrameType
 from typing import NoReturn
 
 from megatron_ogpsa.system.processes import end_with_starter
+from tests.cluster.ready import ready_file
 
 RANK = int(os.environ["RANK"])
 LAST = int(os.environ["WORLD_SIZE"]) - 1
+START = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 FAILED_BEFORE = Path("failed")
 
 
 def wait() -> NoReturn:
     """As in a collective that a rank which has failed will never come to."""
-    Path(f"ready-{RANK}").write_text(str(os.getpid()), encoding="utf-8")
+    _write_process_id(ready_file(RANK, START), os.getpid())
     time.sleep(600)
     raise RuntimeError("nobody has ended this rank")
 
 
+def _write_process_id(path: Path, process_id: int) -> None:
+    """Whole or not at all: who sees the file may end this rank at once, and a test reads what is left."""
+    written = Path(f"writing-{process_id}")
+    written.write_text(str(process_id), encoding="utf-8")
+    written.rename(path)
+
+
 def _wait_for_others() -> None:
-    while not all(Path(f"ready-{rank}").exists() for rank in range(LAST + 1) if rank != RANK):
+    """Of this start: ranks of an earlier one were ready too, and those of this one may not have begun."""
+    while not all(ready_file(rank, START).exists() for rank in range(LAST + 1) if rank != RANK):
         time.sleep(0.02)
 
 
@@ -84,7 +94,7 @@ def tells_how_many_files() -> None:
 
 def _start_child() -> None:
     child = subprocess.Popen(["sleep", "600"])
-    Path("ready-child").write_text(str(child.pid), encoding="utf-8")
+    _write_process_id(Path("ready-child"), child.pid)
 
 
 def last_rank_has_a_child_and_is_killed() -> None:
