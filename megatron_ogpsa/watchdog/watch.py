@@ -85,8 +85,8 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop watching. An exception of this rank's is announced; one that another rank's end has caused ends this
-        process here, without a word."""
+        """Stop watching. An exception of this rank's alone is announced; one that another rank's end has caused ends
+        this process here, without a word."""
         if os.getpid() != self._process:
             return  # in a process that the watched one has forked
         self._stop.set()
@@ -94,7 +94,9 @@ class Watch:
         if self._link is None:
             return
         try:
-            if error is None or isinstance(error, UserError | SystemExit | KeyboardInterrupt):
+            if isinstance(error, UserError) and not error.is_alike:
+                self._end_others(self._link, error)
+            elif error is None or isinstance(error, UserError | SystemExit | KeyboardInterrupt):
                 self._leave(self._link)
             else:
                 self._fail(self._link, error, traceback)
@@ -188,6 +190,14 @@ class Watch:
             self._end_if_a_consequence(link, told)
         me = self._record()
         self._announced(link, f"{me.identity} has failed {me.whereabouts}: {told}", exit_code=1, is_failure=True)
+        self._keep_store(link, "informed", self._num_ranks - 1, CONSEQUENCE_SECONDS)
+
+    def _end_others(self, link: Link, error: UserError) -> None:
+        """They may be in a collective with this rank, which alone has the error and has told it already."""
+        message, host = str(error), self._host
+        own = Ending(message=message, host=host, rank=self._rank, exit_code=error.exit_code, is_failure=False)
+        link.ask(lambda board: board.announce(own))
+        link.ask(lambda board: board.count(f"told/{host}"))
         self._keep_store(link, "informed", self._num_ranks - 1, CONSEQUENCE_SECONDS)
 
     def _end_if_a_consequence(self, link: Link, told: str) -> None:

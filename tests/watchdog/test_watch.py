@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from megatron_ogpsa.console.telling import ERRORS_VARIABLE
+from megatron_ogpsa.errors import TransientError, UserError
+from megatron_ogpsa.integration.ranks.agreement import of_this_rank
 from megatron_ogpsa.watchdog import HANG_EXIT_CODE, Watch, watch
 from megatron_ogpsa.watchdog.board import Address, Ending
 from megatron_ogpsa.watchdog.link import StoreSilent
@@ -46,6 +48,7 @@ class LinkToABoard(LinkToAStoreThatHasEnded):
     def __init__(self, after: float) -> None:
         super().__init__(None)
         self.looks = 0
+        self.announced: list[Ending] = []
         self._after = after
 
     def ask(self, question: Callable[[Any], Any]) -> Any:
@@ -62,6 +65,7 @@ class LinkToABoard(LinkToAStoreThatHasEnded):
         return {}
 
     def announce(self, ending: Ending) -> Ending:
+        self.announced.append(ending)
         return ending
 
     def tell_now(self, record: Any) -> None:  # type: ignore[override]
@@ -106,8 +110,8 @@ def test_one_rank_looks_for_who_is_lost_and_the_others_wait_for_its_word(
     monkeypatch: pytest.MonkeyPatch, after: float, looks: int
 ) -> None:
     """But not for ever: it may be lost itself. A thousand ranks would read a million records twice."""
-    for name in ("LOOK_SECONDS", "GRACE_SECONDS", "TICK_SECONDS"):
-        monkeypatch.setattr(watch, name, 0.05)
+    for name, seconds in (("LOOK_SECONDS", 0.05), ("TICK_SECONDS", 0.05), ("GRACE_SECONDS", 1.0)):
+        monkeypatch.setattr(watch, name, seconds)
     link = LinkToABoard(after)
     with pytest.raises(Exited, match=str(HANG_EXIT_CODE)):
         run_watched(monkeypatch, link, lambda _: dist.barrier())
@@ -120,6 +124,33 @@ def test_so_does_one_that_fails_by_itself(monkeypatch: pytest.MonkeyPatch) -> No
 
     with pytest.raises(MemoryError):
         run_watched(monkeypatch, ANNOUNCED, fail)
+
+
+@pytest.mark.parametrize("kind", [UserError, TransientError])
+def test_what_one_rank_alone_has_met_ends_the_others(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], kind: type[UserError]
+) -> None:
+    """They may be in a collective with it, and its store may end with it: they are told before it goes."""
+
+    def fail(watching: Watch) -> None:
+        raise of_this_rank(kind("the disk is full"))
+
+    board = LinkToABoard(after=1)
+    with pytest.raises(kind, match="the disk is full"):
+        run_watched(monkeypatch, board, fail)
+    told = [(ending.message, ending.rank, ending.exit_code, ending.is_failure) for ending in board.announced]
+    assert told == [("the disk is full", 2, kind.exit_code, False)]
+    assert capfd.readouterr().err.count("the disk is full") == 1
+
+
+def test_what_all_ranks_have_met_is_nobodys_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(watching: Watch) -> None:
+        raise UserError("no such file")
+
+    board = LinkToABoard(after=1)
+    with pytest.raises(UserError):
+        run_watched(monkeypatch, board, fail)
+    assert board.announced == []
 
 
 def test_a_lost_store_is_told_once_in_each_start_of_the_ranks(
