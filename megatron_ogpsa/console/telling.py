@@ -14,7 +14,10 @@ OTHER_RANK_DELAY = 3.0
 and the user reads it once. Ranks that this command has started know better, see :data:`ERRORS_VARIABLE`."""
 
 ERRORS_VARIABLE = "MEGATRON_OGPSA_ERRORS"
-"""Folder in which the ranks of one launch note the errors that one of them has told."""
+"""Folder in which the ranks of one launch note the errors that one of them tells, and has told."""
+
+TELLING_SECONDS = 3.0
+"""What a rank that has an error to tell gets to write its line, before another one writes it: it may have been ended."""
 
 
 def print_error(message: str) -> None:
@@ -33,16 +36,33 @@ def tell_once(message: str, *, key: str | None = None, write: Callable[[str], No
     Args:
         key: what the error is about, if ranks say it in different words.
     """
-    if folder := os.environ.get(ERRORS_VARIABLE):
-        # What ends ranks that were started again is told again.
-        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        try:
-            Path(folder, hashlib.sha256(f"{start} {key or message}".encode()).hexdigest()).touch(exist_ok=False)
-        except FileExistsError:
+    folder = os.environ.get(ERRORS_VARIABLE)
+    if not folder:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(OTHER_RANK_DELAY)
+        write(message)
+        return
+    # What ends ranks that were started again is told again.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    claim = Path(folder, hashlib.sha256(f"{start} {key or message}".encode()).hexdigest())
+    told = claim.with_suffix(".told")
+    try:
+        claim.touch(exist_ok=False)
+    except FileExistsError:
+        if _is_there(told, TELLING_SECONDS):
             return
-    elif os.environ.get("RANK", "0") != "0":
-        time.sleep(OTHER_RANK_DELAY)
     write(message)
+    told.touch()
+
+
+def _is_there(path: Path, seconds: float) -> bool:
+    """Whether a file is there now, or will be within so many seconds."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def _line(message: str) -> str:
