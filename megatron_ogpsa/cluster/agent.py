@@ -112,6 +112,8 @@ class NodeAgent(LocalElasticAgent):
             raise RendezvousConnectionError(str(error)) from error
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        if self._told is not None:  # while the ranks before these were being ended, to be started again
+            raise SignalException(self._told.name, sigval=self._told)
         self.has_had_ranks = True
         ids: dict[int, Any] = super()._start_workers(worker_group)
         self.take_signals()
@@ -189,7 +191,8 @@ class NodeAgent(LocalElasticAgent):
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
         received = signal.Signals(number)
-        if self._worker_group.state in (WorkerState.INIT, WorkerState.STOPPED):  # nodes are meeting: there are no ranks
+        has_ranks = any(True for _ in self._ranks())  # torch's state is the last to know, after it has looked up names
+        if self._worker_group.state in (WorkerState.INIT, WorkerState.STOPPED) and not has_ranks:  # nodes are meeting
             raise SignalException(received.name, sigval=received)
         if received == signal.SIGINT and self._told == signal.SIGINT:  # a second Ctrl-C
             self._kill()

@@ -167,8 +167,8 @@ def _rendezvous_parameters(settings: LaunchSettings) -> RendezvousParameters:
 
 def _run(agent: NodeAgent, settings: LaunchSettings) -> int:
     """The agent to its end; returns the exit code."""
-    agent.take_signals()
     try:
+        agent.take_signals()
         result = agent.run()
     except SignalException as error:
         say(f"{error.sigval.name} ended it before its ranks were started")
