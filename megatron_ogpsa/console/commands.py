@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from megatron_ogpsa.errors import UserError
 
@@ -80,9 +81,10 @@ def in_turn(
         rest = sum(later.seconds for later in commands[index + 1 :] if not later.is_done)
         begun = clock()
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with command.log.open("w", encoding="utf-8") as log, _raising_when_told_to_end():
+        with command.log.open("w", encoding="utf-8") as log, _end_by_sigterm() as end:
             process = subprocess.Popen(command.argv, stdout=log, stderr=subprocess.STDOUT, env=environment)
             try:
+                end.may_come()
                 while process.poll() is None and clock() < until:
                     elapsed = clock() - begun
                     left = min(max(command.seconds * pace - elapsed, 1.0) + rest * pace, until - clock())
@@ -112,12 +114,32 @@ def _interrupt(process: subprocess.Popen[bytes]) -> None:
         process.wait(GRACE)
 
 
+class _End:
+    """What SIGTERM does: nothing until it may come, so that no command is started that nobody knows of."""
+
+    def __init__(self) -> None:
+        self._may_come, self._is_told = False, False
+
+    def may_come(self) -> None:
+        """From now on; raises SystemExit if it was told before."""
+        self._may_come = True
+        if self._is_told:
+            self.told(signal.SIGTERM, None)
+
+    def told(self, number: int, frame: FrameType | None) -> None:
+        """The handler."""
+        self._is_told = True
+        if self._may_come:
+            sys.exit(128 + number)
+
+
 @contextmanager
-def _raising_when_told_to_end() -> Iterator[None]:
+def _end_by_sigterm() -> Iterator[_End]:
     """SIGTERM unwinds this process, as Ctrl-C does, in place of ending it where it stands and leaving its command behind."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    end = _End()
+    before = signal.signal(signal.SIGTERM, end.told)
     try:
-        yield
+        yield end
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from megatron_ogpsa.configuration.config_file import ConfigFile
-from megatron_ogpsa.console.commands import Command, CommandFailed, run_commands
 from megatron_ogpsa.console.training_log import Curve, read_curves
 from megatron_ogpsa.demo.benchmark import Benchmark, BenchmarkSpec, read_conversations, write_benchmark
 from megatron_ogpsa.demo.recipes import START, VARIANTS, DemoSizes, Recipe
@@ -139,25 +136,6 @@ def test_curves_come_from_megatrons_log(tmp_path: Path) -> None:
     assert curves["lm loss"].steps == [7]
     assert curves["lm loss"].values == [0.25]
     assert curves["ogpsa removed"].values == [0.01]
-
-
-def test_a_failed_step_shows_the_end_of_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = "import sys; print('the cause'); sys.exit(3)"
-    step = Command("a step", [sys.executable, "-c", code], tmp_path / "a.log", seconds=1.0)
-    with pytest.raises(CommandFailed, match="'a step' failed"):
-        run_commands([step])
-    assert "the cause" in capsys.readouterr().err
-
-
-def test_told_to_end_it_ends_the_step_first(tmp_path: Path) -> None:
-    """The step tells it to, and would outlive it by far."""
-    code = "import os, signal, time; print(os.getpid(), flush=True); os.kill(os.getppid(), signal.SIGTERM); time.sleep(600)"
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as ended:
-        run_commands([Command("a step", [sys.executable, "-c", code], tmp_path / "a.log", seconds=1.0)])
-    assert ended.value.code == 128 + signal.SIGTERM
-    assert not Path(f"/proc/{(tmp_path / 'a.log').read_text(encoding='utf-8').strip()}").exists()
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_starting_model_is_kept_only_for_the_same_config(tmp_path: Path) -> None:
