@@ -114,7 +114,7 @@ def test_what_is_left_is_for_the_next_call(
     made = [Measurement(name, f"{name}.json", "--json", ("leaving", name), 1.0) for name in names]
     monkeypatch.setattr(on_gpu, "measurements", lambda _: made)
     folder = tmp_path / "out"
-    told = on_gpu.measure(arguments(str(folder), "--minutes", "0.1"))
+    told = on_gpu.measure(arguments(str(folder), "--minutes", "0.2"))
     assert told == [
         f"failing: failed, see {folder}/failing.log",
         f"broken: failed, see {folder}/broken.log",

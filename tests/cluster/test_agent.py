@@ -160,9 +160,9 @@ CASES: dict[str, dict[str, Any]] = {
         "nodes": 2,
         "started": 1,
         "ranks": "wait",
-        "flags": {"rdzv-timeout": "2"},
+        "flags": {"rdzv-timeout": "4"},
         "codes": [1],
-        "said": ["fewer than 2 nodes have met at 127.0.0.1:", "within 2 s"],
+        "said": ["fewer than 2 nodes have met at 127.0.0.1:", "within 4 s"],
         "starts": 0,
     },
     "the port is taken": {

@@ -33,7 +33,8 @@ class Outcome:
     def error(self) -> str:
         """The one line that a user reads."""
         assert self.exit_code == 2, self.output + self.errors
-        (line,) = (line for line in self.errors.splitlines() if line.startswith("megatron-ogpsa: error: "))
+        told = "megatron-ogpsa: error: "
+        (line,) = (line[line.index(told) :] for line in self.errors.splitlines() if told in line)
         return line.removeprefix("megatron-ogpsa: error: ")
 
 

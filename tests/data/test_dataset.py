@@ -233,7 +233,7 @@ class TestCache:
         for builder in builders:
             builder.start()
         for builder in builders:
-            builder.join(timeout=120)
+            builder.join(timeout=400)
         assert [builder.exitcode for builder in builders] == [0, 0]
         assert len(list(cache.iterdir())) == 1
         assert not any(path.name.startswith(".") for path in cache.iterdir())

@@ -115,8 +115,8 @@ class WorkerGroup:
                 if reply.ok and reply.kind != kind:
                     raise RuntimeError(f"rank {rank.index} sent '{reply.kind}' where '{kind}' was due")
         if failed or len(replies) < self.world_size:
-            stacks = self._stacks([rank for rank in self._ranks if rank.index not in replies])
             waited = time.monotonic() - started
+            stacks = self._stacks([rank for rank in self._ranks if rank.index not in replies])
             raise JobFailed(describe_failure(activity, replies, stacks, waited, limit_reached=not failed))
 
     def _stacks(self, hanging: Sequence[RankProcess]) -> dict[int, str]:

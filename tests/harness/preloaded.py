@@ -32,6 +32,7 @@ from types import FrameType
 from typing import Any
 
 from megatron_ogpsa.cluster.settings import LaunchSettings
+from megatron_ogpsa.system import ports
 from megatron_ogpsa.system.ports import free_port
 from megatron_ogpsa.system.processes import PARENT_VARIABLE, end_with_parent
 from tests.harness.docstrings import keep_docstrings
@@ -215,9 +216,17 @@ def _preload() -> None:
 
     keep_docstrings()
     build_parser()
+    ports._PORTS = _own_ports(ports._PORTS, os.environ.get("PYTEST_XDIST_WORKER", "gw0"))
     threads = {Path(folder, "comm").read_text().strip() for folder in Path("/proc/self/task").iterdir()}
     if others := threads - {Path("/proc/self/comm").read_text().strip(), *THREADS_SAFE_TO_FORK}:
         raise RuntimeError(f"threads {others} after the imports: a fork would leave their locks taken for ever")
+
+
+def _own_ports(every: range, worker: str) -> range:
+    """A tenth of them for each process of pytest: some seconds pass until a port is bound, and two may choose one."""
+    share = len(every) // 10
+    start = every.start + share * (int(worker.removeprefix("gw")) % 10)
+    return range(start, start + share)
 
 
 def _prepare_command(request: Mapping[str, Any], connection: Connection, server: int) -> None:

@@ -23,7 +23,7 @@ STARTUP_SECONDS = 180.0
 _POLL_SECONDS = 0.5
 """How often a wait looks whether a process has ended; its children may hold its end of the socket open."""
 
-_STACK_SECONDS = 3.0
+_STACK_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ class RankProcess:
         limit = time.monotonic() + _STACK_SECONDS
         while time.monotonic() < limit and not self.has_ended():
             text = self._stack.read_text(errors="replace") if self._stack.exists() else ""
-            if "(most recent call first)" in text:
-                time.sleep(0.1)  # the rest of the stack is being written
-                return self._stack.read_text(errors="replace")
-            time.sleep(0.05)
+            time.sleep(0.1)
+            # It is written line by line, and ends with the main thread's frames.
+            if "(most recent call first)" in text and text == self._stack.read_text(errors="replace"):
+                return text
         return "(no stack: the rank did not react)"
 
     def kill(self) -> None:

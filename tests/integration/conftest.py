@@ -37,7 +37,10 @@ class Outcome:
 
     @property
     def error_lines(self) -> list[str]:
-        return [line for line in self.output.splitlines() if line.startswith("megatron-ogpsa: error:")]
+        """A line of another process may begin before one of these, and have no end yet: a progress bar."""
+        return [
+            line[line.index(told) :] for line in self.output.splitlines() if (told := "megatron-ogpsa: error:") in line
+        ]
 
 
 def write_inputs(folder: Path) -> Path:

@@ -17,4 +17,4 @@ raise SystemExit(0 if all(tensor.is_meta for tensor in made) and not torch.ones(
 
 def test_device_contexts_work_where_the_runtime_was_first() -> None:
     """In a process of its own: torch notes what a device context acts on when one is first used."""
-    assert subprocess.run([sys.executable, "-c", PROGRAM], timeout=120, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", PROGRAM], timeout=400, check=False).returncode == 0

@@ -78,7 +78,7 @@ def test_a_disk_that_is_full_for_a_writer_beside_the_training(train: Train, moun
     disk = mounted(f"size={CHECKPOINT_KILOBYTES * 3 // 4}k")
     run = disk / "run"
     beside = f"{ASYNC} --dist-ckpt-workers 2 --ckpt-assume-constant-structure"
-    line = told(train(*TWO_STEPS, "--train-iters", "1", *beside.split(), "--save", str(run), timeout=100))
+    line = told(train(*TWO_STEPS, "--train-iters", "1", *beside.split(), "--save", str(run)))
     assert (
         f"--save {run}: a checkpoint could not be written beside the training (No space left on device on rank" in line
     )
@@ -100,7 +100,7 @@ def test_a_writer_that_is_killed_is_told_by_all_ranks(
     """Of rank 1, before it is given anything to write, while it copies what it writes, and while it writes."""
     monkeypatch.setenv("KILL", place.split()[0])
     flags = [*DP2, *KILLS[place], *ASYNC.split(), "--save", "run"]
-    line = told(train(*flags, module="tests.integration.killed_writer", timeout=60), 1)
+    line = told(train(*flags, module="tests.integration.killed_writer"), 1)
     assert (
         "the process that writes checkpoints beside the training has ended with signal 9; if nobody has killed" in line
     )
@@ -136,7 +136,6 @@ def test_a_disk_that_fails_under_rank_0_is_told_by_all(
         *TWO_STEPS,
         *("--save", str(disk / "run"), "--tensorboard-dir", str(disk.parent / "log")),
         module="tests.integration.failing_disk",
-        timeout=100,
     )
     assert FAILURES[place].format(run=disk / "run") in told(outcome, 2 if place == "read-only" else 1)
     if place == "read-only":
@@ -148,7 +147,7 @@ def test_what_one_rank_meets_is_told_before_it_leaves_the_others(train: Train, m
     """And it does not leave their process group, for which it might wait without end."""
     monkeypatch.setenv("FAIL", "metadata")
     monkeypatch.setenv("AS_WITH_NCCL", "")
-    outcome = train(*TWO_STEPS, "--save", "run", module="tests.integration.failing_disk", agent=True, timeout=60)
+    outcome = train(*TWO_STEPS, "--save", "run", module="tests.integration.failing_disk", agent=True)
     assert "could not be written (Input/output error on rank 0)" in told(outcome, 1)
 
 

@@ -28,7 +28,7 @@ def checked(train: Train, tmp_path: Path, flags: str, *, place: str) -> None:
     left.write_text('{"__1_0.distcp": "of a save that was cut short"}', encoding="utf-8")
     for name in (".digests_7.json", "__7_0.distcp", "__1_2.distcp"):  # of more ranks, and of more writers
         (left.parent / name).touch()
-    outcome = train(*DP2, *flags.split(), "--save", place, timeout=90, module="tests.integration.recording_digests")
+    outcome = train(*DP2, *flags.split(), "--save", place, module="tests.integration.recording_digests")
     assert outcome.exit_code == 0, outcome.output[-3000:]
     of_rank_0 = {f"rank 0 {name}" for name in (".metadata", "metadata.json", "ogpsa.json")}
     expected = {f"{place} 0 __0_0.distcp", f"{place} 1 __1_0.distcp"} | of_rank_0

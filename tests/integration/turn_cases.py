@@ -30,7 +30,7 @@ def waiting(failure: str | None = None) -> dict[str, Any]:
             seen.append((place_of(thread_stack(watched)).collective, progress.phase, progress.pulses))
 
     def work() -> str:
-        time.sleep(2.0)
+        time.sleep(4.0)
         if failure == "user":
             raise UserError("data.jsonl:3: broken")
         if failure:

@@ -32,7 +32,7 @@ def test_second_run_installs_nothing_says_nothing_and_is_quick(sandbox: Sandbox)
     sandbox.run(sandbox.script("demo.sh"))
     started = time.monotonic()
     result = sandbox.run(sandbox.script("demo.sh"))
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
     assert result.stderr == ""
     assert len(sandbox.installations()) == 1
 
@@ -117,7 +117,7 @@ def test_interrupted_installation_is_not_taken_for_a_complete_one(sandbox: Sandb
 
 @pytest.mark.skipif(shutil.which("flock") is None, reason="needs flock(1)")
 def test_two_scripts_at_once_install_once(sandbox: Sandbox) -> None:
-    processes = [sandbox.start(sandbox.script("demo.sh"), FAKE_PIP_SECONDS="1") for _ in range(2)]
+    processes = [sandbox.start(sandbox.script("demo.sh"), FAKE_PIP_SECONDS="4") for _ in range(2)]
     errors = [process.communicate(timeout=30)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert len(sandbox.installations()) == 1

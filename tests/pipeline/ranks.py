@@ -82,12 +82,19 @@ def be_rank(rank: int, case: dict[str, Any]) -> int:
     train._state = FINDINGS[case["finds"]]  # type: ignore[assignment]
     sys.executable = case.get("process", "false")
     os.environ["RANK"] = str(rank)
-    if rank == 1 and "signal" in case:
-        threading.Timer(case["signal"], lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    if rank == 1 and case.get("signal"):
+        threading.Thread(target=end_once_handed_on, daemon=True).start()
     try:
         return train._run_as_rank_of_job(STAGES[: case.get("stages", 1)], [])
     except UserError as error:
         return error.exit_code
+
+
+def end_once_handed_on() -> None:
+    """Send this process SIGTERM as soon as its stage's process runs and gets the signal too."""
+    while not (Path("running-1").exists() and callable(signal.getsignal(signal.SIGTERM))):
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def start(rank: int, case: dict[str, Any]) -> int:
@@ -115,7 +122,7 @@ def main(request: str) -> None:
         if case.get("hangs") and rank == 1:
             os.kill(process_id, signal.SIGKILL)
         _, status = os.waitpid(process_id, 0)
-        print(f"rank {rank}: {os.waitstatus_to_exitcode(status)}", flush=True)
+        os.write(1, f"rank {rank}: {os.waitstatus_to_exitcode(status)}\n".encode())  # at once: the other may write too
 
 
 if __name__ == "__main__":

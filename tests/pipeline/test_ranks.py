@@ -10,6 +10,12 @@ import pytest
 
 from tests.harness.preloaded import PreloadedCommand
 
+SLOW = """#!/bin/sh
+trap : TERM
+: > running-$RANK
+sleep 0.5; sleep 0.5; sleep 1; sleep 0.5; exit 0
+"""
+
 CASES: dict[str, dict[str, Any]] = {
     "all is done": {"finds": "finished", "late": 1.0, "codes": [0, 0]},
     "a user's mistake": {"finds": "a_mistake", "late": 1.0, "codes": [2, 2]},
@@ -20,7 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
         "late": 0.0,
         "process": "./slow",
         "stages": 2,
-        "signal": 1.0,
+        "signal": True,
         "codes": [0, 0],
         "says": "stage dpo (out/dpo) is not started, because a signal has come",
     },
@@ -31,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_leave_together(preloaded: PreloadedCommand, tmp_path: Path, name: str) -> None:
     case = CASES[name]
-    (tmp_path / "slow").write_text("#!/bin/sh\ntrap : TERM\nsleep 0.5; sleep 0.5; sleep 1; sleep 0.5; exit 0\n")
+    (tmp_path / "slow").write_text(SLOW, encoding="utf-8")
     (tmp_path / "slow").chmod(0o755)
     finished = preloaded.run("tests.pipeline.ranks", [json.dumps(case)], folder=tmp_path, timeout=60)
     codes = [

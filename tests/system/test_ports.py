@@ -13,12 +13,12 @@ from megatron_ogpsa.system import ports
 
 
 def test_a_port_is_free_and_none_that_outgoing_connections_get(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split())
-    assert not any(first <= ports.free_port() <= last for _ in range(20))
+    (tmp_path / "range").write_text("10000\t14999\n", encoding="ascii")
+    monkeypatch.setattr(ports, "_OUTGOING", tmp_path / "range")
+    assert not any(10000 <= ports.free_port() <= 14999 for _ in range(20))
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         (tmp_path / "range").write_text(f"{port + 20}\t{port + 39}\n", encoding="ascii")
-        monkeypatch.setattr(ports, "_OUTGOING", tmp_path / "range")
         monkeypatch.setattr(ports, "_PORTS", range(port, port + 40))
         assert all(port < ports.free_port() < port + 20 for _ in range(20))
         monkeypatch.setattr(ports, "_PORTS", range(port, port + 1))

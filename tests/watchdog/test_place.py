@@ -61,14 +61,28 @@ def meet_in_vain() -> None:
 @contextmanager
 def standing_in(function: Callable[[], None]) -> Iterator[int]:
     """The id of a thread that stands still within ``function``."""
-    with _release:
-        thread = threading.Thread(target=function)
-        thread.start()
-        time.sleep(0.1)
+    thread = threading.Thread(target=function)
+    _release.acquire()
+    thread.start()
+    try:
         assert thread.ident is not None
+        _wait_until_still(thread.ident, function)
         yield thread.ident
-    thread.join()
-    _release.release()
+    finally:
+        _release.release()
+        thread.join()
+        _release.release()
+
+
+def _wait_until_still(thread: int, function: Callable[[], None]) -> None:
+    """Until a thread has come as far as it comes in ``function``."""
+    before: object = None
+    while True:
+        stack = thread_stack(thread)
+        if any(spot.code is function.__code__ for spot in stack) and stack == before:
+            return
+        before = stack
+        time.sleep(0.05)
 
 
 def line_of(function: Callable[[], None], offset: int) -> str:
