@@ -6,6 +6,8 @@ that stay in the first-level cache, and over four rows at a time, because more t
 processor's prefetching.
 
 Machine code is kept beside this file, where that can be written; otherwise each process compiles for a second or two.
+Processes compile one after the other: Numba writes its index of machine code without a lock, and two that add to it at once,
+for other dtypes or processors, may leave one's code under the name of the other's.
 
 Shape legend as in :mod:`megatron_ogpsa.projection.pieces`; K = basis vectors, N = elements of the shard.
 """
@@ -16,11 +18,13 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import torch
+from filelock import FileLock
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -33,11 +37,9 @@ LONGEST_PIECE = 2**15
 _CHUNK = 1024
 """Elements of a chunk: four rows of it in fp32 are half of a first-level cache."""
 
-_JIT: dict[str, Any] = {
-    "nogil": True,
-    "error_model": "numpy",
-    "cache": os.access(os.path.dirname(__file__), os.W_OK),
-}
+_KEEPS_CODE = os.access(os.path.dirname(__file__), os.W_OK)
+_LOCK = Path(__file__).parent / "__pycache__" / "cpu_kernels.lock"
+_JIT: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": _KEEPS_CODE}
 _REASSOCIATED = {"reassoc", "contract", "nsz"}
 """Sums in fp64 may be taken in the order of vector lanes. NaN and infinity stay what they are."""
 
@@ -324,8 +326,25 @@ def _array(tensor: Tensor) -> Any:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
+_ready: set[tuple[Any, ...]] = set()
+
+
+def _make_ready(kernel: Any, arguments: tuple[Any, ...]) -> None:
+    """Load or compile ``kernel`` for arguments of these types."""
+    signature = tuple(map(numba.typeof, arguments))
+    if (kernel, signature) in _ready:
+        return
+    if _KEEPS_CODE:
+        _LOCK.parent.mkdir(exist_ok=True)
+        with FileLock(_LOCK):
+            kernel.compile(signature)
+    _ready.add((kernel, signature))
+
+
 def _run(kernel: Callable[..., None], work: Sequence[tuple[Any, ...]]) -> None:
     """Call ``kernel`` with each of ``work``, on as many threads as torch would use."""
+    if work:
+        _make_ready(kernel, work[0])
     if torch.get_num_threads() == 1:
         for arguments in work:
             kernel(*arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from megatron_ogpsa.benchmarks import projection as benchmark
 from megatron_ogpsa.plugin.streaming import HostRows
-from megatron_ogpsa.projection import passes
+from megatron_ogpsa.projection import cpu_kernels, passes
 from megatron_ogpsa.projection.cpu_kernels import CpuKernels
 from megatron_ogpsa.projection.gpu_kernels import GpuKernels
 from megatron_ogpsa.projection.segments import (
@@ -283,3 +285,19 @@ def test_triton_on_a_gpu() -> None:
     gpu_kernel_cases.compare_streamed(torch.device("cuda"))
     gpu_kernel_cases.compare_parameters(torch.device("cuda"))
     gpu_kernel_cases.repeat(torch.device("cuda"))
+
+
+def test_processes_compile_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba's index of machine code has no lock: one's code could be kept under the name of the other's."""
+    monkeypatch.setattr(cpu_kernels, "_ready", set())
+    layout, done = layout_of(), list[Tensor]()
+    spans = [random(size) for size in layout.span_lengths]
+    compiles = threading.Thread(
+        target=lambda: done.append(CpuKernels(layout).dots(spans, random(1, layout.num_elements)))
+    )
+    with FileLock(cpu_kernels._LOCK):
+        compiles.start()
+        compiles.join(0.3)
+        assert not done
+    compiles.join()
+    assert done[0].shape == (NUM_BLOCKS, 2)
