@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,16 @@ _DESTRUCTORS = (
     ("megatron.core.num_microbatches_calculator", "destroy_num_microbatches_calculator"),
     ("megatron.core.rerun_state_machine", "destroy_rerun_state_machine"),
     ("megatron.training.global_vars", "destroy_global_vars"),
+    ("transformer_engine.pytorch.quantization", "FP8GlobalStateManager.reset"),
 )
-"""Megatron's own, called where the job has imported the module."""
+"""Megatron's own, and what holds groups of FP8's; called where the job has imported the module."""
+
+_CACHES = (
+    ("megatron.core.models.common.embeddings.rotary_pos_embedding", "RotaryEmbedding.forward"),
+    ("megatron.core.models.common.embeddings.yarn_rotary_pos_embedding", "YarnRotaryEmbedding.forward"),
+    ("transformer_engine.pytorch.distributed", "get_distributed_world_size"),
+)
+"""What has an ``lru_cache``, which holds groups, or objects that hold them."""
 
 
 @contextmanager
@@ -65,13 +74,18 @@ def _reset_megatron() -> None:
     for module_name, function_name in _DESTRUCTORS:
         module: Any = sys.modules.get(module_name)
         if module is not None:
-            getattr(module, function_name)()
+            attrgetter(function_name)(module)()
     generators: Any = sys.modules.get("megatron.core.tensor_parallel.random")
     if generators is not None:
         generators.initialize_rng_tracker(force_reset=True)
     parallel_state: Any = sys.modules.get("megatron.core.parallel_state")
-    if parallel_state is not None and parallel_state.model_parallel_is_initialized():
+    if parallel_state is None:
+        return
+    if parallel_state.model_parallel_is_initialized():
         raise RuntimeError("megatron.core.parallel_state is still initialized after destroy_model_parallel()")
+    for name, value in list(vars(parallel_state).items()):
+        if isinstance(value, dist.ProcessGroup):  # it forgets those of optimizer instances
+            setattr(parallel_state, name, None)
 
 
 def _destroy_process_groups() -> None:
@@ -90,6 +104,9 @@ def _release_models() -> None:
     collector does not see it. It would keep the job's model, and with that its process groups: 60 threads for each job,
     some thousand after a hundred, and a machine that does nothing but switch between them.
     """
+    for module_name, name in _CACHES:
+        if (module := sys.modules.get(module_name)) is not None:
+            attrgetter(name)(module).cache_clear()
     distributed: Any = sys.modules.get("megatron.core.distributed")
     if distributed is not None:
         for candidate in gc.get_objects():
