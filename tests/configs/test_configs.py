@@ -84,7 +84,7 @@ def validated() -> dict[tuple[str, str], dict[str, Any]]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]

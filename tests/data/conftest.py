@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_ogpsa.data import ChatTokenizer, load_chat_tokenizer
+
+settings.register_profile("any machine", settings(), deadline=None)  # of 0.2 s for each example
+settings.load_profile("any machine")
 
 TEXT = [
     "What is the capital of France? Paris is the capital of France.",
