@@ -168,6 +168,22 @@ def test_the_pages_tables_are_made_of_its_data() -> None:
         assert [float(cell) for cell in re.findall(r"[+-]\d\.\d+", row)] == [round(cell, 4) for cell in cells]
 
 
+def test_the_table_of_more_conversations_is_made_of_its_data() -> None:
+    account = json.loads((ROOT / "docs/laptop/references.json").read_text(encoding="utf-8"))
+    section = (ROOT / "docs/laptop.md").read_text(encoding="utf-8").partition("## More conversations protected")[2]
+    rows = re.findall(r"^\| (?:plain|update, conflict|gradient, conflict) \| (\S+) \| (.*) \|$", section, re.MULTILINE)
+    growths = [
+        {name: run["after DPO"]["loss"][name] - account["start"][name] for name in ("held_out", "first32", "first128")}
+        for run in account["runs"]
+    ]
+    assert [protected for protected, _ in rows] == [str(run["references"] or "–") for run in account["runs"]]
+    for growth, (_, cells) in zip(growths, rows, strict=True):
+        for (name, own), cell in zip(growth.items(), cells.split(" | ")[:3], strict=True):
+            told, _, avoided = cell.replace("−", "-").partition(" ")
+            assert told == f"{own:+.4f}"
+            assert avoided in ("", f"({1 - own / growths[0][name]:.0%})".replace("%", " %"))
+
+
 @pytest.mark.parametrize(
     ("tensors", "fields", "is_refused"),
     [
