@@ -111,9 +111,15 @@ class NodeAgent(LocalElasticAgent):
         except RuntimeError as error:
             raise RendezvousConnectionError(str(error)) from error
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        if self._told is not None:  # while the ranks before these were being ended, to be started again
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        if (
+            self._told is not None
+        ):  # while ranks were being ended, to be started again: other nodes shall not wait for these
+            self._end_run(worker_group, self._ended_by(self._told))
             raise SignalException(self._told.name, sigval=self._told)
+        super()._rendezvous(worker_group)
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self.has_had_ranks = True
         ids: dict[int, Any] = super()._start_workers(worker_group)
         self.take_signals()
@@ -154,9 +160,12 @@ class NodeAgent(LocalElasticAgent):
 
     def _own_verdict(self, result: RunResult) -> Verdict:
         if self._told is not None:
-            return Verdict(128 + self._told, f"{self._told.name} ended the ranks", self.name)
+            return self._ended_by(self._told)
         judged = judge(result.failures)
         return Verdict(judged.exit_code, judged.cause, self.name, is_told=judged.is_told)
+
+    def _ended_by(self, told: signal.Signals) -> Verdict:
+        return Verdict(128 + told, f"{told.name} ended the ranks", self.name)
 
     def _look_for_verdict(self) -> Verdict | None:
         now = time.monotonic()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 OTHER_RANK_DELAY = 3.0
@@ -44,15 +46,27 @@ def tell_once(message: str, *, key: str | None = None, write: Callable[[str], No
         return
     # What ends ranks that were started again is told again.
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    claim = Path(folder, hashlib.sha256(f"{start} {key or message}".encode()).hexdigest())
-    told = claim.with_suffix(".told")
-    try:
-        claim.touch(exist_ok=False)
-    except FileExistsError:
+    note = Path(folder, hashlib.sha256(f"{start} {key or message}".encode()).hexdigest())
+    told = note.with_suffix(".told")
+    for turn in itertools.count():
+        if _is_first(note.with_suffix(f".{turn}")):
+            break
         if _is_there(told, TELLING_SECONDS):
             return
     write(message)
-    told.touch()
+    with suppress(OSError):
+        told.touch()
+
+
+def _is_first(claim: Path) -> bool:
+    """Whether this rank is the first to claim; also where none can be noted: told twice is better than not at all."""
+    try:
+        claim.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _is_there(path: Path, seconds: float) -> bool:

@@ -15,8 +15,9 @@ Shape legend as in :mod:`megatron_ogpsa.projection.pieces`; K = basis vectors, N
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ _CHUNK = 1024
 """Elements of a chunk: four rows of it in fp32 are half of a first-level cache."""
 
 _KEEPS_CODE = os.access(os.path.dirname(__file__), os.W_OK)
+LOCK_SECONDS = 60.0
 _LOCK = Path(__file__).parent / "__pycache__" / "cpu_kernels.lock"
 _JIT: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": _KEEPS_CODE}
 _REASSOCIATED = {"reassoc", "contract", "nsz"}
@@ -334,11 +336,23 @@ def _make_ready(kernel: Any, arguments: tuple[Any, ...]) -> None:
     signature = tuple(map(numba.typeof, arguments))
     if (kernel, signature) in _ready:
         return
-    if _KEEPS_CODE:
-        _LOCK.parent.mkdir(exist_ok=True)
-        with FileLock(_LOCK):
-            kernel.compile(signature)
+    with _one_process_at_a_time() if _KEEPS_CODE else nullcontext():
+        kernel.compile(signature)
     _ready.add((kernel, signature))
+
+
+@contextmanager
+def _one_process_at_a_time() -> Iterator[None]:
+    """If it can be had: file systems without locks, another account's lock and a process that is stopped with it in hand
+    shall not keep a run from compiling."""
+    lock = FileLock(_LOCK, timeout=LOCK_SECONDS)
+    with suppress(OSError, NotImplementedError):
+        _LOCK.parent.mkdir(exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _run(kernel: Callable[..., None], work: Sequence[tuple[Any, ...]]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn
 
-from megatron_ogpsa.console.telling import tell_once, write_error
+from megatron_ogpsa.console.telling import ERRORS_VARIABLE, tell_once, write_error
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.watchdog.board import Address, Ending, run_prefix
 from megatron_ogpsa.watchdog.link import Link, StoreSilent
@@ -242,13 +242,20 @@ class Watch:
     def _end(self, link: Link, ending: Ending) -> NoReturn:
         try:
             if ending.host != self._host and link.ask(lambda board: board.count(f"told/{self._host}")) == 1:
-                write_error(ending.message)
+                self._tell_here(ending.message)
             elif ending.rank != self._rank:
                 time.sleep(QUIET_SECONDS)
             self._keep_store(link, "informed", self._num_ranks - 1, CONSEQUENCE_SECONDS)
         except StoreSilent:
             pass  # its holder has ended already
         self._exit(ending.exit_code)
+
+    def _tell_here(self, message: str) -> None:
+        """Unless a rank of this node that has failed by itself has found and told it already."""
+        if ERRORS_VARIABLE in os.environ:
+            tell_once(message, write=write_error)
+        else:
+            write_error(message)
 
     def _exit(self, code: int) -> NoReturn:
         sys.stdout.flush()

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import WorkerState
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from megatron_ogpsa.cluster.agent import NodeAgent
+from megatron_ogpsa.cluster.agent import NodeAgent, Verdict
 
 
 def agent_of(*ranks: subprocess.Popen[bytes]) -> Any:
@@ -42,8 +43,12 @@ def test_where_there_are_no_ranks_the_agent_ends() -> None:
 
 
 def test_ranks_are_not_started_again_after_a_signal() -> None:
-    """It came while those before were being ended, because a node had joined: nobody would tell the new ones."""
+    """It came while those before were being ended, because a node had joined: nobody would tell the new ones. The other
+    nodes learn of it before they could count on this one."""
     agent = agent_of()
-    agent._told = signal.SIGTERM
+    agent._told, agent.name = signal.SIGTERM, "here"
+    agent._worker_group = SimpleNamespace(state=WorkerState.STOPPED, group_world_size=2, store=HashStore())
+    agent._worker_group.store.add("megatron-ogpsa/known-by", 1)  # the other node's
     with pytest.raises(SignalException, match="SIGTERM"):
-        agent._start_workers(agent._worker_group)
+        agent._rendezvous(agent._worker_group)
+    assert agent.find_verdict() == Verdict(143, "SIGTERM ended the ranks", "here")

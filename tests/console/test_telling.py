@@ -18,7 +18,7 @@ def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return []
 
 
-def test_one_of_many_ranks_writes(told: list[str]) -> None:
+def tell_by_many_ranks(told: list[str]) -> None:
     ranks = [
         threading.Thread(target=tell_once, args=("no such file",), kwargs={"write": told.append}) for _ in range(8)
     ]
@@ -26,6 +26,10 @@ def test_one_of_many_ranks_writes(told: list[str]) -> None:
         rank.start()
     for rank in ranks:
         rank.join()
+
+
+def test_one_of_many_ranks_writes(told: list[str]) -> None:
+    tell_by_many_ranks(told)
     assert told == ["no such file"]
 
 
@@ -55,10 +59,15 @@ def test_what_an_ended_rank_was_to_write_another_writes(told: list[str], monkeyp
     def ended(message: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(telling, "TELLING_SECONDS", 0.05)
+    monkeypatch.setattr(telling, "TELLING_SECONDS", 0.2)
     with pytest.raises(KeyboardInterrupt):
         tell_once("no such file", write=ended)
-    tell_once("no such file", write=told.append)
+    tell_by_many_ranks(told)
+    assert told == ["no such file"]
+
+
+def test_where_nothing_can_be_noted_it_is_told_all_the_same(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ERRORS_VARIABLE, "/nowhere")
     tell_once("no such file", write=told.append)
     assert told == ["no such file"]
 

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -287,17 +288,46 @@ def test_triton_on_a_gpu() -> None:
     gpu_kernel_cases.repeat(torch.device("cuda"))
 
 
-def test_processes_compile_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numba's index of machine code has no lock: one's code could be kept under the name of the other's."""
+@pytest.fixture
+def lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """That of a process which has not compiled yet, though the kernels are loaded."""
+    layout = layout_of()
+    CpuKernels(layout).dots([random(size) for size in layout.span_lengths], random(1, layout.num_elements))
     monkeypatch.setattr(cpu_kernels, "_ready", set())
+    monkeypatch.setattr(cpu_kernels, "_KEEPS_CODE", True)
+    monkeypatch.setattr(cpu_kernels, "_LOCK", tmp_path / "code/lock")
+    (tmp_path / "code").mkdir()
+    return tmp_path / "code/lock"
+
+
+def test_processes_compile_one_after_the_other(lock: Path) -> None:
+    """Numba's index of machine code has no lock: one's code could be kept under the name of the other's."""
     layout, done = layout_of(), list[Tensor]()
     spans = [random(size) for size in layout.span_lengths]
     compiles = threading.Thread(
         target=lambda: done.append(CpuKernels(layout).dots(spans, random(1, layout.num_elements)))
     )
-    with FileLock(cpu_kernels._LOCK):
+    with FileLock(lock):
         compiles.start()
-        compiles.join(0.3)
+        compiles.join(0.5)
         assert not done
     compiles.join()
     assert done[0].shape == (NUM_BLOCKS, 2)
+
+
+@pytest.mark.parametrize("trouble", ["it is held for too long", "it is a folder", "its folder cannot be made"])
+def test_a_lock_that_is_not_to_be_had_keeps_nobody_from_compiling(
+    lock: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    monkeypatch.setattr(cpu_kernels, "LOCK_SECONDS", 0.1)
+    held = FileLock(lock)
+    if trouble == "it is held for too long":
+        held.acquire()
+    elif trouble == "it is a folder":
+        lock.mkdir()
+    else:
+        monkeypatch.setattr(cpu_kernels, "_LOCK", lock / "of/folders/that/are/not/there")
+    layout = layout_of()
+    spans = [random(size) for size in layout.span_lengths]
+    assert CpuKernels(layout).dots(spans, random(1, layout.num_elements)).shape == (NUM_BLOCKS, 2)
+    held.release()

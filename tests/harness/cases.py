@@ -66,6 +66,7 @@ def destroy_default_group() -> None:
 def initialize_megatron_and_litter(tensor_axis: int) -> dict[str, Any]:
     """Set up Megatron's globals, use them, and leave everything lying about."""
     from megatron.core import num_microbatches_calculator, parallel_state, tensor_parallel
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     found = {
         "initialized": parallel_state.model_parallel_is_initialized(),
@@ -83,6 +84,7 @@ def initialize_megatron_and_litter(tensor_axis: int) -> dict[str, Any]:
     num_microbatches_calculator.init_num_microbatches_calculator(dist.get_rank(), None, 4, 1, 1)
     ones = torch.ones(1)
     dist.all_reduce(ones, group=parallel_state.get_tensor_model_parallel_group())
+    RotaryEmbedding(8, 1.0, use_cpu_initialization=True, cp_group=parallel_state.get_context_parallel_group())(4)
     os.environ["LITTER"] = "left"
     sys.argv.append("--litter")
     os.chdir("/")

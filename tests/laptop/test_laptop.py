@@ -170,18 +170,30 @@ def test_the_pages_tables_are_made_of_its_data() -> None:
 
 def test_the_table_of_more_conversations_is_made_of_its_data() -> None:
     account = json.loads((ROOT / "docs/laptop/references.json").read_text(encoding="utf-8"))
-    section = (ROOT / "docs/laptop.md").read_text(encoding="utf-8").partition("## More conversations protected")[2]
-    rows = re.findall(r"^\| (?:plain|update, conflict|gradient, conflict) \| (\S+) \| (.*) \|$", section, re.MULTILINE)
     growths = [
         {name: run["after DPO"]["loss"][name] - account["start"][name] for name in ("held_out", "first32", "first128")}
         for run in account["runs"]
     ]
-    assert [protected for protected, _ in rows] == [str(run["references"] or "–") for run in account["runs"]]
-    for growth, (_, cells) in zip(growths, rows, strict=True):
-        for (name, own), cell in zip(growth.items(), cells.split(" | ")[:3], strict=True):
-            told, _, avoided = cell.replace("−", "-").partition(" ")
-            assert told == f"{own:+.4f}"
-            assert avoided in ("", f"({1 - own / growths[0][name]:.0%})".replace("%", " %"))
+    avoided = [{name: f"{1 - own / growths[0][name]:.0%}" for name, own in growth.items()} for growth in growths]
+    rows = []
+    for run, growth, share in zip(account["runs"], growths, avoided, strict=True):
+        cells = [run["setting"].replace("-", ", "), str(run["references"] or "–")]
+        for name, own in growth.items():
+            in_brackets = f" ({share[name]})" if run["references"] and own > 0 else ""
+            cells.append(f"{own:+.4f}{in_brackets}".replace("-", "−"))
+        cells.append(", ".join(f"{run['after DPO'][name]:.0%}" for name in ("unsafe_refused", "benign_refused")))
+        rows.append(f"| {' | '.join(cells)} |".replace("%", " %"))
+    page = (ROOT / "docs/laptop.md").read_text(encoding="utf-8")
+    assert "\n".join(rows) in page
+    small, large = avoided[1], avoided[2]
+    told = f"{small['first32']} was avoided on themselves and {small['held_out']} on others; with 128, {large['first128']} on"
+    assert told.replace("%", " %") in " ".join(page.split())
+    for name, words in (
+        ("README", "{} with 32 conversations protected and {} with 128"),
+        ("docs/troubleshooting", "{1} in place of {0}"),
+    ):
+        told = words.format(small["held_out"], large["held_out"]).replace("%", " %")
+        assert told in (ROOT / f"{name}.md").read_text(encoding="utf-8"), name
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -49,16 +50,19 @@ class LinkToABoard(LinkToAStoreThatHasEnded):
         super().__init__(None)
         self.looks = 0
         self.announced: list[Ending] = []
+        self.counts: list[str] = []
+        self.informed = iter(range(4))  # one more each time that it is asked
         self._after = after
 
     def ask(self, question: Callable[[Any], Any]) -> Any:
         return question(self)
 
     def count(self, key: str) -> int:
+        self.counts.append(key)
         return 2 if key == "consequences" else 1
 
     def counted(self, key: str) -> int:
-        return 3
+        return next(self.informed)
 
     def records(self) -> dict[int, Any]:
         self.looks += 1
@@ -136,10 +140,27 @@ def test_what_one_rank_alone_has_met_ends_the_others(
         raise of_this_rank(kind("the disk is full"))
 
     board = LinkToABoard(after=1)
+    board.address = Address("localhost", 1, "rank 0", is_own=True)
     with pytest.raises(kind, match="the disk is full"):
         run_watched(monkeypatch, board, fail)
+    assert next(board.informed, "all") == "all"  # three others: it has kept its store until they knew
+    assert board.counts == [f"told/{socket.gethostname()}"]
     told = [(ending.message, ending.rank, ending.exit_code, ending.is_failure) for ending in board.announced]
     assert told == [("the disk is full", 2, kind.exit_code, False)]
+    assert capfd.readouterr().err.count("the disk is full") == 1
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_the_word_of_another_node_is_told_once_on_this_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str], is_told: bool
+) -> None:
+    """By a watch, unless the main thread of some rank has found it first, as its collective failed."""
+    monkeypatch.setenv(ERRORS_VARIABLE, str(tmp_path))
+    if is_told:
+        of_this_rank(UserError("the disk is full"))
+    ending = Ending(message="the disk is full", host="elsewhere", rank=0, exit_code=2, is_failure=False)
+    with pytest.raises(Exited, match="2"):
+        run_watched(monkeypatch, LinkToABoard(after=1), lambda watching: watching._end(watching._link, ending))  # type: ignore[arg-type]
     assert capfd.readouterr().err.count("the disk is full") == 1
 
 
