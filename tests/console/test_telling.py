@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,11 @@ def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 
 def tell_by_many_ranks(told: list[str]) -> None:
-    ranks = [
-        threading.Thread(target=tell_once, args=("no such file",), kwargs={"write": told.append}) for _ in range(8)
-    ]
+    def write(message: str) -> None:
+        time.sleep(0.2)  # the others look meanwhile
+        told.append(message)
+
+    ranks = [threading.Thread(target=tell_once, args=("no such file",), kwargs={"write": write}) for _ in range(8)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -59,7 +62,7 @@ def test_what_an_ended_rank_was_to_write_another_writes(told: list[str], monkeyp
     def ended(message: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(telling, "TELLING_SECONDS", 0.2)
+    monkeypatch.setattr(telling, "TELLING_SECONDS", 1.0)
     with pytest.raises(KeyboardInterrupt):
         tell_once("no such file", write=ended)
     tell_by_many_ranks(told)
