@@ -112,9 +112,8 @@ class NodeAgent(LocalElasticAgent):
             raise RendezvousConnectionError(str(error)) from error
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        if (
-            self._told is not None
-        ):  # while ranks were being ended, to be started again: other nodes shall not wait for these
+        if self._told is not None:  # while ranks were being ended, to be started again
+            # Told to all nodes before this one meets them: they would wait for ranks that it does not start.
             self._end_run(worker_group, self._ended_by(self._told))
             raise SignalException(self._told.name, sigval=self._told)
         super()._rendezvous(worker_group)
@@ -200,7 +199,7 @@ class NodeAgent(LocalElasticAgent):
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
         received = signal.Signals(number)
-        has_ranks = any(True for _ in self._ranks())  # torch's state is the last to know, after it has looked up names
+        has_ranks = any(self._ranks())  # torch's state is the last to know, after it has looked up names
         if self._worker_group.state in (WorkerState.INIT, WorkerState.STOPPED) and not has_ranks:  # nodes are meeting
             raise SignalException(received.name, sigval=received)
         if received == signal.SIGINT and self._told == signal.SIGINT:  # a second Ctrl-C

@@ -40,6 +40,8 @@ _CHUNK = 1024
 
 _KEEPS_CODE = os.access(os.path.dirname(__file__), os.W_OK)
 LOCK_SECONDS = 60.0
+"""That a process waits for others to compile; it takes them two."""
+
 _LOCK = Path(__file__).parent / "__pycache__" / "cpu_kernels.lock"
 _JIT: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": _KEEPS_CODE}
 _REASSOCIATED = {"reassoc", "contract", "nsz"}
