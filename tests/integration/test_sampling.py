@@ -66,6 +66,6 @@ def test_documents_end_with_their_row_and_padding_is_one_of_them() -> None:
     boundaries = document_boundaries(document_ids)
     assert boundaries.tolist() == [0, 2, 5, 6, 8, 10]
     assert boundaries.dtype == torch.int32
-    numbers = document_numbers(boundaries)
+    numbers = document_numbers(document_ids)
     assert numbers.tolist() == [[0, 0, 1, 1, 1, 2, 3, 3, 4, 4]]
     assert numbers.dtype == torch.int32
