@@ -6,9 +6,11 @@ python -m megatron_ogpsa.benchmarks.training MODEL_FOLDER --sft S.jsonl --dpo P.
 
 Each run is an ordinary ``megatron-ogpsa train`` of a few steps, of the same model on the same packed rows; settings take
 turns, in so many rounds, and ratios are taken within a round. Tokens are those of the data: padding is not counted. A step
-is the median of those without a refresh; a refresh is told by itself, and spread over the paper's intervals. ``--trl`` has
-TRL's trainers take their turns too (:mod:`megatron_ogpsa.benchmarks.trl_training`), whose steps differ in length: theirs
-are all tokens of such steps over all their seconds.
+is the median of those without a refresh; a refresh is told by itself, and spread over the paper's intervals. ``--in-turn``
+adds, for each projected setting, runs in which steps take turns with plain ones in one process
+(:mod:`megatron_ogpsa.benchmarks.every_second_step`): what projection costs where runs of the same setting differ by more.
+``--trl`` has TRL's trainers take their turns too (:mod:`megatron_ogpsa.benchmarks.trl_training`), whose steps differ in
+length: theirs are all tokens of such steps over all their seconds.
 """
 
 from __future__ import annotations
@@ -16,13 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -32,12 +32,13 @@ import torch
 import yaml
 
 from megatron_ogpsa.benchmarks import trl_training
+from megatron_ogpsa.benchmarks.speeds import WARM_UP, Speed, read_in_turn, read_speed, read_trl_speed
 from megatron_ogpsa.benchmarks.timing import versions
 from megatron_ogpsa.console.commands import Command, run_commands
-from megatron_ogpsa.console.training_log import read_curves
 from megatron_ogpsa.data.sources import open_source, require_source
 from megatron_ogpsa.errors import UserError
 
+EVERY_SECOND_STEP = f"{__package__}.every_second_step"
 COMMAND = [sys.executable, "-m", "megatron_ogpsa.cli.main"]
 PLAIN = "plain"
 SETTINGS: Mapping[str, Mapping[str, str]] = {
@@ -54,93 +55,11 @@ PAPERS_INTERVAL = {"sft": 30, "dpo": 5}
 ROWS = {"sft": 400, "dpo": 60}
 """Of a source that are used: DPO computes the reference policy's log-probabilities of all pairs first."""
 
-WARM_UP = 2
-"""Steps that do not count."""
-
 FEWEST_STEPS = 2 * WARM_UP + 1
 """Of which some count: neither among the first, nor with a refresh."""
 
 SECONDS = 90.0
 """Of a run, for the first ETA."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """What one run's log tells.
-
-    Attributes:
-        tokens: of the data, in one optimizer step of all ranks.
-        step_seconds: median over steps without a refresh.
-        counted: seconds of each of those.
-        refresh_seconds: of the last refresh; None without references.
-        useful: share of a row's positions that are tokens of the data, not padding.
-    """
-
-    tokens: float
-    useful: float
-    step_seconds: float
-    counted: Sequence[float]
-    refresh_seconds: float | None
-
-    def tokens_per_second(self, interval: int | None = None) -> float:
-        """Without refreshes, or with one every ``interval`` steps."""
-        refresh = (self.refresh_seconds or 0.0) / interval if interval else 0.0
-        return self.tokens / (self.step_seconds + refresh)
-
-
-def read_speed(log: Path, data: Path, rows_in_step: int, refreshed: Sequence[int]) -> Speed:
-    """Of the log of one run.
-
-    Args:
-        data: what was trained on, as the log names it.
-        refreshed: steps, from 1, that begin with a refresh.
-
-    Raises:
-        UserError: the log lacks what is looked for.
-    """
-    told = re.search(
-        rf"data {re.escape(str(data))}: .* rows of (\d+) positions, ([\d.]+)% tokens", log.read_text(encoding="utf-8")
-    )
-    curves = read_curves(log)
-    elapsed = curves.get("elapsed time per iteration (ms)")
-    counted = (
-        [
-            milliseconds
-            for step, milliseconds in zip(elapsed.steps, elapsed.values, strict=True)
-            if step > WARM_UP and step not in refreshed
-        ]
-        if elapsed
-        else []
-    )
-    if told is None or not counted:
-        raise UserError(f"{log}: tells neither rows nor times of steps: look at its end for what went wrong")
-    refresh = curves.get("ogpsa refresh (ms)")
-    return Speed(
-        tokens=rows_in_step * int(told[1]) * float(told[2]) / 100,
-        useful=float(told[2]) / 100,
-        step_seconds=statistics.median(counted) / 1e3,
-        counted=[milliseconds / 1e3 for milliseconds in counted],
-        refresh_seconds=refresh.values[-1] / 1e3 if refresh and refresh.values[-1] else None,
-    )
-
-
-def read_trl_speed(file: Path, refreshed: Sequence[int]) -> Speed:
-    """Of the steps that :mod:`megatron_ogpsa.benchmarks.trl_training` wrote down.
-
-    Args:
-        refreshed: as in :func:`read_speed`; plain runs leave these steps out too, since each step has other samples.
-    """
-    steps = json.loads(file.read_text(encoding="utf-8"))["steps"]
-    counted = [step for number, step in enumerate(steps, 1) if number > WARM_UP and number not in refreshed]
-    refreshes = [step["refresh_seconds"] for step in steps if step["refresh_seconds"]]
-    tokens = sum(step["tokens"] for step in counted)
-    return Speed(
-        tokens=tokens / len(counted),
-        useful=tokens / sum(step["positions"] for step in counted),
-        step_seconds=sum(step["seconds"] for step in counted) / len(counted),
-        counted=[step["seconds"] for step in counted],
-        refresh_seconds=refreshes[-1] if refreshes else None,
-    )
 
 
 def config(args: argparse.Namespace, stage: str, setting: str) -> dict[str, Any]:
@@ -185,39 +104,63 @@ def measure(args: argparse.Namespace, stages: Sequence[str]) -> list[dict[str, A
         rows = [row for _, row in islice(open_source(str(getattr(args, stage))).rows(), ROWS[stage])]
         _data(args, stage).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     convert = [*COMMAND, "convert", str(args.model), str(_start(args))]
-    steps = [Command("to Megatron", convert, args.out / "convert.log", 30.0, _start(args).exists())]
+    commands = [Command("to Megatron", convert, args.out / "convert.log", 30.0, _start(args).exists())]
     speeds: dict[tuple[str, str], list[Path]] = {(stage, name): [] for stage in stages for name in args.settings}
+    in_turn: dict[tuple[str, str], list[Path]] = {
+        (stage, name): [] for stage, name in speeds if args.in_turn and name in SETTINGS and name != PLAIN
+    }
     for round_number in range(1, args.rounds + 1):
         for (stage, name), files in speeds.items():
-            log = args.out / f"{stage}-{name.replace(', ', '-')}-{round_number}.log"
-            command, told_in = (
-                _trl_run(args, stage, name, log) if name in TRL_SETTINGS else _run(args, stage, name, log)
-            )
-            steps.append(Command(f"{stage} {name}, round {round_number}", command, log, SECONDS))
+            command, told_in = _run(args, stage, name, round_number)
+            commands.append(command)
             files.append(told_in)
-    run_commands(steps)
-    refreshed = [*range(1, args.steps + 1, _interval(args))]
-    found = {
-        (stage, name): [
-            read_trl_speed(file, refreshed)
-            if name in TRL_SETTINGS
-            else read_speed(file, _data(args, stage), args.rows, refreshed)
-            for file in files
-        ]
-        for (stage, name), files in speeds.items()
+        for (stage, name), files in in_turn.items():
+            command = _run_in_turn(args, stage, name, round_number)
+            commands.append(command)
+            files.append(command.log)
+    run_commands(commands)
+    found = {key: _read(args, *key, files) for key, files in speeds.items()}
+    ratios = {
+        key: statistics.median(read_in_turn(log, _refreshed(2 * args.steps, 2 * _interval(args))) for log in logs)
+        for key, logs in in_turn.items()
     }
-    return [_account(stage, name, own, found[stage, PLAIN]) for (stage, name), own in found.items()]
+    return [
+        _account(stage, name, own, found[stage, PLAIN]) | {"of plain, in turn": ratios.get((stage, name))}
+        for (stage, name), own in found.items()
+    ]
 
 
-def _run(args: argparse.Namespace, stage: str, name: str, log: Path) -> tuple[list[str], Path]:
+def _read(args: argparse.Namespace, stage: str, name: str, files: Sequence[Path]) -> list[Speed]:
+    refreshed = _refreshed(args.steps, _interval(args))
+    if name in TRL_SETTINGS:
+        return [read_trl_speed(file, refreshed) for file in files]
+    return [read_speed(file, _data(args, stage), args.rows, refreshed) for file in files]
+
+
+def _run(args: argparse.Namespace, stage: str, name: str, round_number: int) -> tuple[Command, Path]:
     """The command, and the file that will tell its speed."""
-    path = args.out / f"{stage}-{name}.yaml"
+    title = f"{stage} {name}, round {round_number}"
+    log = args.out / f"{stage}-{name.replace(', ', '-')}-{round_number}.log"
+    if name in TRL_SETTINGS:
+        told_in = log.with_suffix(".json")
+        return Command(title, _with_trl(args, stage, name, told_in), log, SECONDS), told_in
+    path = _config_file(args, stage, name)
     path.write_text(yaml.safe_dump(config(args, stage, name), sort_keys=False), encoding="utf-8")
-    return [*COMMAND, "train", str(path), *shlex.split(args.train_flags)], log
+    return Command(title, [*COMMAND, "train", str(path), *shlex.split(args.train_flags)], log, SECONDS), log
 
 
-def _trl_run(args: argparse.Namespace, stage: str, name: str, log: Path) -> tuple[list[str], Path]:
-    told_in = log.with_suffix(".json")
+def _run_in_turn(args: argparse.Namespace, stage: str, name: str, round_number: int) -> Command:
+    """Of so many steps plain and so many projected; what :func:`_run` wrote is its configuration."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.nproc)]
+    argv = [*torchrun, "-m", EVERY_SECOND_STEP, str(_config_file(args, stage, name))]
+    argv += ["--train-iters", str(2 * args.steps), "--ogpsa-refresh-interval", str(2 * _interval(args))]
+    log = args.out / f"{stage}-{name}-in-turn-{round_number}.log"
+    return Command(
+        f"{stage} {name} in turn, round {round_number}", [*argv, *shlex.split(args.train_flags)], log, SECONDS
+    )
+
+
+def _with_trl(args: argparse.Namespace, stage: str, name: str, told_in: Path) -> list[str]:
     flags = {
         "stage": stage,
         "rule": TRL_SETTINGS[name],
@@ -233,7 +176,7 @@ def _trl_run(args: argparse.Namespace, stage: str, name: str, log: Path) -> tupl
     }
     command = [sys.executable, "-m", trl_training.__name__, str(args.model)]
     command += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
-    return [*command, *(["--bf16"] if args.bf16 else [])], told_in
+    return [*command, *(["--bf16"] if args.bf16 else [])]
 
 
 def _account(stage: str, name: str, speeds: Sequence[Speed], plain: Sequence[Speed]) -> dict[str, Any]:
@@ -265,6 +208,15 @@ def _start(args: argparse.Namespace) -> Path:
 
 def _data(args: argparse.Namespace, stage: str) -> Path:
     return Path(args.out.resolve()) / f"{stage}.jsonl"
+
+
+def _config_file(args: argparse.Namespace, stage: str, name: str) -> Path:
+    return Path(args.out) / f"{stage}-{name}.yaml"
+
+
+def _refreshed(steps: int, interval: int) -> list[int]:
+    """Steps, from 1, that begin with a refresh."""
+    return [*range(1, steps + 1, interval)]
 
 
 def _interval(args: argparse.Namespace) -> int:
@@ -299,6 +251,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SETTING",
         help=f"those of {', '.join(map(repr, (*SETTINGS, *TRL_SETTINGS)))} (the first {len(SETTINGS)}); "
         f"{PLAIN}, which ratios are to, is always among them",
+    )
+    parser.add_argument(
+        "--in-turn", action="store_true", help="also runs in which projected steps take turns with plain ones"
     )
     parser.add_argument("--trl", action="store_true", help="both of TRL's as well")
     parser.add_argument("--out", type=Path, default=Path("runs/training-benchmark"), help="(runs/training-benchmark)")
@@ -335,6 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             f"{result['stage']} {result['setting']:12} {result['tokens per second']:8.0f} tokens/s, {result['of plain']:.3f} "
             f"of plain; {result['of plain, with refreshes']:.3f} with refreshes"
+            + (f"; step by step in one run {ratio:.3f}" if (ratio := result["of plain, in turn"]) else "")
         )
     if args.json:
         account = {

@@ -6,10 +6,12 @@ import json
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_ogpsa.benchmarks import training, trl_training
+from megatron_ogpsa.benchmarks.speeds import is_projected, read_in_turn, read_speed
 from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.console.commands import Command
 from megatron_ogpsa.errors import UserError
@@ -102,6 +104,63 @@ def test_trls_trainers_take_their_turns(command: list[str], tmp_path: Path, monk
     assert found["sft", "TRL, plain"]["seconds of a refresh"] is None
 
 
+def test_in_one_run_projected_steps_are_compared_with_their_neighbours(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of twelve steps the first and the seventh begin with a refresh; the machine becomes slower all the time."""
+    in_turn = []
+
+    def run_commands(steps: Sequence[Command]) -> None:
+        for step in steps:
+            if training.EVERY_SECOND_STEP in step.argv:
+                in_turn.append(step)
+                lines = [
+                    f" [2026-01-01] iteration {number:8}/      12 | elapsed time per iteration (ms): {taken} |"
+                    for number in range(1, 13)
+                    for taken in [10.0**number * (1.25 if number % 2 == 0 else 10.0)]
+                ]
+                step.log.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            elif "train" in step.argv:
+                write_log(step)
+
+    monkeypatch.setattr(training, "run_commands", run_commands)
+    assert training.main([*command, "--in-turn", "--nproc", "4", "--json", str(tmp_path / "figures.json")]) == 0
+    names = [(stage, setting) for stage in ("sft", "dpo") for setting in ("gradient", "update")]
+    assert [step.title for step in in_turn] == [
+        f"{stage} {setting} in turn, round {number}" for number in (1, 2) for stage, setting in names
+    ]
+    assert in_turn[0].argv[-4:] == ["--train-iters", "12", "--ogpsa-refresh-interval", "6"]
+    assert "--nproc-per-node 4" in " ".join(in_turn[0].argv)
+    account = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    ratios = {(result["stage"], result["setting"]): result["of plain, in turn"] for result in account["results"]}
+    assert ratios.pop(("sft", "plain")) is ratios.pop(("dpo", "plain")) is None
+    assert ratios == {name: pytest.approx(1 / 1.25) for name in names}
+    assert "step by step in one run 0.800" in capsys.readouterr().out
+
+
+def test_every_second_step_is_projected(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_ogpsa.benchmarks import every_second_step
+    from megatron_ogpsa.integration import stages
+    from megatron_ogpsa.integration.projection.run import ProjectionRun
+
+    before, given = [], []
+    monkeypatch.setattr(stages, "ProjectionRun", ProjectionRun)  # restored at the end
+    monkeypatch.setattr(ProjectionRun, "before_step", lambda *arguments: before.append(arguments[-1]))
+    monkeypatch.setattr(every_second_step, "run_verb", lambda argv: given.append(argv) or 0)
+    assert every_second_step.main(["run.yaml", "--lr", "1e-6"]) == 0
+    assert given == [["train", "run.yaml", "--lr", "1e-6"]]
+    assert stages.ProjectionRun is every_second_step.EverySecondStep
+    run = object.__new__(every_second_step.EverySecondStep)
+    run._ogpsa = SimpleNamespace(enabled=None)  # type: ignore[assignment]
+    projected = []
+    for step in range(4):
+        run.before_step([], None, lambda: None, step)
+        projected.append(run._ogpsa.enabled)
+    assert before == [0, 1, 2, 3]
+    assert projected == [False, True, False, True]
+    assert projected == [is_projected(number) for number in range(1, 5)]
+
+
 def test_runs_differ_in_the_projection_alone(command: list[str], tmp_path: Path) -> None:
     args = training._parser().parse_args(command)
     start = tmp_path / "out/start"
@@ -131,4 +190,6 @@ def test_what_is_missing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "no such file" in capsys.readouterr().err
     (tmp_path / "log").write_text("nothing\n", encoding="utf-8")
     with pytest.raises(UserError, match="tells neither rows nor times"):
-        training.read_speed(tmp_path / "log", Path("data"), 4, [1])
+        read_speed(tmp_path / "log", Path("data"), 4, [1])
+    with pytest.raises(UserError, match="tells neither rows nor times"):
+        read_in_turn(tmp_path / "log", [1])

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ogpsa.benchmarks import training, trl_training
+from megatron_ogpsa.benchmarks import trl_training
+from megatron_ogpsa.benchmarks.speeds import read_trl_speed
 from tests.conversion.models import build_chat_model
 
 CPU = torch.device("cpu")
@@ -90,7 +91,7 @@ def test_a_trainer_tells_its_steps(stage: str, folder: Path) -> None:
     assert all(0 < step["tokens"] <= step["positions"] for step in steps)
     assert any(step["tokens"] < step["positions"] for step in steps)  # samples differ in length
     assert 40 < sum(step["tokens"] for step in steps) / len(steps) < 160  # about what was asked for
-    speed = training.read_trl_speed(account, [1, 3, 5])
+    speed = read_trl_speed(account, [1, 3, 5])
     assert speed.tokens == steps[3]["tokens"]  # the fourth alone is neither among the first nor with a refresh
     assert speed.step_seconds == steps[3]["seconds"]
     assert speed.refresh_seconds == steps[4]["refresh_seconds"]
