@@ -2,9 +2,10 @@
 
 The folder holds ``projection.json`` and ``large.json`` (:mod:`megatron_ogpsa.benchmarks.projection`), ``steps.jsonl``
 (:mod:`megatron_ogpsa.benchmarks.step`, the paper's rule) and ``profile.json`` (:mod:`megatron_ogpsa.benchmarks.profile`); and
-where they were made, ``narrow.json`` as the first two, ``default_step.jsonl`` as the third, ``sft.json`` and ``dpo.json``
-(:mod:`megatron_ogpsa.benchmarks.training`) and what pytest wrote of the tests, ``kernels.xml``, ``fp8-figures.xml``,
-``fp8-resume.xml`` and ``fp8-traces.xml``. ``notes.json`` has what is to be said of these data and no others, by section.
+where they were made, ``small.json`` and ``narrow.json`` as the first two, ``default_step.jsonl`` as the third, ``sft.json``
+and ``dpo.json`` (:mod:`megatron_ogpsa.benchmarks.training`) and what pytest wrote of the tests, ``kernels.xml``,
+``fp8-figures.xml``, ``fp8-resume.xml`` and ``fp8-traces.xml``. ``notes.json`` has what is to be said of these data and no
+others, by section.
 :mod:`megatron_ogpsa.benchmarks.on_gpu` makes them all.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,7 +70,7 @@ since dots write nothing.
 
 The slowest is {slowest:.0%} of a copy; the bar is 80 %. It has the fewest bytes to read, in {smallest:.2f} ms, so that what
 two launches take weighs most.
-
+{small}
 Threads read eight elements at once here, since all lies at multiples of that, as shards of Megatron's distributed optimizer
 do with up to 16 data-parallel ranks. With 32 it is four and with 64 two, compiled by the tests and not measured; with 128 or
 more it is one unless `--ddp-pad-buckets-for-high-nccl-busbw` is given, which pads for any number.
@@ -88,10 +90,10 @@ micro-batch.
 
 {default_rule}
 
-The two passes read and write {pass_bytes:.1f} GB, for which a copy's bandwidth takes {pass_floor:.1f} ms; they add
-{added:.1f} ms to `optimizer.step()`, {added_share:.1%} of a step. The whole step grew by {grown:.1%}; the profile below has
-most of the rest as time in which the GPU was idle. The host waited twice more in a projected step, each wait uses up its
-lead, and with {kernels:.0f} launches in a step it takes a while to be ahead again. {step_note}
+By the paper's rule the two passes read and write {pass_bytes:.1f} GB, for which a copy's bandwidth takes {pass_floor:.1f} ms.
+They add {added:.1f} ms to `optimizer.step()` as the host sees it, which does not wait for the last of what it has launched.
+The whole step grew by {grown:.1%}; the profile below has most of the rest as time in which the GPU was idle: a wait of the
+host uses up its lead, and with {kernels:.0f} launches in a step it takes a while to be ahead again.
 
 Memory: the highest that the allocator gave out, and by how many bytes for each element it is above a plain step. In a refresh
 the new references stand beside the basis in use. The authors' copies, {copies:.1f} bytes an element, are in host memory.
@@ -106,6 +108,7 @@ the new references stand beside the basis in use. The authors' copies, {copies:.
 
 PyTorch's profiler, {recorded} steps of each setting, milliseconds of one step. *Copies from the host* are of a basis in host
 memory, {basis:.1f} GB in fp32, which each of the two passes brings to the GPU in tiles through two staging buffers.
+{profile_note}
 
 {profile}
 
@@ -150,9 +153,9 @@ python -m megatron_ogpsa.benchmarks.random_model llama-1b --tokenizer smollm2
 SFT and DPO of one model, of 1.07B parameters, on the same data: as `megatron-ogpsa train` runs them on packed rows of 2,048
 positions, four in a step, one at a time; and as TRL's trainers do, which pad, in as many whole micro-batches as have about
 the same tokens, plain and with the authors' rule. Ours is in bf16 with fp32 main parameters, TRL's in fp32 with autocast.
-Tokens are those of the data. *A step* is the median of five steps of one run (for TRL their mean, since its steps differ in
-length), with the least and the most; *with refreshes* spreads one, of 32 conversations, over the paper's 30 steps in SFT and
-5 in DPO.
+Tokens are those of the data. *A step* is the median of one run's steps after the first two and without a refresh, {counted}
+(for TRL the mean of five, since its steps differ in length), with the least and the most; *with refreshes* spreads one, of
+32 conversations, over the paper's 30 steps in SFT and 5 in DPO.
 
 {training}
 
@@ -171,6 +174,7 @@ class Data:
     large: Json
     steps: Sequence[Json]
     profile: Json
+    small: Json | None = None
     narrow: Json | None = None
     training: Sequence[Json] = ()
     kernels: Sequence[TestRun] = ()
@@ -210,6 +214,7 @@ class Data:
                 for line in (text(name).splitlines() if name == "steps.jsonl" or (folder / name).exists() else ())
             ],
             profile=json.loads(text("profile.json")),
+            small=optional("small.json"),
             narrow=optional("narrow.json"),
             training=[account for stage in ("sft", "dpo") if (account := optional(f"{stage}.json"))],
             kernels=tests("kernels.xml"),
@@ -222,7 +227,7 @@ class Data:
 def as_markdown(data: Data) -> str:
     """The page."""
     further = "\n".join(_further_sections(data))
-    notes = {f"{section}_note": data.notes.get(section, "") for section in ("step", "copies")}
+    notes = {f"{section}_note": data.notes.get(section, "") for section in ("profile", "copies")}
     return _PAGE.format(**_of_the_passes(data), **_of_steps(data), **_of_the_profile(data), **notes, further=further)
 
 
@@ -239,6 +244,7 @@ def _further_sections(data: Data) -> Iterator[str]:
         ]
         yield _TRAINING.format(
             commands="\n".join(account["command"] for account in data.training),
+            counted=_counted(data.training),
             note=data.notes.get("whole runs", ""),
             training=in_markdown(training_rows(result for account in data.training for result in account["results"])),
         )
@@ -257,6 +263,17 @@ def _further_sections(data: Data) -> Iterator[str]:
     yield f"## Not measured\n\n{', '.join(missing)}."
 
 
+def _counted(training: Iterable[Json]) -> str:
+    """``5 in SFT, 13 in DPO``."""
+    numbers = {
+        result["stage"]: sum(map(len, result.get("seconds of each step", [])))
+        for account in training
+        for result in account["results"]
+        if result["setting"] not in TRL_SETTINGS
+    }
+    return ", ".join(f"{number} in {stage.upper()}" for stage, number in numbers.items())
+
+
 def _outcomes(folders: Mapping[str, Sequence[TestRun]]) -> Iterator[str]:
     for folder, tests in folders.items():
         if tests:
@@ -266,6 +283,7 @@ def _outcomes(folders: Mapping[str, Sequence[TestRun]]) -> Iterator[str]:
 
 def _of_the_passes(data: Data) -> Json:
     accounts = [data.projection, data.large, *([data.narrow] if data.narrow else [])]
+    shown = [*accounts, *([data.small] if data.small else [])]
     results = [result for account in accounts for result in account["results"]]
     slowest = min(
         (result["passes"][name] for result in results for name in _PASSES), key=lambda speed: float(speed["of_copy"])
@@ -274,11 +292,30 @@ def _of_the_passes(data: Data) -> Json:
         "device": data.profile["device"],
         "date": data.profile["date"],
         "versions": ", ".join(f"{name} {version}" for name, version in data.profile["versions"].items()),
-        "projection_commands": "\n".join(account["command"] for account in accounts),
+        "projection_commands": "\n".join(account["command"] for account in shown),
+        "small": _of_small_shards(data.small) if data.small else "",
         "projection": in_markdown(_projection_rows(results)),
         "slowest": slowest["of_copy"],
         "smallest": slowest["milliseconds"],
     }
+
+
+def _of_small_shards(account: Json) -> str:
+    """A shard whose passes are over sooner than the host has launched them."""
+    results = account["results"]
+
+    def from_to(values: Sequence[float], form: str) -> str:
+        return f"{min(values):{form}} to {max(values):{form}}"
+
+    milliseconds = {name: [result["passes"][name]["milliseconds"] for result in results] for name in (*_PASSES, "copy")}
+    shares = [result["passes"][name]["of_copy"] for result in results for name in _PASSES]
+    return (
+        f"\nA shard of {results[0]['elements'] / 1e6:.0f}M elements is mostly below the bar, {from_to(shares, '.0%')} "
+        "of a copy, by the clock of the host, whose launches take longer than these passes: dots take "
+        f"{from_to(milliseconds['dots'], '.2f')} ms and subtraction {from_to(milliseconds['subtract'], '.2f')} ms, with one "
+        f"basis vector as with eight, a copy {statistics.median(milliseconds['copy']):.3f} ms. In a step the host launches "
+        "ahead of the GPU, so that this is seen only where it has just waited.\n"
+    )
 
 
 def _projection_rows(results: Iterable[Json]) -> list[list[str]]:
@@ -311,7 +348,6 @@ def _of_steps(data: Data) -> Json:
         "pass_bytes": pass_bytes,
         "pass_floor": 1e3 * pass_bytes / copy,
         "added": added,
-        "added_share": added / 1e3 / first["seconds of a plain step"],
         "grown": first["ogpsa / plain"] - 1,
         "memory": in_markdown(
             [

@@ -97,6 +97,13 @@ def measurements(args: argparse.Namespace) -> list[Measurement]:
             "the passes, longer", "large.json", "--json", (_PASSES, "--elements", "5e8", "--rank", "2", "8"), 20
         ),
         Measurement(
+            "the passes, of a small shard",
+            "small.json",
+            "--json",
+            (_PASSES, "--elements", "1e7"),
+            10,
+        ),
+        Measurement(
             "the passes, read by fours and twos",
             "narrow.json",
             "--json",
@@ -117,11 +124,11 @@ def _whole_runs(args: argparse.Namespace, stage: str) -> Measurement:
         "update",
         "TRL, authors",
         "TRL, plain",
-        *"--nproc 1 --bf16 --rounds 1 --seq-length 2048".split(),
+        *"--in-turn --nproc 1 --bf16 --rounds 1 --seq-length 2048".split(),
     ]
     sources = (f"--{stage}={getattr(args, stage)}", f"--reference={args.reference}")
     module = (f"{__package__}.training", str(args.model), *sources, *flags, f"--out={args.folder / 'training'}")
-    return Measurement(f"whole runs of {stage.upper()}, beside TRL's", f"{stage}.json", "--json", module, 180)
+    return Measurement(f"whole runs of {stage.upper()}, beside TRL's", f"{stage}.json", "--json", module, 240)
 
 
 def check(args: argparse.Namespace) -> None:

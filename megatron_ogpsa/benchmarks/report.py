@@ -351,23 +351,30 @@ def commands(lines: Iterable[Json]) -> str:
 
 
 def training_rows(results: Iterable[Json]) -> list[list[str]]:
-    """Of :mod:`megatron_ogpsa.benchmarks.training`: a line for each stage and setting, with the range of its steps."""
+    """Of :mod:`megatron_ogpsa.benchmarks.training`: a line for each stage and setting, with the range of its steps.
+
+    With a column for what was measured step by step in one run, if anything was.
+    """
+    told = [*results]
+    in_turn = "of plain, in turn"
     titles = ["stage", "setting", "of positions are tokens", "a step, s", "tokens/s", "of plain", "a refresh, s"]
-    rows = [[*titles, "of plain, with refreshes"]]
-    for result in results:
+    titles += ["of plain, with refreshes"]
+    titles += ["of plain, steps in turn"] if any(result.get(in_turn) for result in told) else []
+    rows = [titles]
+    for result in told:
         refresh = result["seconds of a refresh"]
-        rows.append(
-            [
-                result["stage"],
-                result["setting"],
-                f"{result['share of positions that are tokens']:.1%}",
-                f"{result['seconds of a step']:.3g}" + _range(result.get("seconds of each step", [])),
-                f"{result['tokens per second']:.0f}",
-                f"{result['of plain']:.3f}",
-                "–" if refresh is None else f"{refresh:.1f}",
-                f"{result['of plain, with refreshes']:.3f}",
-            ]
-        )
+        cells = [
+            result["stage"],
+            result["setting"],
+            f"{result['share of positions that are tokens']:.1%}",
+            f"{result['seconds of a step']:.3g}" + _range(result.get("seconds of each step", [])),
+            f"{result['tokens per second']:.0f}",
+            f"{result['of plain']:.3f}",
+            "–" if refresh is None else f"{refresh:.1f}",
+            f"{result['of plain, with refreshes']:.3f}",
+            f"{result[in_turn]:.3f}" if result.get(in_turn) else "–",
+        ]
+        rows.append(cells[: len(titles)])
     return rows
 
 

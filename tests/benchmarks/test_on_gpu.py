@@ -84,7 +84,7 @@ def test_each_command_is_one(tmp_path: Path) -> None:
             args = PARSERS[module]().parse_args(given)
             assert args.json == one.unfinished(tmp_path)
             known += 1
-    assert known == 8
+    assert known == 9
 
 
 def test_the_pages_commands_are_commands() -> None:
@@ -93,7 +93,7 @@ def test_the_pages_commands_are_commands() -> None:
     assert [arguments(*shlex.split(command)).folder.name for command in commands] == ["measured", "measured"]
 
 
-@pytest.mark.parametrize(("flags", "number"), [((), 10), (("--model", "folder", "--reference", "r", "--sft", "s"), 11)])
+@pytest.mark.parametrize(("flags", "number"), [((), 11), (("--model", "folder", "--reference", "r", "--sft", "s"), 12)])
 def test_whole_runs_want_a_model(flags: tuple[str, ...], number: int, tmp_path: Path) -> None:
     assert len(on_gpu.measurements(arguments(str(tmp_path), *flags))) == number
 
@@ -182,11 +182,14 @@ def test_the_page_tells_what_there_is(junit: Path, tmp_path: Path, capsys: pytes
     (folder / "fp8-figures.xml").write_bytes(junit.read_bytes())
     whole_runs = json.loads((ROOT / "docs/performance/training.json").read_text(encoding="utf-8"))
     (folder / "sft.json").write_text(json.dumps(whole_runs), encoding="utf-8")
+    (folder / "default_step.jsonl").unlink()
+    notes = json.loads((folder / "notes.json").read_text(encoding="utf-8"))
     page = gpu_report.as_markdown(gpu_report.Data.of(folder))
-    assert "not measured again" in page
+    assert notes["profile"] in page
+    assert "A shard of 10M elements" in page
     (folder / "notes.json").unlink()  # of those data alone: a page of others says nothing of it
     page = gpu_report.as_markdown(gpu_report.Data.of(folder))
-    assert "not measured again" not in page
+    assert notes["profile"] not in page
     assert "tests/core" not in page.partition("## Tests")[2]
     assert "| delayed | 2 passed |" in page
     assert "7 passed, 1 failed, 2 skipped; failed: refreshes leave no trace [recompute, blockwise]" in page

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ogpsa.benchmarks import gpu_report, profile, projection, step
+from megatron_ogpsa.benchmarks import gpu_report, profile, projection, step, training, trl_training
 from megatron_ogpsa.errors import UserError
 
 FOLDER = Path(__file__).parents[2] / "docs" / "gpu"
@@ -113,10 +113,19 @@ def test_the_page_is_made_of_its_data() -> None:
 
 def test_the_pages_commands_are_commands() -> None:
     data = gpu_report.Data.of(FOLDER)
-    for account in (data.projection, data.large):
+    assert data.small is not None
+    for account in (data.projection, data.large, data.small):
         args = projection._parser().parse_args(shlex.split(account["command"])[3:])
         shown = {(result["elements"], result["rank"]) for result in account["results"]}
         assert shown == {(int(elements), rank) for elements in args.elements for rank in args.rank}
+    parsers = {
+        module.__name__: parser
+        for module, parser in ((training, training._parser), (trl_training, trl_training.parser))
+    }
+    for account in data.training:
+        for line in account["command"].splitlines():
+            _, _, module, *flags = shlex.split(line)
+            assert parsers[module]().parse_args(flags).json is not None
     args = profile._parser().parse_args(shlex.split(data.profile["command"])[5:])
     assert args.steps == data.profile["steps"]
     for line, one in zip(gpu_report.commands(data.steps).splitlines(), data.steps, strict=True):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_ogpsa.benchmarks import training, trl_training
+from megatron_ogpsa.benchmarks.report import training_rows
 from megatron_ogpsa.benchmarks.speeds import is_projected, read_in_turn, read_speed
 from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.console.commands import Command
@@ -135,6 +136,12 @@ def test_in_one_run_projected_steps_are_compared_with_their_neighbours(
     ratios = {(result["stage"], result["setting"]): result["of plain, in turn"] for result in account["results"]}
     assert ratios.pop(("sft", "plain")) is ratios.pop(("dpo", "plain")) is None
     assert ratios == {name: pytest.approx(1 / 1.25) for name in names}
+    header, *rows = training_rows(account["results"])
+    assert header[-1] == "of plain, steps in turn"
+    assert [row[-1] for row in rows[:3]] == ["–", "0.800", "0.800"]
+    for result in account["results"]:
+        del result["of plain, in turn"]
+    assert {len(row) for row in training_rows(account["results"])} == {len(header) - 1}
     assert "step by step in one run 0.800" in capsys.readouterr().out
 
 
