@@ -274,6 +274,7 @@ class OGPSA:
         gram_BKK, *others = (part.reshape(table.shape) for part, table in zip(parts, tables, strict=True))
         return gram_BKK, others[0] if others else None, others[1] if others[1:] else None
 
+    @torch.no_grad()
     def _along(self, basis: Basis) -> Tensor | None:
         """Qᵀθ, this rank's share, fp64 [B, K]; None where it is out of reach, or Q does not hold whole references."""
         if not self._shard.reaches_parameters or self.config.energy < 1.0:

@@ -144,14 +144,15 @@ def _fits_on_gpu(layout: SegmentLayout, vectors: Sequence[Rows], tables: Sequenc
         return False
     from megatron_ogpsa.projection.gpu_kernels import VECTOR_TYPES
 
+    dtypes = {vector.dtype for vector in vectors}
     return (
-        all(
+        len(dtypes) == 1
+        and dtypes <= VECTOR_TYPES.keys()
+        and all(table.dtype in _BASIS_TYPES for table in tables)
+        and all(
             isinstance(rows, TileSource) or (rows.device == layout.device and rows.is_contiguous())
             for rows in (*vectors, *tables)
         )
-        and len({vector.dtype for vector in vectors}) == 1
-        and all(vector.dtype in VECTOR_TYPES for vector in vectors)
-        and all(table.dtype in _BASIS_TYPES for table in tables)
     )
 
 

@@ -128,8 +128,12 @@ class GradientShard:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What the inner optimizers update, 1-D and fp32: the spans of :attr:`parameter_layout`."""
-        return [piece.holder.detach().view(-1) for piece in self._pieces]
+        """What the inner optimizers update, 1-D and fp32: the spans of :attr:`parameter_layout`.
+
+        They may require gradients: to be read and written under ``no_grad`` alone. Those of the distributed optimizer are 1-D
+        already and given as they are, since views of some hundred tensors take the host milliseconds, in which a GPU waits.
+        """
+        return [holder if holder.dim() == 1 else holder.detach().view(-1) for holder in self._holders]
 
     @cached_property
     def parameter_layout(self) -> SegmentLayout:
@@ -145,9 +149,13 @@ class GradientShard:
             num_columns=self.layout.num_elements,
         )
 
-    @property
+    @cached_property
     def _pieces(self) -> list[Piece]:
         return [*chain.from_iterable(self._runs), *self._packed]
+
+    @cached_property
+    def _holders(self) -> list[Tensor]:
+        return [piece.holder for piece in self._pieces]
 
     def _columns(self) -> Iterator[int]:
         """Where each piece begins in the basis."""

@@ -74,6 +74,21 @@ def test_both_passes_are_those_of_pytorch(num_rows: int, dtype: torch.dtype) -> 
         assert torch.equal(vector, expected)
 
 
+def test_weights_are_projected_that_require_gradients() -> None:
+    """As those that an optimizer without fp32 copies updates."""
+    layout = layout_of()
+    rows, weights = random(2, layout.num_elements), random(NUM_BLOCKS, 2, seed=2).double()
+    parameters = [torch.nn.Parameter(random(length, seed=1)) for length in layout.span_lengths]
+    expected, kernels = [parameter.detach().clone() for parameter in parameters], CpuKernels(layout)
+    subtract_combination(layout, expected, rows, weights)
+    with torch.no_grad():
+        assert torch.equal(kernels.dots(parameters, rows), kernels.dots([p.data for p in parameters], rows))
+        kernels.subtract(parameters, rows, weights)
+    for parameter, wanted in zip(parameters, expected, strict=True):
+        assert parameter.requires_grad
+        assert torch.equal(parameter, wanted)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 9])
 def test_the_passes_of_a_refresh_are_those_of_pytorch(num_rows: int, dtype: torch.dtype) -> None:

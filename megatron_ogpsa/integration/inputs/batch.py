@@ -76,8 +76,8 @@ def document_boundaries(document_ids: torch.Tensor) -> torch.Tensor:
 def document_numbers(document_ids: torch.Tensor) -> torch.Tensor:
     """Of each token the number of its document, from 0 over rows laid end to end, int32 [1, b·s].
 
-    A sum over beginnings, not ``repeat_interleave`` of lengths: that wakes all of the host's threads, some milliseconds for
-    each micro-batch, in which the GPU has nothing to do.
+    A sum over beginnings, not ``repeat_interleave`` of lengths: that wakes all of the host's threads, if PyTorch has several,
+    and in some milliseconds of each micro-batch the GPU has nothing to do.
     """
     return _is_start(document_ids).cumsum(0, dtype=torch.int32)[None] - 1
 
