@@ -4,8 +4,8 @@
 torchrun --nproc-per-node 2 -m megatron_ogpsa.benchmarks.every_second_step CONFIG.yaml [flags]
 ```
 
-It is ``megatron-ogpsa train``, a rank of it, and takes what that takes. Runs differ in speed by more than the projection takes
-where a GPU waits for the host, or where others use the machine; neighbouring steps of one process have that in common.
+It is ``megatron-ogpsa train``, a rank of it, and takes what that takes. Runs differ in speed by more than the projection
+takes where a GPU waits for the host, or where others use the machine; neighbouring steps of one process have that in common.
 Plain steps keep the basis in memory and do nothing with it. :mod:`megatron_ogpsa.benchmarks.training` starts it, and reads
 its log.
 """

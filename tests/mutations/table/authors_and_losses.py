@@ -70,4 +70,12 @@ AUTHORS_AND_LOSSES = (
         ("tests/integration/test_dpo.py::test_each_round_of_dpo_has_a_reference_policy_of_its_own",),
         "a run that goes on into another folder cannot be resumed from there",
     ),
+    Mutation(
+        "absent-pairs-in-the-log",
+        "megatron_ogpsa/losses/preference.py",
+        "torch.where(exists_BP, values_FBP, 0.0).sum(dim=(1, 2))",
+        "values_FBP.sum(dim=(1, 2))",
+        ("tests/losses/test_preference.py::test_the_loss_is_its_definition_summed_over_pairs",),
+        "figures of DPO's log count pairs that a row does not have",
+    ),
 )

@@ -114,4 +114,12 @@ IN_THE_LOOP = (
         ("tests/integration/test_patching.py::test_a_second_patch_of_one_target_is_an_error",),
         "of two patches of one function the second is passed over without a word",
     ),
+    Mutation(
+        "rows-run-on-into-each-other",
+        "megatron_ogpsa/integration/inputs/batch.py",
+        "    is_start = torch.ones_like(document_ids, dtype=torch.bool)",
+        "    is_start = torch.arange(document_ids.numel()).view_as(document_ids) == 0",
+        ("tests/integration/test_sampling.py::test_documents_end_with_their_row_and_padding_is_one_of_them",),
+        "the first document of a packed row is taken for the rest of the row before it",
+    ),
 )

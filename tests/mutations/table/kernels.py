@@ -105,4 +105,20 @@ KERNELS = (
         ("tests/core/test_host_memory.py::test_memory_that_does_not_fit_is_given_back_first",),
         "every size that references ever took stays locked",
     ),
+    Mutation(
+        "all-compile-at-once",
+        "megatron_ogpsa/projection/cpu_kernels.py",
+        "        lock.acquire()\n",
+        "        lock.acquire(blocking=False)\n",
+        ("tests/core/test_kernels.py::test_processes_compile_one_after_the_other",),
+        "one process's machine code may be kept under the name of another's",
+    ),
+    Mutation(
+        "compiling-waits-for-a-stopped-process",
+        "megatron_ogpsa/projection/cpu_kernels.py",
+        "    with suppress(OSError, NotImplementedError):",
+        "    with suppress(NotImplementedError):",
+        ("tests/core/test_kernels.py::test_a_lock_that_is_not_to_be_had_keeps_nobody_from_compiling",),
+        "a run ends where a lock is not to be had in a minute",
+    ),
 )

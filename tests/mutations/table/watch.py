@@ -81,4 +81,12 @@ WATCH = (
         ("tests/watchdog/test_board.py::test_ranks_of_one_start_share_a_board",),
         "after a node was lost and came back, its ranks and the others do not hear of each other's hangs",
     ),
+    Mutation(
+        "own-error-ends-nobody",
+        "megatron_ogpsa/watchdog/watch.py",
+        "        link.ask(lambda board: board.announce(own))\n",
+        "",
+        ("tests/watchdog/test_watch.py::test_what_one_rank_alone_has_met_ends_the_others",),
+        "ranks that wait for one whose disk is full learn of it from the end of their sockets",
+    ),
 )
