@@ -11,7 +11,8 @@ import pytest
 from megatron_ogpsa.benchmarks import gpu_report, profile, projection, step, training, trl_training
 from megatron_ogpsa.errors import UserError
 
-FOLDER = Path(__file__).parents[2] / "docs" / "gpu"
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs" / "gpu"
 
 
 def event(name: str, start: float, stop: float, category: str = "kernel", stream: int = 7) -> dict[str, Any]:
@@ -131,3 +132,29 @@ def test_the_pages_commands_are_commands() -> None:
     for line, one in zip(gpu_report.commands(data.steps).splitlines(), data.steps, strict=True):
         made = {name: str(value) for name, value in vars(step.parser().parse_args(shlex.split(line)[5:])).items()}
         assert made | {"json": one["arguments"]["json"]} == one["arguments"]
+
+
+def test_other_pages_tell_what_the_data_have() -> None:
+    data = gpu_report.Data.of(FOLDER)
+    readme, numbers = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/numbers.md"))
+    paper, default = (f"{one['ogpsa / plain']:.3f}" for one in data.steps)
+    authors = f"{data.steps[0]['authors / plain']:.1f}"
+    assert f"default rule {default}, the paper's {paper}; the authors' hooks {authors}" in readme
+    assert f"| {default}; {paper}; {authors} |" in numbers
+    settings = ("plain", "update", "TRL, plain", "TRL, authors")
+    for account in data.training:
+        stage = account["results"][0]["stage"].upper()
+        speeds = {result["setting"]: f"{round(result['tokens per second'], -2):,.0f}" for result in account["results"]}
+        rounded = [speeds[name] for name in settings]
+        plain, update, trl, authors = rounded
+        assert (
+            f"{stage}: plain {plain}, default rule {update}, TRL {trl}, TRL with the authors' rule {authors}" in readme
+        )
+        assert f"{stage} {'; '.join(rounded)}" in numbers
+    passes = [
+        result["passes"][name]["of_copy"]
+        for account in (data.projection, data.large)
+        for result in account["results"]
+        for name in ("dots", "subtract")
+    ]
+    assert f"{100 * min(passes):.0f} to {100 * max(passes):.0f} % of a copy's bandwidth" in readme
