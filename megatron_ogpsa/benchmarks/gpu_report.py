@@ -309,12 +309,20 @@ def _of_small_shards(account: Json) -> str:
 
     milliseconds = {name: [result["passes"][name]["milliseconds"] for result in results] for name in (*_PASSES, "copy")}
     shares = [result["passes"][name]["of_copy"] for result in results for name in _PASSES]
+    on_device = [
+        result["passes"][name]["device_milliseconds"] / result["passes"][name]["milliseconds"]
+        for result in results
+        for name in _PASSES
+        if result["passes"][name].get("device_milliseconds")
+    ]
     return (
         f"\nA shard of {results[0]['elements'] / 1e6:.0f}M elements is mostly below the bar, {from_to(shares, '.0%')} "
         "of a copy, by the clock of the host, whose launches take longer than these passes: dots take "
         f"{from_to(milliseconds['dots'], '.2f')} ms and subtraction {from_to(milliseconds['subtract'], '.2f')} ms, with one "
         f"basis vector as with eight, a copy {statistics.median(milliseconds['copy']):.3f} ms. In a step the host launches "
-        "ahead of the GPU, so that this is seen only where it has just waited.\n"
+        "ahead of the GPU, so that this is seen only where it has just waited."
+        + (f" The GPU works {from_to(on_device, '.0%')} of these times." if on_device else "")
+        + "\n"
     )
 
 

@@ -100,7 +100,7 @@ def measurements(args: argparse.Namespace) -> list[Measurement]:
             "the passes, of a small shard",
             "small.json",
             "--json",
-            (_PASSES, "--elements", "1e7"),
+            (_PASSES, "--elements", "1e7", "--device-times"),
             10,
         ),
         Measurement(

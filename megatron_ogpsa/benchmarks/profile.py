@@ -18,7 +18,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -198,19 +198,31 @@ def _trace(args: argparse.Namespace, name: str, *, projected: bool) -> dict[str,
     work = loop.projected_step if projected else loop.step
     for _ in range(WARM_UP):
         work()
+    file = args.trace / f"{name.replace(', ', '-').replace(' ', '-')}.json" if args.trace else None
+    trace = recorded(work, args.steps, file)
+    loop.close()
+    return trace
+
+
+def recorded(work: Callable[[], object], times: int, file: Path | None = None) -> dict[str, Any]:
+    """The trace of doing ``work`` so many times, as PyTorch exports it; kept in ``file`` if there is one."""
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(args.steps):
+        for _ in range(times):
             work()
         torch.cuda.synchronize()
-    loop.close()
     with TemporaryDirectory() as scratch:
-        file = (args.trace or Path(scratch)) / f"{name.replace(', ', '-').replace(' ', '-')}.json"
+        file = file or Path(scratch) / "trace.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(file))
         trace: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return trace
+
+
+def busy_milliseconds(trace: Mapping[str, Any], times: int) -> float:
+    """In which the device did something, of one of so many times, however long the host took to launch it."""
+    return length(merged(spans_of(trace))) / times
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import pairwise
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from megatron_ogpsa.benchmarks.timing import in_turn, median_ratio
+from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.projection import passes
 from megatron_ogpsa.projection.segments import Segment, SegmentLayout, gram_and_dots, subtract_combination
 
@@ -55,12 +57,14 @@ class Speed:
         gigabytes_per_second: median.
         of_triad, of_copy: of the bandwidth of a triad, and of a copy; medians of ratios within a round.
         milliseconds: median.
+        device_milliseconds: what the device worked for it, by its own clock; None if that was not asked for.
     """
 
     gigabytes_per_second: float
     of_triad: float
     of_copy: float
     milliseconds: float
+    device_milliseconds: float | None = None
 
 
 def blocks_of(elements: int, number: int) -> list[Segment]:
@@ -76,8 +80,14 @@ def blocks_of(elements: int, number: int) -> list[Segment]:
     return [Segment(stop - start, block, True) for block, (start, stop) in enumerate(pairwise(cuts))]
 
 
-def measure(case: Case, device: torch.device, *, rounds: int, with_pytorch: bool) -> dict[str, Speed]:
-    """Speeds of the passes over one shard, by name; ``triad`` and ``copy`` are among them."""
+def measure(
+    case: Case, device: torch.device, *, rounds: int, with_pytorch: bool, by_device: bool = False
+) -> dict[str, Speed]:
+    """Speeds of the passes over one shard, by name; ``triad`` and ``copy`` are among them.
+
+    Args:
+        by_device: ask the device's own clock too.
+    """
     generator = torch.Generator(device).manual_seed(0)
     dtype = DTYPES[case.basis_dtype]
     vector, a, b, c = (torch.randn(case.elements, generator=generator, device=device) for _ in range(4))
@@ -100,10 +110,17 @@ def measure(case: Case, device: torch.device, *, rounds: int, with_pytorch: bool
         }
     repeat = REPEAT_ON_GPU if device.type == "cuda" else 1
     seconds = in_turn(work, rounds=rounds, device=device, title=f"{case.elements:.0e}, K={case.rank}", repeat=repeat)
-    return {name: _speed(name, case, rows, seconds) for name in work}
+    on_device = {name: _device_milliseconds(function) if by_device else None for name, function in work.items()}
+    return {name: _speed(name, case, rows, seconds, on_device[name]) for name in work}
 
 
-def _speed(name: str, case: Case, rows: Tensor, seconds: dict[str, list[float]]) -> Speed:
+def _device_milliseconds(work: Callable[[], object]) -> float:
+    from megatron_ogpsa.benchmarks.profile import busy_milliseconds, recorded
+
+    return busy_milliseconds(recorded(work, REPEAT_ON_GPU), REPEAT_ON_GPU)
+
+
+def _speed(name: str, case: Case, rows: Tensor, seconds: dict[str, list[float]], on_device: float | None) -> Speed:
     of_basis = case.rank * rows.element_size()
     bytes_of = {"triad": TRIAD_BYTES, "copy": COPY_BYTES, "dots": 4 + of_basis, "subtract": 8 + of_basis}
     own = bytes_of[name.removesuffix(" in PyTorch")]
@@ -117,6 +134,7 @@ def _speed(name: str, case: Case, rows: Tensor, seconds: dict[str, list[float]])
         of_triad=of("triad"),
         of_copy=of("copy"),
         milliseconds=1e3 * median,
+        device_milliseconds=on_device,
     )
 
 
@@ -128,13 +146,22 @@ def main(argv: list[str] | None = None) -> int:
         torch.cuda.set_device(device)  # where Triton launches
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.device_times and device.type != "cuda":
+        print(f"error: --device-times: {device} has no clock of its own; leave the flag out", file=sys.stderr)
+        return UserError.exit_code
     results = []
     for elements in args.elements:
         for blocks in args.blocks:
             for dtype in args.basis_dtype:
                 for rank in args.rank:
                     case = Case(elements=int(elements), rank=rank, blocks=blocks, basis_dtype=dtype)
-                    speeds = measure(case, device, rounds=args.rounds, with_pytorch=args.with_pytorch)
+                    speeds = measure(
+                        case,
+                        device,
+                        rounds=args.rounds,
+                        with_pytorch=args.with_pytorch,
+                        by_device=args.device_times,
+                    )
                     results.append({**asdict(case), "passes": {name: asdict(speed) for name, speed in speeds.items()}})
                     _tell(case, speeds)
     if args.json:
@@ -164,6 +191,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="on CPU (torch's default)")
     parser.add_argument("--rounds", type=int, default=9, help="counted repetitions (9)")
     parser.add_argument("--with-pytorch", action="store_true", help="also the passes tile by tile in PyTorch")
+    parser.add_argument(
+        "--device-times", action="store_true", help="also what a GPU works for a pass, by PyTorch's profiler"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser
 
@@ -171,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
 def _tell(case: Case, speeds: dict[str, Speed]) -> None:
     shown = ", ".join(
         f"{name} {speed.gigabytes_per_second:.1f} GB/s = {speed.of_triad:.0%} of triad, {speed.of_copy:.0%} of copy"
+        + (f" ({speed.device_milliseconds:.3f} ms on the device)" if speed.device_milliseconds else "")
         for name, speed in speeds.items()
         if name not in ("triad", "copy")
     )

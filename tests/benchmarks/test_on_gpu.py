@@ -187,6 +187,13 @@ def test_the_page_tells_what_there_is(junit: Path, tmp_path: Path, capsys: pytes
     page = gpu_report.as_markdown(gpu_report.Data.of(folder))
     assert notes["profile"] in page
     assert "A shard of 10M elements" in page
+    assert "The GPU works" not in page
+    small = json.loads((folder / "small.json").read_text(encoding="utf-8"))
+    for result in small["results"]:
+        for speed in result["passes"].values():
+            speed["device_milliseconds"] = speed["milliseconds"] / 4
+    (folder / "small.json").write_text(json.dumps(small), encoding="utf-8")
+    assert "The GPU works 25% to 25% of these times." in gpu_report.as_markdown(gpu_report.Data.of(folder))
     (folder / "notes.json").unlink()  # of those data alone: a page of others says nothing of it
     page = gpu_report.as_markdown(gpu_report.Data.of(folder))
     assert notes["profile"] not in page

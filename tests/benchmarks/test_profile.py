@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_ogpsa.benchmarks import gpu_report, profile, projection, step, training, trl_training
 from megatron_ogpsa.errors import UserError
@@ -71,6 +72,21 @@ def test_a_timeline_is_of_the_last_step() -> None:
     assert timeline[profile.PROJECTION] == [[0.1, 0.5]]
     assert timeline[profile.OTHER] == [[0.9, 1.0]]
     assert profile.timeline(TRACE, steps=1)[profile.COPIES] == [[0.5, 2.5]]
+
+
+def test_what_a_device_works_for_a_pass_is_not_what_launching_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the trace's 5 ms, 0.6 are idle."""
+    case = projection.Case(elements=1000, rank=1, blocks=1, basis_dtype="fp32")
+    monkeypatch.setattr(profile, "recorded", lambda work, times: TRACE)
+    speeds = projection.measure(case, torch.device("cpu"), rounds=1, with_pytorch=False, by_device=True)
+    expected = 4.4 / projection.REPEAT_ON_GPU
+    assert [speed.device_milliseconds for speed in speeds.values()] == [pytest.approx(expected)] * 4
+    speeds = projection.measure(case, torch.device("cpu"), rounds=1, with_pytorch=False)
+    assert {speed.device_milliseconds for speed in speeds.values()} == {None}
+    assert projection.main(["--device-times", "--device", "cpu"]) == UserError.exit_code
+    assert "error: --device-times: cpu has no clock of its own" in capsys.readouterr().err
 
 
 def test_a_profile_without_a_device_is_told() -> None:

@@ -296,6 +296,15 @@ def test_the_benchmark_measures_on_the_device_of_its_tensors(monkeypatch: pytest
 
 
 @pytest.mark.gpu
+def test_the_benchmark_asks_the_gpus_own_clock() -> None:
+    case = benchmark.Case(elements=10_000_000, rank=2, blocks=1, basis_dtype="fp32")
+    speeds = benchmark.measure(case, torch.device("cuda", 0), rounds=3, with_pytorch=False, by_device=True)
+    for speed in speeds.values():  # at no more than 10 TB/s, which no memory has yet
+        assert speed.device_milliseconds is not None
+        assert speed.device_milliseconds > 80e6 / 10e12 * 1e3
+
+
+@pytest.mark.gpu
 def test_triton_on_a_gpu() -> None:
     gpu_kernel_cases.compare(torch.device("cuda"))
     gpu_kernel_cases.compare_streamed(torch.device("cuda"))
