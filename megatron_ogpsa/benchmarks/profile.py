@@ -145,9 +145,7 @@ def account(trace: Mapping[str, Any], steps: int) -> dict[str, Any]:
     Raises:
         UserError: nothing was recorded on a device.
     """
-    spans = spans_of(trace)
-    if not spans:
-        raise UserError("the profiler recorded nothing on a GPU: CUPTI may be held by another profiler; end that one")
+    spans = _spans_or_told(trace)
     by_kind = {kind: merged(span for span in spans if span.kind == kind) for kind in (*_KINDS, OTHER, COPIES)}
     computed = merged(span for span in spans if span.kind != COPIES)
     busy = merged(spans)
@@ -221,8 +219,18 @@ def recorded(work: Callable[[], object], times: int, file: Path | None = None) -
 
 
 def busy_milliseconds(trace: Mapping[str, Any], times: int) -> float:
-    """In which the device did something, of one of so many times, however long the host took to launch it."""
-    return length(merged(spans_of(trace))) / times
+    """In which the device did something, of one of so many times, however long the host took to launch it.
+
+    Raises:
+        UserError: nothing was recorded on a device.
+    """
+    return length(merged(_spans_or_told(trace))) / times
+
+
+def _spans_or_told(trace: Mapping[str, Any]) -> list[Span]:
+    if not (spans := spans_of(trace)):
+        raise UserError("the profiler recorded nothing on a GPU: CUPTI may be held by another profiler; end that one")
+    return spans
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -155,13 +155,17 @@ def main(argv: list[str] | None = None) -> int:
             for dtype in args.basis_dtype:
                 for rank in args.rank:
                     case = Case(elements=int(elements), rank=rank, blocks=blocks, basis_dtype=dtype)
-                    speeds = measure(
-                        case,
-                        device,
-                        rounds=args.rounds,
-                        with_pytorch=args.with_pytorch,
-                        by_device=args.device_times,
-                    )
+                    try:
+                        speeds = measure(
+                            case,
+                            device,
+                            rounds=args.rounds,
+                            with_pytorch=args.with_pytorch,
+                            by_device=args.device_times,
+                        )
+                    except UserError as error:
+                        print(f"error: {error}", file=sys.stderr)
+                        return error.exit_code
                     results.append({**asdict(case), "passes": {name: asdict(speed) for name, speed in speeds.items()}})
                     _tell(case, speeds)
     if args.json:

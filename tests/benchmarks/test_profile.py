@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_ogpsa.benchmarks import gpu_report, profile, projection, step, training, trl_training
+from megatron_ogpsa.benchmarks.gpu_tests import PASSED
 from megatron_ogpsa.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -167,10 +168,14 @@ def test_other_pages_tell_what_the_data_have() -> None:
             f"{stage}: plain {plain}, default rule {update}, TRL {trl}, TRL with the authors' rule {authors}" in readme
         )
         assert f"{stage} {'; '.join(rounded)}" in numbers
-    passes = [
-        result["passes"][name]["of_copy"]
-        for account in (data.projection, data.large)
-        for result in account["results"]
-        for name in ("dots", "subtract")
-    ]
-    assert f"{100 * min(passes):.0f} to {100 * max(passes):.0f} % of a copy's bandwidth" in readme
+    large, small = (
+        [result["passes"][name]["of_copy"] for result in results for name in ("dots", "subtract")]
+        for results in ([*data.projection["results"], *data.large["results"]], data.small["results"])  # type: ignore[index]
+    )
+    shares, of_small = (f"{100 * min(found):.0f} to {100 * max(found):.0f} %" for found in (large, small))
+    below = sum(share < 0.8 for share in small)
+    assert f"{shares} of a copy's bandwidth" in readme
+    assert f"{shares} of its bandwidth; 10M elements {of_small}, {below} of {len(small)} below 80 %" in numbers
+    passed = sum(test.outcome == PASSED for test in data.fp8)
+    for name, words in (("fp8", f"ran passed, {passed} tests"), ("support", f"{passed} of its tests passed")):
+        assert words in (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_ogpsa.benchmarks import training, trl_training
+from megatron_ogpsa.benchmarks import every_second_step, training, trl_training
 from megatron_ogpsa.benchmarks.report import training_rows
 from megatron_ogpsa.benchmarks.speeds import is_projected, read_in_turn, read_speed
 from megatron_ogpsa.configuration.config_file import ConfigFile
@@ -20,6 +22,7 @@ from megatron_ogpsa.integration.arguments.parser import build_parser, parse_flag
 
 STEP_MILLISECONDS = {"plain": 400.0, "gradient": 440.0, "update": 500.0}
 REFRESH_MILLISECONDS = 3000.0
+AS_A_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 @pytest.fixture
@@ -145,20 +148,22 @@ def test_in_one_run_projected_steps_are_compared_with_their_neighbours(
     assert "step by step in one run 0.800" in capsys.readouterr().out
 
 
-def test_every_second_step_is_projected(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_ogpsa.benchmarks import every_second_step
+def test_every_second_step_is_projected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_ogpsa.integration import stages
     from megatron_ogpsa.integration.projection.run import ProjectionRun
 
     before, given = [], []
+    config = tmp_path / "run.yaml"
+    config.write_text("lr: 1.0e-6\n", encoding="utf-8")
+    for name, value in AS_A_RANK.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(stages, "ProjectionRun", ProjectionRun)  # restored at the end
     monkeypatch.setattr(ProjectionRun, "before_step", lambda *arguments: before.append(arguments[-1]))
     monkeypatch.setattr(every_second_step, "run_verb", lambda argv: given.append(argv) or 0)
-    assert every_second_step.main(["run.yaml", "--lr", "1e-6"]) == 0
-    assert given == [["train", "run.yaml", "--lr", "1e-6"]]
-    assert stages.ProjectionRun is every_second_step.EverySecondStep
-    run = object.__new__(every_second_step.EverySecondStep)
-    run._ogpsa = SimpleNamespace(enabled=None)  # type: ignore[assignment]
+    assert every_second_step.main([str(config), "--lr", "1e-6"]) == 0
+    assert given == [["train", str(config), "--lr", "1e-6"]]
+    run = object.__new__(stages.ProjectionRun)
+    run._ogpsa = SimpleNamespace(enabled=None)
     projected = []
     for step in range(4):
         run.before_step([], None, lambda: None, step)
@@ -166,6 +171,27 @@ def test_every_second_step_is_projected(monkeypatch: pytest.MonkeyPatch) -> None
     assert before == [0, 1, 2, 3]
     assert projected == [False, True, False, True]
     assert projected == [is_projected(number) for number in range(1, 5)]
+
+
+def test_where_every_step_would_be_projected_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("stages:\n  sft: {ogpsa-stage: sft}\n", encoding="utf-8")
+    for name in AS_A_RANK:
+        monkeypatch.delenv(name, raising=False)
+    assert every_second_step.main([str(config)]) == UserError.exit_code
+    assert "start it with torchrun" in capsys.readouterr().err
+    for name, value in AS_A_RANK.items():
+        monkeypatch.setenv(name, value)
+    assert every_second_step.main([str(config)]) == UserError.exit_code
+    assert f"error: {config}: 'stages' run one after the other" in capsys.readouterr().err
+
+
+def test_megatron_is_imported_when_its_runtime_is_in_place() -> None:
+    """On a CPU else its fused functions are compiled, which those of other runs are not."""
+    program = "import sys, megatron_ogpsa.benchmarks.every_second_step; sys.exit('megatron.core' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
 
 
 def test_runs_differ_in_the_projection_alone(command: list[str], tmp_path: Path) -> None:

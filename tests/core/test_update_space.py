@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_ogpsa.sharding.gradients import GradientShard
 from tests.core.layouts import LAYOUTS, PRECISIONS
 from tests.core.test_contract import assert_all_ranks_skip
 from tests.harness import WorkerGroup
@@ -34,6 +37,19 @@ SHARDED = [
 
 
 WITH_CONFLICT = ("tp2-pp2", "dp2-plain", "ep2-dp2")
+
+
+def test_flat_parameters_are_given_as_they_are() -> None:
+    """A view of each takes the host longer than a GPU takes for a small shard."""
+    flat, square = torch.nn.Parameter(torch.zeros(6)), torch.nn.Parameter(torch.zeros(2, 3))
+    shard = object.__new__(GradientShard)
+    shard._runs = [[SimpleNamespace(holder=flat)]]  # type: ignore[list-item]
+    shard._packed = [SimpleNamespace(holder=square)]  # type: ignore[list-item]
+    first, second = shard.parameters
+    assert first is flat
+    assert second.shape == (6,)
+    assert not second.requires_grad
+    assert second.data_ptr() == square.data_ptr()
 
 
 def settings_of(layout: str) -> list[dict[str, str]]:
