@@ -73,6 +73,7 @@ def test_settings_take_turns_and_ratios_count_refreshes(
     assert found["sft", "plain"]["tokens of a step"] == 4 * 512 * 0.5
     assert found["sft", "plain"]["tokens per second"] == pytest.approx(1024 / 0.4)
     assert found["sft", "plain"]["seconds of a refresh"] is None
+    assert found["sft", "update"]["seconds of each step"] == [[0.5] * 3] * 2  # the third, the fifth and the sixth
     assert found["dpo", "update"]["of plain"] == pytest.approx(400 / 500)
     assert found["dpo", "update"]["of plain, with refreshes"] == pytest.approx(0.4 / (0.5 + 3.0 / 5))
     assert found["sft", "gradient"]["of plain, with refreshes"] == pytest.approx(0.4 / (0.44 + 3.0 / 30))
@@ -146,6 +147,15 @@ def test_in_one_run_projected_steps_are_compared_with_their_neighbours(
         del result["of plain, in turn"]
     assert {len(row) for row in training_rows(account["results"])} == {len(header) - 1}
     assert "step by step in one run 0.800" in capsys.readouterr().out
+
+
+def test_a_pair_of_steps_with_a_refresh_does_not_count(tmp_path: Path) -> None:
+    lines = [
+        f" [2026-01-01] iteration {number:8}/       6 | elapsed time per iteration (ms): {taken} |"
+        for number, taken in enumerate((900.0, 900.0, 900.0, 500.0, 400.0, 500.0), 1)
+    ]
+    (tmp_path / "log").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert read_in_turn(tmp_path / "log", [1, 3]) == pytest.approx(400 / 500)
 
 
 def test_every_second_step_is_projected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
