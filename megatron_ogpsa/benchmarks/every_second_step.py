@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, override
 from megatron_ogpsa.benchmarks.speeds import is_projected
 from megatron_ogpsa.cli.main import main as run_verb
 from megatron_ogpsa.configuration.config_file import ConfigFile
+from megatron_ogpsa.console.telling import tell_once
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 from megatron_ogpsa.system.processes import is_rank
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(given)
         install_if_no_gpu()  # before anything of Megatron is imported
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell_once(str(error))
         return error.exit_code
     from megatron_ogpsa.integration import stages
 
