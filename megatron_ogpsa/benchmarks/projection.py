@@ -14,6 +14,7 @@ b is 4 with an fp32 basis and 2 with bf16. A ratio compares GB/s within one roun
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -41,12 +42,18 @@ PADDING = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is measured."""
+    """What is measured.
+
+    Attributes:
+        apart: whether each block is a vector of its own, as weights are whose changes are projected; otherwise all lie in
+            one, as gradients do in Megatron's buffer.
+    """
 
     elements: int
     rank: int
     blocks: int
     basis_dtype: str
+    apart: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,19 +101,20 @@ def measure(
     rows = torch.empty(case.rank, case.elements, dtype=dtype, device=device)
     for row in rows:
         row.copy_(torch.randn(case.elements, generator=generator, device=device).div_(case.elements**0.5))
-    num_blocks = case.blocks
-    layout = SegmentLayout([blocks_of(case.elements, num_blocks)], num_blocks, device)
+    num_blocks, segments = case.blocks, blocks_of(case.elements, case.blocks)
+    layout = SegmentLayout([[one] for one in segments] if case.apart else [segments], num_blocks, device)
+    spans = [span.clone() for span in vector.split(layout.span_lengths)] if case.apart else [vector]
     weights = torch.full((num_blocks, case.rank), 1e-6, dtype=torch.float64, device=device)
     work = {
         "triad": lambda: torch.add(b, c, alpha=2.0, out=a),
         "copy": lambda: a.copy_(b),
-        "dots": lambda: passes.dots(layout, rows, [vector]),
-        "subtract": lambda: passes.subtract(layout, [vector], rows, weights),
+        "dots": lambda: passes.dots(layout, rows, spans),
+        "subtract": lambda: passes.subtract(layout, spans, rows, weights),
     }
     if with_pytorch:
         work |= {
-            "dots in PyTorch": lambda: gram_and_dots(layout, rows, [vector]),
-            "subtract in PyTorch": lambda: subtract_combination(layout, [vector], rows, weights),
+            "dots in PyTorch": lambda: gram_and_dots(layout, rows, spans),
+            "subtract in PyTorch": lambda: subtract_combination(layout, spans, rows, weights),
         }
     repeat = REPEAT_ON_GPU if device.type == "cuda" else 1
     seconds = in_turn(work, rounds=rounds, device=device, title=f"{case.elements:.0e}, K={case.rank}", repeat=repeat)
@@ -150,24 +158,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: --device-times: {device} has no clock of its own; leave the flag out", file=sys.stderr)
         return UserError.exit_code
     results = []
-    for elements in args.elements:
-        for blocks in args.blocks:
-            for dtype in args.basis_dtype:
-                for rank in args.rank:
-                    case = Case(elements=int(elements), rank=rank, blocks=blocks, basis_dtype=dtype)
-                    try:
-                        speeds = measure(
-                            case,
-                            device,
-                            rounds=args.rounds,
-                            with_pytorch=args.with_pytorch,
-                            by_device=args.device_times,
-                        )
-                    except UserError as error:
-                        print(f"error: {error}", file=sys.stderr)
-                        return error.exit_code
-                    results.append({**asdict(case), "passes": {name: asdict(speed) for name, speed in speeds.items()}})
-                    _tell(case, speeds)
+    shapes = itertools.product(args.elements, args.blocks, args.basis_dtype, args.rank, args.apart)
+    for elements, blocks, dtype, rank, apart in shapes:
+        case = Case(elements=int(elements), rank=rank, blocks=blocks, basis_dtype=dtype, apart=apart == "yes")
+        try:
+            speeds = measure(
+                case, device, rounds=args.rounds, with_pytorch=args.with_pytorch, by_device=args.device_times
+            )
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        results.append({**asdict(case), "passes": {name: asdict(speed) for name, speed in speeds.items()}})
+        _tell(case, speeds)
     if args.json:
         account = {"device": _described(device), "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")}
         account |= {"command": "python -m megatron_ogpsa.benchmarks.projection " + " ".join(argv or sys.argv[1:])}
@@ -190,6 +192,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--blocks", type=int, nargs="+", default=[1, 300], help="the whole model, or its tensors (1 300)"
     )
+    parser.add_argument(
+        "--apart",
+        nargs="+",
+        choices=("no", "yes"),
+        default=["no"],
+        help="whether each block is a vector of its own, as weights are whose changes are projected (no)",
+    )
     parser.add_argument("--basis-dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="on CPU (torch's default)")
@@ -210,7 +219,8 @@ def _tell(case: Case, speeds: dict[str, Speed]) -> None:
         if name not in ("triad", "copy")
     )
     triad = speeds["triad"].gigabytes_per_second
-    what = f"{case.elements:.0e} elements, K={case.rank}, {case.blocks} blocks, {case.basis_dtype}"
+    blocks = f"{case.blocks} blocks apart" if case.apart else f"{case.blocks} blocks"
+    what = f"{case.elements:.0e} elements, K={case.rank}, {blocks}, {case.basis_dtype}"
     print(f"{what}: triad {triad:.1f} GB/s; {shown}", flush=True)
 
 

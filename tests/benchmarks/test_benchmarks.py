@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from collections.abc import Callable
@@ -22,27 +23,24 @@ def test_the_page_is_made_of_its_data() -> None:
     assert report.page_of(FOLDER) == FOLDER.with_suffix(".md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["projection", "large", "growth"])
+@pytest.mark.parametrize("name", ["projection", "large", "growth", "apart"])
 def test_the_pages_commands_measure_what_it_shows(name: str) -> None:
     account = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     args = projection._parser().parse_args(shlex.split(account["command"])[3:])
-    shown = {(r["elements"], r["rank"], r["blocks"], r["basis_dtype"]) for r in account["results"]}
-    asked = {
-        (int(elements), rank, blocks, dtype)
-        for elements in args.elements
-        for rank in args.rank
-        for blocks in args.blocks
-        for dtype in args.basis_dtype
-    }
-    assert shown == asked
+    shown = [(r["elements"], r["blocks"], r["basis_dtype"], r["rank"], r["apart"]) for r in account["results"]]
+    apart = [choice == "yes" for choice in args.apart]
+    asked = itertools.product(map(int, args.elements), args.blocks, args.basis_dtype, args.rank, apart)
+    assert shown == list(asked)
 
 
 def test_the_passes_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "figures.json"
-    flags = ["--elements", "2e6", "--rank", "1", "3", "--blocks", "1", "7", "--rounds", "1", "--with-pytorch"]
+    flags = ["--elements", "2e6", "--rank", "1", "3", "--blocks", "1", "7", "--rounds", "1"]
+    flags += ["--apart", "no", "yes", "--with-pytorch"]
     assert projection.main([*flags, "--device", "cpu", "--json", str(file)]) == 0
     results = json.loads(file.read_text(encoding="utf-8"))["results"]
-    assert len(results) == 8
+    assert len(results) == 16
+    assert [result["apart"] for result in results] == [False, True] * 8
     for result in results:
         speeds = result["passes"]
         assert set(speeds) == {"triad", "copy", "dots", "subtract", "dots in PyTorch", "subtract in PyTorch"}
@@ -54,7 +52,9 @@ def test_the_passes_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
             expected = (fixed + of_basis) * result["elements"] / (speeds[name]["milliseconds"] * 1e6)
             assert speeds[name]["gigabytes_per_second"] == pytest.approx(expected)
         assert speeds["triad"]["of_triad"] == pytest.approx(1.0)
-    assert "of triad" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "of triad" in told
+    assert told.count("7 blocks apart") == 4
 
 
 def test_blocks_cover_the_shard() -> None:

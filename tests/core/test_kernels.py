@@ -74,6 +74,30 @@ def test_both_passes_are_those_of_pytorch(num_rows: int, dtype: torch.dtype) -> 
         assert torch.equal(vector, expected)
 
 
+@pytest.mark.parametrize("lengths", [[71_041], [71_041, 9097], [71_041, 9098, 0]], ids=["missing", "short", "one more"])
+def test_nothing_is_read_beyond_a_span(lengths: list[int]) -> None:
+    layout = layout_of()
+    rows, spans = random(1, layout.num_elements), [torch.zeros(length) for length in lengths]
+    kernels = CpuKernels(layout)
+    with pytest.raises(ValueError, match="a layout of spans of"):
+        kernels.dots(spans, rows)
+    with pytest.raises(ValueError, match="a layout of spans of"):
+        kernels.subtract(spans, rows, torch.zeros(NUM_BLOCKS, 1, dtype=torch.float64))
+
+
+def test_a_pass_is_one_call_for_each_thread(threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many spans there are; a call takes as long as reading some ten thousand elements."""
+    layout = layout_of()
+    rows, spans = random(1, layout.num_elements), list(random(layout.num_elements).split(layout.span_lengths))
+    kernels, calls = CpuKernels(layout), []
+    monkeypatch.setattr(cpu_kernels, "_run", lambda _kernel, work: calls.append(len(work)))
+    for number in (1, 2):
+        threads(number)
+        kernels.dots(spans, rows)
+        kernels.subtract(spans, rows, torch.zeros(NUM_BLOCKS, 1, dtype=torch.float64))
+    assert calls == [1, 1, 2, 2]
+
+
 @pytest.mark.parametrize("compiled_from", [0, 2**30])
 def test_weights_are_projected_that_require_gradients(compiled_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As those that an optimizer without fp32 copies updates, compiled and in PyTorch."""
@@ -320,7 +344,7 @@ def lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     layout = layout_of()
     CpuKernels(layout).dots([random(size) for size in layout.span_lengths], random(1, layout.num_elements))
     monkeypatch.setattr(cpu_kernels, "_ready", set())
-    monkeypatch.setattr(cpu_kernels, "_KEEPS_CODE", True)
+    monkeypatch.setattr(cpu_kernels, "KEEPS_CODE", True)
     monkeypatch.setattr(cpu_kernels, "_LOCK", tmp_path / "code/lock")
     (tmp_path / "code").mkdir()
     return tmp_path / "code/lock"

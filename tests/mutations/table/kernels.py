@@ -11,11 +11,27 @@ BUFFERS = "tests/core/test_streaming.py::test_no_buffer_is_overwritten_early_or_
 KERNELS = (
     Mutation(
         "piece-of-a-copy-counted",
-        "megatron_ogpsa/projection/cpu_kernels.py",
-        "stop + shift, sums[p])\n        sums[p] *= weights[p]\n",
-        "stop + shift, sums[p])\n",
+        "megatron_ogpsa/projection/numba_kernels.py",
+        "columns[p] + stop, sums[p])\n        _scale(sums[p], weights[p])\n",
+        "columns[p] + stop, sums[p])\n",
         (COMPILED,),
         "compiled sums count copies that other ranks count too",
+    ),
+    Mutation(
+        "pieces-of-all-spans-read-from-the-first",
+        "megatron_ogpsa/projection/cpu_kernels.py",
+        "return firsts_S[self._pieces.spans_P] +",
+        "return firsts_S[0] +",
+        (COMPILED,),
+        "of several weights only the first is projected, and memory behind it is written",
+    ),
+    Mutation(
+        "spans-of-other-lengths-are-read",
+        "megatron_ogpsa/projection/cpu_kernels.py",
+        "if (lengths := [span.numel() for span in spans]) != self._span_lengths:",
+        "if (lengths := [span.numel() for span in spans]) == [-1]:",
+        ("tests/core/test_kernels.py::test_nothing_is_read_beyond_a_span",),
+        "memory behind a vector is read, and written, if it is shorter than its layout",
     ),
     Mutation(
         "sums-given-to-blocks-in-order-of-pieces",
