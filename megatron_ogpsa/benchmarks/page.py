@@ -32,7 +32,7 @@ a block adds {per_block_least:.1f} to {per_block_most:.1f} µs, by k. Tile by ti
 compiled, the two passes take {in_pytorch_least:.1f} to {in_pytorch_most:.1f} times as long.
 
 By the default rule the weights' changes are projected, and each weight is a vector of its own. `{apart_command}`: over
-{apart_vectors} of them both passes take {apart_least:.2f} to {apart_most:.2f} of what they take over one, as long as all.
+{apart_vectors} vectors a pass takes {apart_least:.2f} to {apart_most:.2f} of what it takes over one, as long as all together.
 
 ## A training step
 

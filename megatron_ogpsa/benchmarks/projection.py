@@ -8,7 +8,8 @@
 | copy: a = b | b | a | 8 |
 
 b is 4 with an fp32 basis and 2 with bf16. A ratio compares GB/s within one round. What it took before loops were compiled,
-``subtract_combination`` and ``gram_and_dots`` in PyTorch, is timed with ``--with-pytorch``.
+``subtract_combination`` and ``gram_and_dots`` in PyTorch, is timed with ``--with-pytorch``; the passes over many vectors,
+as weights are whose changes are projected, with ``--with-apart``.
 """
 
 from __future__ import annotations
@@ -42,18 +43,12 @@ PADDING = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is measured.
-
-    Attributes:
-        apart: whether each block is a vector of its own, as weights are whose changes are projected; otherwise all lie in
-            one, as gradients do in Megatron's buffer.
-    """
+    """What is measured."""
 
     elements: int
     rank: int
     blocks: int
     basis_dtype: str
-    apart: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +59,7 @@ class Speed:
         gigabytes_per_second: median.
         of_triad, of_copy: of the bandwidth of a triad, and of a copy; medians of ratios within a round.
         milliseconds: median.
+        times: those of the same pass, compiled and over one vector; the median of ratios within a round.
         device_milliseconds: what the device worked for it, by its own clock; None if that was not asked for.
     """
 
@@ -71,6 +67,7 @@ class Speed:
     of_triad: float
     of_copy: float
     milliseconds: float
+    times: float
     device_milliseconds: float | None = None
 
 
@@ -88,11 +85,19 @@ def blocks_of(elements: int, number: int) -> list[Segment]:
 
 
 def measure(
-    case: Case, device: torch.device, *, rounds: int, with_pytorch: bool, by_device: bool = False
+    case: Case,
+    device: torch.device,
+    *,
+    rounds: int,
+    with_pytorch: bool,
+    with_apart: bool = False,
+    by_device: bool = False,
 ) -> dict[str, Speed]:
     """Speeds of the passes over one shard, by name; ``triad`` and ``copy`` are among them.
 
     Args:
+        with_apart: also those over a vector for each block, as weights are whose changes are projected; otherwise all
+            blocks lie in one, as gradients do in Megatron's buffer.
         by_device: ask the device's own clock too.
     """
     generator = torch.Generator(device).manual_seed(0)
@@ -102,19 +107,25 @@ def measure(
     for row in rows:
         row.copy_(torch.randn(case.elements, generator=generator, device=device).div_(case.elements**0.5))
     num_blocks, segments = case.blocks, blocks_of(case.elements, case.blocks)
-    layout = SegmentLayout([[one] for one in segments] if case.apart else [segments], num_blocks, device)
-    spans = [span.clone() for span in vector.split(layout.span_lengths)] if case.apart else [vector]
+    layout = SegmentLayout([segments], num_blocks, device)
     weights = torch.full((num_blocks, case.rank), 1e-6, dtype=torch.float64, device=device)
     work = {
         "triad": lambda: torch.add(b, c, alpha=2.0, out=a),
         "copy": lambda: a.copy_(b),
-        "dots": lambda: passes.dots(layout, rows, spans),
-        "subtract": lambda: passes.subtract(layout, spans, rows, weights),
+        "dots": lambda: passes.dots(layout, rows, [vector]),
+        "subtract": lambda: passes.subtract(layout, [vector], rows, weights),
     }
     if with_pytorch:
         work |= {
-            "dots in PyTorch": lambda: gram_and_dots(layout, rows, spans),
-            "subtract in PyTorch": lambda: subtract_combination(layout, spans, rows, weights),
+            "dots in PyTorch": lambda: gram_and_dots(layout, rows, [vector]),
+            "subtract in PyTorch": lambda: subtract_combination(layout, [vector], rows, weights),
+        }
+    if with_apart:
+        layout_apart = SegmentLayout([[one] for one in segments], num_blocks, device)
+        vectors = [part.clone() for part in vector.split(layout_apart.span_lengths)]
+        work |= {
+            "dots apart": lambda: passes.dots(layout_apart, rows, vectors),
+            "subtract apart": lambda: passes.subtract(layout_apart, vectors, rows, weights),
         }
     repeat = REPEAT_ON_GPU if device.type == "cuda" else 1
     seconds = in_turn(work, rounds=rounds, device=device, title=f"{case.elements:.0e}, K={case.rank}", repeat=repeat)
@@ -131,7 +142,8 @@ def _device_milliseconds(work: Callable[[], object]) -> float:
 def _speed(name: str, case: Case, rows: Tensor, seconds: dict[str, list[float]], on_device: float | None) -> Speed:
     of_basis = case.rank * rows.element_size()
     bytes_of = {"triad": TRIAD_BYTES, "copy": COPY_BYTES, "dots": 4 + of_basis, "subtract": 8 + of_basis}
-    own = bytes_of[name.removesuffix(" in PyTorch")]
+    usual = name.split()[0]
+    own = bytes_of[usual]
 
     def of(other: str) -> float:
         return own / bytes_of[other] * median_ratio(seconds[other], seconds[name])
@@ -142,6 +154,7 @@ def _speed(name: str, case: Case, rows: Tensor, seconds: dict[str, list[float]],
         of_triad=of("triad"),
         of_copy=of("copy"),
         milliseconds=1e3 * median,
+        times=median_ratio(seconds[name], seconds[usual]),
         device_milliseconds=on_device,
     )
 
@@ -158,12 +171,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: --device-times: {device} has no clock of its own; leave the flag out", file=sys.stderr)
         return UserError.exit_code
     results = []
-    shapes = itertools.product(args.elements, args.blocks, args.basis_dtype, args.rank, args.apart)
-    for elements, blocks, dtype, rank, apart in shapes:
-        case = Case(elements=int(elements), rank=rank, blocks=blocks, basis_dtype=dtype, apart=apart == "yes")
+    for elements, blocks, dtype, rank in itertools.product(args.elements, args.blocks, args.basis_dtype, args.rank):
+        case = Case(elements=int(elements), rank=rank, blocks=blocks, basis_dtype=dtype)
         try:
             speeds = measure(
-                case, device, rounds=args.rounds, with_pytorch=args.with_pytorch, by_device=args.device_times
+                case,
+                device,
+                rounds=args.rounds,
+                with_pytorch=args.with_pytorch,
+                with_apart=args.with_apart,
+                by_device=args.device_times,
             )
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -192,18 +209,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--blocks", type=int, nargs="+", default=[1, 300], help="the whole model, or its tensors (1 300)"
     )
-    parser.add_argument(
-        "--apart",
-        nargs="+",
-        choices=("no", "yes"),
-        default=["no"],
-        help="whether each block is a vector of its own, as weights are whose changes are projected (no)",
-    )
     parser.add_argument("--basis-dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="on CPU (torch's default)")
     parser.add_argument("--rounds", type=int, default=9, help="counted repetitions (9)")
     parser.add_argument("--with-pytorch", action="store_true", help="also the passes tile by tile in PyTorch")
+    parser.add_argument(
+        "--with-apart",
+        action="store_true",
+        help="also the passes over a vector for each block, as weights are whose changes are projected",
+    )
     parser.add_argument(
         "--device-times", action="store_true", help="also what a GPU works for a pass, by PyTorch's profiler"
     )
@@ -219,8 +234,7 @@ def _tell(case: Case, speeds: dict[str, Speed]) -> None:
         if name not in ("triad", "copy")
     )
     triad = speeds["triad"].gigabytes_per_second
-    blocks = f"{case.blocks} blocks apart" if case.apart else f"{case.blocks} blocks"
-    what = f"{case.elements:.0e} elements, K={case.rank}, {blocks}, {case.basis_dtype}"
+    what = f"{case.elements:.0e} elements, K={case.rank}, {case.blocks} blocks, {case.basis_dtype}"
     print(f"{what}: triad {triad:.1f} GB/s; {shown}", flush=True)
 
 

@@ -14,7 +14,6 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from matplotlib.figure import Figure
 
 from megatron_ogpsa.benchmarks import step
 from megatron_ogpsa.benchmarks.page import PAGE
+from megatron_ogpsa.errors import UserError
 
 _COLOURS = {"dots": "#0072B2", "subtract": "#E69F00"}
 _DPI = 130
@@ -73,8 +73,10 @@ def as_markdown(data: Data) -> str:
 
 
 def _of_the_passes(data: Data) -> Json:
+    _require_one_measurement(data)
     slower = [_both(result, " in PyTorch") / _both(result) for result in data.growth["results"]]
-    per_block, apart = _microseconds_per_block(data.growth["results"]), _times_apart(data.apart["results"])
+    per_block = _microseconds_per_block(data.growth["results"])
+    apart = [one["passes"][f"{name} apart"]["times"] for one in data.apart["results"] for name in _COLOURS]
     projection = data.projection
     measured = [result for account in (projection, data.large, data.growth) for result in account["results"]]
     missed = _below_the_bar(measured)
@@ -161,11 +163,6 @@ def _below_the_bar(results: Iterable[Json]) -> dict[str, list[float]]:
                 where = "one block" if one_block else f"{result['blocks']} blocks"
                 missed.setdefault(f"{name} of a basis in {result['basis_dtype']} in {where}", []).append(share)
     return missed
-
-
-def _times_apart(results: Sequence[Json]) -> list[float]:
-    """Both passes over vectors that lie apart, beside one: of each pair that was measured one after the other."""
-    return [_both(apart) / _both(one) for one, apart in batched(results, 2)]
 
 
 def _both(result: Json, kind: str = "") -> float:
@@ -359,11 +356,29 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_ogpsa.benchmarks.report")
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args(argv).folder
-    data = Data.of(folder)
+    try:
+        data = Data.of(folder)
+        page = as_markdown(data)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     plot(data.growth, folder / "growth.png")
     plot_overhead(data.ranks, data.vectors, folder / "overhead.png")
-    folder.with_suffix(".md").write_text(as_markdown(data), encoding="utf-8")
+    folder.with_suffix(".md").write_text(page, encoding="utf-8")
     return 0
+
+
+def _require_one_measurement(data: Data) -> None:
+    """The page says once for all passes when, where and with what they were measured."""
+    accounts = (data.projection, data.large, data.growth, data.apart)
+    if (
+        len({json.dumps([account[name] for name in ("date", "device", "threads", "versions")]) for account in accounts})
+        > 1
+    ):
+        raise UserError(
+            "projection.json, large.json, growth.json and apart.json are of other days, machines or versions, and the page "
+            "has one line for them: measure all of them again"
+        )
 
 
 def page_of(folder: Path) -> str:

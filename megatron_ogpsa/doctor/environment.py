@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+import shlex
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -16,19 +18,21 @@ from megatron_ogpsa.system.megatron import MEGATRON_REMEDY, megatron_version, re
 MINIMUM_PYTHON = (3, 12)
 MINIMUM_TORCH = (2, 6)
 
-LIBRARIES = (
-    "datasets",
-    "sentencepiece",
-    "transformers",
-    "safetensors",
-    "jinja2",
-    "pyyaml",
-    "einops",
-    "psutil",
-    "matplotlib",
-    "tqdm",
-)
-"""What setup.cfg requires beside torch and Megatron."""
+LIBRARIES = {
+    "datasets": ">=4",
+    "sentencepiece": "",
+    "transformers": "",
+    "safetensors": "",
+    "jinja2": "",
+    "pyyaml": "",
+    "einops": "",
+    "psutil": "",
+    "numba": ">=0.61,<0.69",
+    "filelock": "",
+    "matplotlib": "",
+    "tqdm": "",
+}
+"""What setup.cfg requires beside torch and Megatron, and of which versions."""
 
 
 def check_python(found: tuple[int, ...] = sys.version_info[:3]) -> Finding:
@@ -132,8 +136,18 @@ def check_libraries() -> Finding:
     versions = {name: installed_version(name) for name in LIBRARIES}
     missing = [name for name, found in versions.items() if found is None]
     if missing:
-        return fail("libraries", f"not installed: {', '.join(missing)}", f"pip install {' '.join(missing)}")
+        return fail("libraries", f"not installed: {', '.join(missing)}", _installing(missing))
+    from packaging.specifiers import SpecifierSet  # comes with some of them
+
+    other = [name for name, found in versions.items() if found and found not in SpecifierSet(LIBRARIES[name], True)]
+    if other:
+        told = ", ".join(f"{name} {versions[name]} is not {LIBRARIES[name]}" for name in other)
+        return fail("libraries", told, _installing(other))
     return ok("libraries", ", ".join(f"{name} {found}" for name, found in versions.items()))
+
+
+def _installing(names: Sequence[str]) -> str:
+    return f"pip install {' '.join(shlex.quote(name + LIBRARIES[name]) for name in names)}"
 
 
 def installed_version(distribution: str) -> str | None:

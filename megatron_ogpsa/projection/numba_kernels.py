@@ -70,7 +70,7 @@ def _as_element(context: Any, value: Any, like: Any) -> Any:
 
 @intrinsic
 def _vector_at(context: Any, address: Any, length: Any) -> Any:
-    """``length`` elements in fp32 from ``address`` on; :func:`numba.carray` would count references."""
+    """``length`` elements in fp32 from ``address`` on, which the caller keeps; :func:`numba.carray` takes no numbers."""
     vector = types.Array(types.float32, 1, "C")
 
     def generate(of: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -301,3 +301,12 @@ def combine(rows: Any, out: Any, starts: Any, stops: Any, weights: Any, totals: 
                 total, target = totals[r], out[r, start : start + length]
                 for i in range(length):
                     target[i] = _as_element(np.float32(total[i]), target[i])
+
+
+@numba.njit(**_JIT)
+def add_pieces(blocks: Any, sums: Any, out: Any) -> None:
+    """out[b] = Σ_p sums[p] over the pieces p of block b, in their order: fp64 [B, J], zero before."""
+    for p in range(blocks.size):
+        row, own = out[blocks[p]], sums[p]
+        for j in range(own.size):
+            row[j] += own[j]

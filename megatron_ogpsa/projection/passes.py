@@ -133,7 +133,10 @@ def _kernels(layout: SegmentLayout, vectors: Sequence[Rows], tables: Sequence[Ro
 def _fits_on_cpu(layout: SegmentLayout, vectors: Sequence[Rows], tables: Sequence[Rows]) -> bool:
     return (
         layout.num_elements >= COMPILED_FROM
-        and all(isinstance(rows, Tensor) and rows.is_contiguous() for rows in (*vectors, *tables))
+        and all(
+            isinstance(rows, Tensor) and rows.device == layout.device and rows.is_contiguous()
+            for rows in (*vectors, *tables)
+        )
         and all(vector.dtype == torch.float32 for vector in vectors)
         and all(table.dtype in _BASIS_TYPES for table in tables)
     )

@@ -97,19 +97,3 @@ def _table(rows: Sequence[tuple[int, int, int, int, float]], span: int, device: 
         weights_P=torch.tensor([row[4] for row in rows], dtype=torch.float64, device=device),
         spans_P=torch.full((len(rows),), span, dtype=torch.int64, device=device),
     )
-
-
-class BlockOrder:
-    """The order in which the sums of pieces are added to those of their blocks, on CPU.
-
-    Adding them where they come would give other bits on another number of threads.
-    """
-
-    def __init__(self, blocks_P: Tensor, num_blocks: int) -> None:
-        self._order_P = blocks_P.argsort(stable=True)
-        self._lengths_B = torch.bincount(blocks_P, minlength=num_blocks)
-
-    def sums_of_blocks(self, sums_PJ: Tensor) -> Tensor:
-        """fp64 [P, J] → [B, J]; zero for blocks without pieces."""
-        ordered = sums_PJ[self._order_P]
-        return torch.segment_reduce(ordered, "sum", lengths=self._lengths_B, axis=0, initial=0.0, unsafe=True)

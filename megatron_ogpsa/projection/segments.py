@@ -113,7 +113,7 @@ class SegmentLayout:
         self.limits = limits or TileLimits.for_device(device)
         self.span_lengths = [sum(segment.length for segment in span) for span in spans]
         self.num_elements = sum(self.span_lengths)
-        self._num_columns = self.num_elements if num_columns is None else num_columns
+        self.num_columns = self.num_elements if num_columns is None else num_columns
         self.tiles: list[Tile] = []
         if columns is None:
             columns = [0, *accumulate(self.span_lengths)][: len(spans)]
@@ -124,7 +124,7 @@ class SegmentLayout:
     def multiple(self) -> int:
         """The largest number of elements that every tile, column and row begins at a multiple of: their alignment."""
         places = (number for tile in self.tiles for number in (tile.start, tile.column))
-        return math.gcd(self._num_columns, self.limits.tile, *places)
+        return math.gcd(self.num_columns, self.limits.tile, *places)
 
     def _cut(self, span: int, segments: Sequence[Segment], column: int) -> Iterator[Tile]:
         """Long segments become tiles of their own, runs of short ones are packed together."""

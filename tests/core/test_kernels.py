@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -61,7 +62,8 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_rows", range(10))
-def test_both_passes_are_those_of_pytorch(num_rows: int, dtype: torch.dtype) -> None:
+def test_both_passes_are_those_of_pytorch(num_rows: int, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    threads(1 + num_rows % 3)
     layout = layout_of()
     rows, vector = random(num_rows, layout.num_elements).to(dtype), random(layout.num_elements, seed=1)
     spans, kernels = list(vector.split(layout.span_lengths)), CpuKernels(layout)
@@ -74,28 +76,81 @@ def test_both_passes_are_those_of_pytorch(num_rows: int, dtype: torch.dtype) -> 
         assert torch.equal(vector, expected)
 
 
-@pytest.mark.parametrize("lengths", [[71_041], [71_041, 9097], [71_041, 9098, 0]], ids=["missing", "short", "one more"])
-def test_nothing_is_read_beyond_a_span(lengths: list[int]) -> None:
+def test_spans_lie_where_the_layout_has_them_in_the_basis() -> None:
+    """In any order and with columns in between that belong to none; one is empty."""
+    spans = [SPANS[0], [], SPANS[1]]
+    layout = SegmentLayout(spans, NUM_BLOCKS, CPU, columns=[9200, 5, 50], num_columns=80_300)
+    rows, kernels = random(5, 80_300), CpuKernels(layout)
+    vectors = [random(length, seed=1) for length in layout.span_lengths]
+    close = {"rtol": 1e-13, "atol": 1e-10}  # as above
+    torch.testing.assert_close(kernels.dots(vectors, rows), gram_and_dots(layout, rows, vectors), **close)
+    weights, expected = random(NUM_BLOCKS, 5, seed=2).double(), [vector.clone() for vector in vectors]
+    subtract_combination(layout, expected, rows, weights)
+    kernels.subtract(vectors, rows, weights)
+    assert all(torch.equal(one, two) for one, two in zip(vectors, expected, strict=True))
+
+
+WRONG_SPANS = {
+    "missing": [torch.zeros(71_041)],
+    "short": [torch.zeros(71_041), torch.zeros(9097)],
+    "one more": [torch.zeros(71_041), torch.zeros(9098), torch.zeros(0)],
+    "bf16": [torch.zeros(71_041), torch.zeros(9098, dtype=torch.bfloat16)],
+    "with gaps": [torch.zeros(71_041), torch.zeros(2 * 9098)[::2]],
+    "elsewhere": [torch.zeros(71_041), torch.zeros(9098, device="meta")],
+}
+WRONG_ROWS = {
+    "short": torch.zeros(1, 80_138),
+    "with gaps": torch.zeros(1, 2 * 80_139)[:, ::2],
+    "elsewhere": torch.zeros(1, 80_139, device="meta"),
+}
+
+
+@pytest.mark.parametrize("spans", WRONG_SPANS.values(), ids=WRONG_SPANS.keys())
+def test_nothing_is_read_beyond_a_span(spans: list[Tensor]) -> None:
     layout = layout_of()
-    rows, spans = random(1, layout.num_elements), [torch.zeros(length) for length in lengths]
-    kernels = CpuKernels(layout)
-    with pytest.raises(ValueError, match="a layout of spans of"):
+    kernels, rows = CpuKernels(layout), random(1, layout.num_elements)
+    with pytest.raises(ValueError, match=r"spans of .* a layout of spans of|spans must be"):
         kernels.dots(spans, rows)
-    with pytest.raises(ValueError, match="a layout of spans of"):
+    with pytest.raises(ValueError, match=r"spans of .* a layout of spans of|spans must be"):
         kernels.subtract(spans, rows, torch.zeros(NUM_BLOCKS, 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rows", WRONG_ROWS.values(), ids=WRONG_ROWS.keys())
+def test_nothing_is_read_beyond_rows(rows: Tensor) -> None:
+    layout = layout_of()
+    kernels, right = CpuKernels(layout), random(1, layout.num_elements)
+    spans, weights = list(right[0].split(layout.span_lengths)), torch.zeros(NUM_BLOCKS, 1, 1, dtype=torch.float64)
+    for work in (
+        lambda: kernels.dots(spans, rows),
+        lambda: kernels.subtract(spans, rows, weights[..., 0]),
+        lambda: kernels.gram(rows),
+        lambda: kernels.products(right, rows),
+        lambda: kernels.products(rows, right),
+        lambda: kernels.combine(right, weights, rows),
+        lambda: kernels.combine(rows, weights, right),
+    ):
+        with pytest.raises(ValueError, match="rows must be contiguous, on CPU and 80139 elements long"):
+            work()
 
 
 def test_a_pass_is_one_call_for_each_thread(threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many spans there are; a call takes as long as reading some ten thousand elements."""
-    layout = layout_of()
-    rows, spans = random(1, layout.num_elements), list(random(layout.num_elements).split(layout.span_lengths))
+    """However many spans there are, with as many elements each, and room of its own to work in."""
+    layout = SegmentLayout([[Segment(10, 0, True)]] * 1000 + [[Segment(90_000, 0, True)]], 1, CPU)
+    rows, spans = random(2, layout.num_elements), list(random(layout.num_elements).split(layout.span_lengths))
     kernels, calls = CpuKernels(layout), []
-    monkeypatch.setattr(cpu_kernels, "_run", lambda _kernel, work: calls.append(len(work)))
+    monkeypatch.setattr(cpu_kernels, "_run", lambda _kernel, work: calls.append(work))
     for number in (1, 2):
         threads(number)
         kernels.dots(spans, rows)
-        kernels.subtract(spans, rows, torch.zeros(NUM_BLOCKS, 1, dtype=torch.float64))
-    assert calls == [1, 1, 2, 2]
+        kernels.subtract(spans, rows, torch.zeros(1, 2, dtype=torch.float64))
+        kernels.combine(rows, torch.zeros(1, 2, 2, dtype=torch.float64), rows)
+    assert [len(work) for work in calls] == [1, 1, 1, 2, 2, 2]
+    lengths = [int(sum(arguments[2])) for arguments in calls[3]]  # of dots
+    assert sum(lengths) == layout.num_elements
+    assert max(lengths) - min(lengths) <= 2 * cpu_kernels.LONGEST_PIECE
+    for first, second in calls[4:]:
+        assert first[-1] is not second[-1]
+        assert not np.shares_memory(first[-1], second[-1])
 
 
 @pytest.mark.parametrize("compiled_from", [0, 2**30])

@@ -5,8 +5,10 @@ All checks run as the command makes them, but for the ranks' processes, which te
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
+from configparser import ConfigParser
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,6 +128,11 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def checks_that_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "check_apex", lambda: {}["apex"])
     monkeypatch.setattr(environment, "check_libraries", Path("/no/METADATA").read_text)
+
+
+def another_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = environment.installed_version
+    monkeypatch.setattr(environment, "installed_version", lambda name: "0.70.1" if name == "numba" else installed(name))
 
 
 CASES = {
@@ -252,6 +259,10 @@ CASES = {
         warns={"all-reduce": "-> on every node: torchrun --nnodes 4 --nproc-per-node 8 "},
         ranks=32,
     ),
+    "another numba": Case(
+        fails={"libraries": "numba 0.70.1 is not >=0.61,<0.69 -> pip install 'numba>=0.61,<0.69'"},
+        prepare=another_numba,
+    ),
     "checks that crash": Case(
         fails={"libraries": "failed: FileNotFoundError: ", "Apex": "failed: KeyError: 'apex' ("},
         prepare=checks_that_crash,
@@ -276,6 +287,16 @@ def test_what_is_wrong_is_told_and_nothing_else(case: Case, monkeypatch: pytest.
         assert all(words in found[name] for name, words in expected.items()), found
     assert report.exit_code == (2 if case.fails else 1)
     assert all(finding.remedy for finding in report.findings if finding.level != "OK")
+
+
+def test_the_libraries_are_those_that_installing_brings() -> None:
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    lines = setup["options"]["install_requires"].splitlines()
+    required = {line.strip() for line in lines if line.strip() and not line.strip().startswith("#")}
+    known = {name + versions for name, versions in environment.LIBRARIES.items()}
+    assert known <= required
+    assert {re.split("[<>=]", line)[0] for line in required - known} == {"megatron-core", "torch"}
 
 
 def test_open_files_of_a_job() -> None:
