@@ -87,7 +87,7 @@ class CpuKernels:
         for the sign of a zero.
         """
         self._look_at(rows_KN)
-        weights_PK = coefficients_BK.float().numpy()[self._blocks_P]
+        weights_PK = coefficients_BK.float().numpy().take(self._blocks_P, axis=0)
         per_piece = (self._addresses(spans), self._lengths_P, self._starts_P, weights_PK)
         _run(numba_kernels.subtract, self._calls((rows_KN,), per_piece, lambda: np.empty(CHUNK, np.float32)))
 
@@ -115,7 +115,7 @@ class CpuKernels:
     def combine(self, rows_KN: Tensor, weights_BKJ: Tensor, out_JN: Tensor) -> None:
         """out = Wᵀ·R, block by block; R is fp32, and may be ``out``. Bitwise as :func:`combine_rows` has it."""
         self._look_at(rows_KN, out_JN)
-        per_piece = (self._starts_P, self._stops_P, weights_BKJ.numpy()[self._blocks_P])
+        per_piece = (self._starts_P, self._stops_P, weights_BKJ.numpy().take(self._blocks_P, axis=0))
         calls = self._calls((rows_KN, out_JN), per_piece, lambda: np.empty((len(out_JN), CHUNK)))
         _run(numba_kernels.combine, calls)
 
@@ -176,7 +176,7 @@ _ready: set[tuple[Any, ...]] = set()
 
 def _make_ready(kernel: Any, arguments: Sequence[Array]) -> None:
     """Load or compile ``kernel`` for arguments of these types."""
-    types = (kernel, *((argument.dtype.char, argument.ndim) for argument in arguments))
+    types = (kernel, *((one.dtype.char, one.ndim, one.flags.c_contiguous) for one in arguments))
     if types in _ready:
         return
     with _one_process_at_a_time() if KEEPS_CODE else nullcontext():

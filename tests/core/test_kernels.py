@@ -90,6 +90,17 @@ def test_spans_lie_where_the_layout_has_them_in_the_basis() -> None:
     assert all(torch.equal(one, two) for one, two in zip(vectors, expected, strict=True))
 
 
+def test_kernels_get_what_they_were_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of arrays with gaps there would be machine code of its own, compiled beside other processes."""
+    layout, work = layout_of(), []
+    rows, spans = random(2, layout.num_elements), list(random(layout.num_elements).split(layout.span_lengths))
+    monkeypatch.setattr(cpu_kernels, "_run", lambda _kernel, calls: work.extend(calls))
+    kernels, weights = CpuKernels(layout), random(2, 2, NUM_BLOCKS).double().permute(2, 1, 0)
+    kernels.subtract(spans, rows, weights[..., 0])
+    kernels.combine(rows, weights, rows)
+    assert all(array.flags.c_contiguous for arguments in work for array in arguments)
+
+
 WRONG_SPANS = {
     "missing": [torch.zeros(71_041)],
     "short": [torch.zeros(71_041), torch.zeros(9097)],
