@@ -139,7 +139,11 @@ def check_libraries() -> Finding:
         return fail("libraries", f"not installed: {', '.join(missing)}", _installing(missing))
     from packaging.specifiers import SpecifierSet  # comes with some of them
 
-    other = [name for name, found in versions.items() if found and found not in SpecifierSet(LIBRARIES[name], True)]
+    other = [
+        name
+        for name, found in versions.items()
+        if found and found not in SpecifierSet(LIBRARIES[name], prereleases=True)
+    ]
     if other:
         told = ", ".join(f"{name} {versions[name]} is not {LIBRARIES[name]}" for name in other)
         return fail("libraries", told, _installing(other))
