@@ -3,8 +3,8 @@
 The folder holds ``projection.json`` (:mod:`megatron_ogpsa.benchmarks.projection`), ``large.json`` (of longer vectors),
 ``growth.json`` (of more basis vectors and numbers of blocks, and with the passes in PyTorch), ``apart.json`` (of vectors that
 lie apart), ``steps.jsonl`` (:mod:`megatron_ogpsa.benchmarks.step`, a line for each layout and rule), ``ranks.jsonl`` and
-``vectors.jsonl`` (the same for each number of ranks, and of basis vectors), and ``training.json``
-(:mod:`megatron_ogpsa.benchmarks.training`).
+``vectors.jsonl`` (the same for each number of ranks, and of basis vectors), and ``training.json`` and ``in_turn.json``
+(:mod:`megatron_ogpsa.benchmarks.training`, the latter with its steps in turn).
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ _PLAIN_STEP, _OWN_STEP = (f"milliseconds of optimizer.step(), {name}" for name i
 
 Json = dict[str, Any]
 
+IN_TURN = "of plain, in turn"
+"""In the data of whole runs."""
+
 
 @dataclass(frozen=True)
 class Data:
@@ -42,6 +45,7 @@ class Data:
     growth: Json
     apart: Json
     training: Json
+    in_turn: Json
     steps: Sequence[Json]
     ranks: Sequence[Json]
     vectors: Sequence[Json]
@@ -59,7 +63,7 @@ class Data:
         return cls(
             **{
                 name: json.loads(text(f"{name}.json"))
-                for name in ("projection", "large", "growth", "apart", "training")
+                for name in ("projection", "large", "growth", "apart", "training", "in_turn")
             },
             steps=lines("steps"),
             ranks=lines("ranks"),
@@ -69,7 +73,9 @@ class Data:
 
 def as_markdown(data: Data) -> str:
     """The page."""
-    return PAGE.format(**_of_the_passes(data), **_of_steps(data), **_of_training(data.training))
+    return PAGE.format(
+        **_of_the_passes(data), **_of_steps(data), **_of_training(data.training), **_of_steps_in_turn(data.in_turn)
+    )
 
 
 def _of_the_passes(data: Data) -> Json:
@@ -138,6 +144,14 @@ def _of_training(training: Json) -> Json:
         "tokens_of_a_step": " or ".join(tokens),
         **intervals,
     }
+
+
+def _of_steps_in_turn(training: Json) -> Json:
+    told = {f"in_turn_{name}": training[name] for name in ("command", "date", "cores")}
+    for one in training["results"]:
+        if one[IN_TURN] is not None:
+            told |= {f"in_turn_{one['stage']}": one[IN_TURN], f"runs_{one['stage']}": one["of plain"]}
+    return told
 
 
 def _projection_rows(results: Iterable[Json]) -> list[list[str]]:
@@ -266,10 +280,9 @@ def training_rows(results: Iterable[Json]) -> list[list[str]]:
     With a column for what was measured step by step in one run, if anything was.
     """
     told = [*results]
-    in_turn = "of plain, in turn"
     titles = ["stage", "setting", "of positions are tokens", "a step, s", "tokens/s", "of plain", "a refresh, s"]
     titles += ["of plain, with refreshes"]
-    titles += ["of plain, steps in turn"] if any(result.get(in_turn) for result in told) else []
+    titles += ["of plain, steps in turn"] if any(result.get(IN_TURN) for result in told) else []
     rows = [titles]
     for result in told:
         refresh = result["seconds of a refresh"]
@@ -282,7 +295,7 @@ def training_rows(results: Iterable[Json]) -> list[list[str]]:
             f"{result['of plain']:.3f}",
             "–" if refresh is None else f"{refresh:.1f}",
             f"{result['of plain, with refreshes']:.3f}",
-            f"{result[in_turn]:.3f}" if result.get(in_turn) else "–",
+            f"{result[IN_TURN]:.3f}" if result.get(IN_TURN) else "–",
         ]
         rows.append(cells[: len(titles)])
     return rows
