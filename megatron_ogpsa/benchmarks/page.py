@@ -19,8 +19,8 @@ are passes that write less than a triad, whose written memory the processor firs
 {projection}
 
 One block is granularity *model*; {num_blocks} are *tensor*, and a third of them have a hundredth of the others'
-elements. A basis in bf16 halves the bytes and not the arithmetic: each element is widened to fp64 in registers, and dots are
-then bound by that, not by memory.
+elements. A basis in bf16 halves the bytes and not the arithmetic: to widen an element to fp64 in registers takes about as
+long as to read it, and the processor does only part of the one during the other.
 
 The bar is 80 % in one block and 60 % in {num_blocks}. Of {num_measured} passes, those of the plot below too, {num_missed} are
 below it: {missed}.

@@ -153,8 +153,8 @@ def _norm(x: Any) -> float:
 def _add_dots(x: Any, rows: Any, start: int, stop: int, sums: Any) -> None:
     """Add ⟨x, rows[k, start:stop]⟩ to sums[k], and ⟨x, x⟩ to the last of them.
 
-    The norm comes with the last rows: as a row of its own x would be widened to fp64 twice, and with a basis in bf16 it is
-    widening that the loop waits for.
+    The norm comes with the last rows: as a row of its own x would be widened to fp64 twice, and widening takes about as long
+    as reading a basis in bf16.
     """
     num_rows = rows.shape[0]
     k = 0
