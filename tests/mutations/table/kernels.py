@@ -31,7 +31,7 @@ KERNELS = (
         "        arrays, number = [_array(tensor) for tensor in whole],",
         "        shared = room() if room else None\n        room = (lambda: shared) if room else None\n"
         "        arrays, number = [_array(tensor) for tensor in whole],",
-        ("tests/core/test_kernels.py::test_a_pass_is_one_call_for_each_thread",),
+        ("tests/core/test_cpu_kernels.py::test_a_pass_is_one_call_for_each_thread",),
         "threads form their sums in one another's memory",
     ),
     Mutation(
@@ -39,7 +39,7 @@ KERNELS = (
         "megatron_ogpsa/projection/cpu_kernels.py",
         "np.searchsorted(elements_P, np.arange(1, number) * elements_P[-1] // number)",
         "np.arange(1, number) * len(elements_P) // number",
-        ("tests/core/test_kernels.py::test_a_pass_is_one_call_for_each_thread",),
+        ("tests/core/test_cpu_kernels.py::test_a_pass_is_one_call_for_each_thread",),
         "where short weights lie together one thread has nearly all of the work",
     ),
     Mutation(
@@ -47,7 +47,7 @@ KERNELS = (
         "megatron_ogpsa/projection/cpu_kernels.py",
         "if (lengths := [span.numel() for span in spans]) != self._span_lengths:",
         "if (lengths := [span.numel() for span in spans]) == [-1]:",
-        ("tests/core/test_kernels.py::test_nothing_is_read_beyond_a_span[short]",),
+        ("tests/core/test_cpu_kernels.py::test_nothing_is_read_beyond_a_span[short]",),
         "memory behind a vector is read, and written, if it is shorter than its layout",
     ),
     Mutation(
@@ -143,7 +143,7 @@ KERNELS = (
         "megatron_ogpsa/projection/cpu_kernels.py",
         "        lock.acquire()\n",
         "        lock.acquire(blocking=False)\n",
-        ("tests/core/test_kernels.py::test_processes_compile_one_after_the_other",),
+        ("tests/core/test_cpu_kernels.py::test_processes_compile_one_after_the_other",),
         "one process's machine code may be kept under the name of another's",
     ),
     Mutation(
@@ -151,7 +151,7 @@ KERNELS = (
         "megatron_ogpsa/projection/cpu_kernels.py",
         "    with suppress(OSError, NotImplementedError):",
         "    with suppress(NotImplementedError):",
-        ("tests/core/test_kernels.py::test_a_lock_that_is_not_to_be_had_keeps_nobody_from_compiling",),
+        ("tests/core/test_cpu_kernels.py::test_a_lock_that_is_not_to_be_had_keeps_nobody_from_compiling",),
         "a run ends where a lock is not to be had in a minute",
     ),
 )
