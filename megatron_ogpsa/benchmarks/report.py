@@ -52,10 +52,17 @@ class Data:
 
     @classmethod
     def of(cls, folder: Path) -> Data:
-        """All files of ``folder``."""
+        """All files of ``folder``.
+
+        Raises:
+            UserError: one of them is missing, or cannot be read.
+        """
 
         def text(name: str) -> str:
-            return (folder / name).read_text(encoding="utf-8")
+            try:
+                return (folder / name).read_text(encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"{folder / name}: {error.strerror}; the page is made of all its data") from error
 
         def lines(name: str) -> list[Json]:
             return [json.loads(line) for line in text(f"{name}.jsonl").splitlines()]

@@ -159,3 +159,12 @@ def test_one_line_does_not_date_passes_of_several_days(
     assert report.main([str(folder)]) != 0
     assert "of other days, machines or versions" in capsys.readouterr().err
     assert not folder.with_suffix(".md").exists()
+
+
+def test_a_page_without_one_of_its_files_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "performance"
+    shutil.copytree(FOLDER, folder)
+    (folder / "apart.json").unlink()
+    assert report.main([str(folder)]) != 0
+    assert f"error: {folder / 'apart.json'}: No such file" in capsys.readouterr().err
+    assert not folder.with_suffix(".md").exists()
