@@ -37,6 +37,7 @@ from megatron_ogpsa.benchmarks.timing import versions
 from megatron_ogpsa.console.commands import Command, run_commands
 from megatron_ogpsa.data.sources import open_source, require_source
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.references.steps import PAPERS_INTERVAL
 
 EVERY_SECOND_STEP = f"{__package__}.every_second_step"
 COMMAND = [sys.executable, "-m", "megatron_ogpsa.cli.main"]
@@ -48,9 +49,6 @@ SETTINGS: Mapping[str, Mapping[str, str]] = {
 }
 TRL_SETTINGS: Mapping[str, str] = {f"TRL, {rule}": rule for rule in trl_training.RULES}
 """Names of what TRL's trainers run, and their ``--rule``."""
-
-PAPERS_INTERVAL = {"sft": 30, "dpo": 5}
-"""Steps from one refresh to the next (arXiv:2602.07892), which a refresh's time is spread over."""
 
 ROWS = {"sft": 400, "dpo": 60}
 """Of a source that are used: DPO computes the reference policy's log-probabilities of all pairs first."""
@@ -69,6 +67,7 @@ def config(args: argparse.Namespace, stage: str, setting: str) -> dict[str, Any]
         "ogpsa-reference-samples": args.reference_samples,
         "ogpsa-reference-loss": ["nll"],
         "ogpsa-refresh-interval": _interval(args),
+        "ogpsa-early-refreshes": False,  # a step with a refresh does not count
         **SETTINGS[setting],
     }
     return {

@@ -71,12 +71,12 @@ VARIANTS = {
 """In the order of the table. Those with a projection protect one reference for each general task."""
 
 PROJECTIONS: dict[str, Settings] = {
-    "paper": {"ogpsa-space": "gradient", "ogpsa-mode": "orthogonal"},
+    "paper": {"ogpsa-space": "gradient", "ogpsa-mode": "orthogonal", "ogpsa-early-refreshes": False},
     "ogpsa": {},
     "model": {"ogpsa-granularity": "model"},
 }
-"""The paper's rule, by which the gradient of each logical tensor is projected; the default one, which a user has who gives no
-flag, of what Adam makes of each; and the same of the whole model at once."""
+"""The paper's rule, by which the gradient of each logical tensor is projected, at one interval; the default one, which a user
+has who gives no flag, of what Adam makes of each; and the same of the whole model at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,6 @@ class DemoSizes:
     dpo_lr: float = 1e-3
     dpo_after_sft_lr: float = 1e-4
     dpo_nll_weight: float = 1.0
-    refresh_interval: int = 10
     reference_samples: int = 128
     base_conversations: int = 24_000
     safety_conversations: int = 3200
@@ -189,7 +188,6 @@ class Recipe:
             settings |= {
                 "ogpsa-reference": {task.name: str(self.benchmark.reference(task.name)) for task in GENERAL_TASKS},
                 "ogpsa-reference-samples": self.sizes.reference_samples,
-                "ogpsa-refresh-interval": self.sizes.refresh_interval,
                 **projection,
             }
         return settings

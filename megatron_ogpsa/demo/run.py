@@ -19,6 +19,7 @@ from megatron_ogpsa.demo.report import terminal_table, write_report
 from megatron_ogpsa.demo.results import Results, Run
 from megatron_ogpsa.demo.scoring import Scores
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.references.steps import PAPERS_INTERVAL
 
 START_UP = 12.0
 """Seconds that a job of two ranks takes to start on two cores."""
@@ -111,8 +112,9 @@ def notes(args: argparse.Namespace, sizes: DemoSizes, seconds: float) -> tuple[s
         f"{seeds.capitalize()} in {seconds:.0f} s, {args.nproc} ranks ({layout}), {os.cpu_count()} cores; {worth}.",
         f"Starting model: {sizes.base_steps} steps on seven general tasks and on helping with any request.",
         f"SFT: {sizes.sft_steps} steps of Adam at {sizes.sft_lr:g} on safety data alone. DPO: {sizes.dpo_steps} steps at "
-        f"{sizes.dpo_lr:g} on pairs, or at {sizes.dpo_after_sft_lr:g} after SFT. References are refreshed every "
-        f"{sizes.refresh_interval} steps.",
+        f"{sizes.dpo_lr:g} on pairs, or at {sizes.dpo_after_sft_lr:g} after SFT. References are refreshed as they are by "
+        f"default: every {PAPERS_INTERVAL['sft']} steps in SFT and {PAPERS_INTERVAL['dpo']} in DPO, with the "
+        "paper's rule by these alone, else more often at first.",
     )
 
 

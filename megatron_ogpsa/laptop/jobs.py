@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_ogpsa.console.commands import Command
 from megatron_ogpsa.laptop.recipe import Recipe
+from megatron_ogpsa.references.steps import early_refreshes
 from megatron_ogpsa.study.settings import Setting
 
 COMMAND = [sys.executable, "-m", "megatron_ogpsa.cli.main"]
@@ -75,6 +76,7 @@ class Job:
         if self.setting.projected:
             steps = sizes.sft_steps + sizes.dpo_steps
             refreshes = max(len(scored) + 1, steps // sizes.refresh_interval)
+            refreshes += 2 * len(early_refreshes(sizes.refresh_interval)) if sizes.early_refreshes else 0
             seconds += refreshes * sizes.references * SECONDS["reference"]
         log = self.recipe.folder / f"{self.name}.log"
         yield Command(self.title, [*COMMAND, "train", str(self.config)], log, seconds, self.is_done)

@@ -49,6 +49,8 @@ class Sizes:
         sft_steps, dpo_steps: of the optimizer.
         save_interval: steps between the checkpoints that are scored. A refresh follows each.
         refresh_interval: steps between refreshes; a divisor of the former, or else there are more of them.
+        early_refreshes: whether there are more of them at first (``--ogpsa-early-refreshes``), where the interval does not
+            adapt.
         adaptive_interval: share of each reference gradient that is to stay in the basis until the next refresh, which comes
             every 1 to ``refresh_interval`` steps for it (``--ogpsa-adaptive-interval``); None: every ``refresh_interval``.
         references: general conversations whose gradients are protected.
@@ -63,6 +65,7 @@ class Sizes:
     dpo_steps: int = 5
     save_interval: int = 5
     refresh_interval: int = 5
+    early_refreshes: bool = True
     adaptive_interval: float | None = None
     references: int = 8
     parts: int = 1
@@ -180,6 +183,7 @@ class Recipe:
             "ogpsa-refresh-interval": self.sizes.refresh_interval,
             **({"ogpsa-adaptive-interval": share} if (share := self.sizes.adaptive_interval) is not None else {}),
             **setting.flags,
+            "ogpsa-early-refreshes": self.sizes.early_refreshes and self.sizes.adaptive_interval is None,
         }
 
     def _stage(self, stage: str) -> dict[str, Any]:

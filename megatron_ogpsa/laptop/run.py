@@ -55,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{stage}-lr", type=float, default=rate, metavar="RATE", help=f"peak rate (default: {rate:g})"
         )
     parser.add_argument(
+        "--early-refreshes",
+        action=argparse.BooleanOptionalAction,
+        default=sizes.early_refreshes,
+        help="refresh after 1, 3, 7, ... steps as well, until --refresh-interval is reached: train's "
+        "--ogpsa-early-refreshes (default: yes; no with --adaptive-interval)",
+    )
+    parser.add_argument(
         "--adaptive-interval",
         type=float,
         metavar="SHARE",

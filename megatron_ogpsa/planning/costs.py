@@ -126,15 +126,16 @@ def reference_micro_batches(samples: int, micro_batch: int, data_parallel: int, 
     return -(-samples // rows) * multiple
 
 
-def refresh_interval(round_: int, save_interval: int | None) -> float:
-    """Steps in which all references are refreshed once, where all are after each checkpoint too, which begins anew.
+def refresh_interval(round_: int, save_interval: int | None, steps: int, early: Sequence[int] = ()) -> float:
+    """Steps in which all references are refreshed once, on average over a run.
 
     Args:
-        round_: steps in which they are without checkpoints.
+        round_: steps in which they are without checkpoints, each of which begins anew with a refresh.
+        steps: of the run.
+        early: those after which there are refreshes besides (``references/steps.py``).
     """
-    if not save_interval:
-        return round_
-    return save_interval / -(-save_interval // round_)
+    interval = save_interval / -(-save_interval // round_) if save_interval else round_
+    return steps / (steps / interval + sum(step < steps for step in early))
 
 
 def refresh_share(

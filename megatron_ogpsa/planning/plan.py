@@ -12,6 +12,7 @@ from megatron_ogpsa.data.micro_batches import micro_batches_at_once
 from megatron_ogpsa.integration.projection.schedule import schedule_from_arguments
 from megatron_ogpsa.planning import costs
 from megatron_ogpsa.planning.simulation import LocalParameter, SimulatedRank, simulate
+from megatron_ogpsa.references.steps import early_refreshes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,7 @@ def make_plan(args: argparse.Namespace, progress: Callable[[Sequence[int]], Any]
         refresh_share=costs.refresh_share(
             micro_batches,
             references,
-            costs.refresh_interval(shortest_round(args), _save_interval(args)),
+            costs.refresh_interval(shortest_round(args), _save_interval(args), _steps(args), early_steps(args)),
             args.pipeline_model_parallel_size,
             virtual or 1,
             cost=costs.FP8_SPEED if args.fp8 and args.ogpsa_references_in_bf16 else 1.0,
@@ -160,6 +161,15 @@ def make_plan(args: argparse.Namespace, progress: Callable[[Sequence[int]], Any]
 def shortest_round(args: argparse.Namespace) -> int:
     """Steps in which all references are refreshed once, where the interval is as short as it may become."""
     return schedule_from_arguments(args).round  # a run begins with the shortest
+
+
+def early_steps(args: argparse.Namespace) -> list[int]:
+    """Steps of a run's start after which all references are refreshed besides."""
+    return early_refreshes(args.ogpsa_refresh_interval) if args.ogpsa_early_refreshes else []
+
+
+def _steps(args: argparse.Namespace) -> int:
+    return int(args.train_iters or args.train_samples // args.global_batch_size)
 
 
 def _save_interval(args: argparse.Namespace) -> int | None:

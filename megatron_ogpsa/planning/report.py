@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 
 from megatron_ogpsa.planning import costs
-from megatron_ogpsa.planning.plan import Plan, shortest_round
+from megatron_ogpsa.planning.plan import Plan, early_steps, shortest_round
 
 STORAGES = (("fp32", 4, False), ("bf16", 2, False), ("fp32", 4, True), ("bf16", 2, True))
 
@@ -103,7 +103,8 @@ def _refresh(plan: Plan) -> list[str]:
 def _interval(args: argparse.Namespace) -> str:
     longest, shortest = args.ogpsa_refresh_interval, shortest_round(args)
     turns = ", one reference at a time" if args.ogpsa_stagger_references else ""
-    return f"every {longest} steps{turns}" if shortest >= longest else f"every {shortest} to {longest} steps{turns}"
+    early = f", after step {', '.join(map(str, steps))}" if (steps := early_steps(args)) else ""
+    return (f"every {longest} steps" if shortest >= longest else f"every {shortest} to {longest} steps") + turns + early
 
 
 def _kinds(plan: Plan) -> list[str]:

@@ -52,6 +52,7 @@ SHARED = {
     "ogpsa_granularity": "tensor",
     "ogpsa_space": "gradient",
     "ogpsa_mode": "orthogonal",
+    "ogpsa_early_refreshes": False,
 }
 PAPER: dict[str, dict[str, Any]] = {
     "sft": SHARED

@@ -17,8 +17,8 @@ from megatron_ogpsa.integration.runtime.cpu import install_on_meta
 SHOWN = (
     "lr lr_decay_style weight_decay clip_grad global_batch_size train_iters train_samples bf16 fp8 fp8_recipe "
     "fp8_param_gather seq_length micro_batch_size data_parallel_size ogpsa_stage ogpsa_dpo_beta ogpsa_dpo_loss "
-    "ogpsa_reference ogpsa_reference_loss ogpsa_reference_samples ogpsa_refresh_interval ogpsa_granularity ogpsa_space "
-    "ogpsa_mode ogpsa_train_data"
+    "ogpsa_reference ogpsa_reference_loss ogpsa_reference_samples ogpsa_refresh_interval ogpsa_early_refreshes "
+    "ogpsa_granularity ogpsa_space ogpsa_mode ogpsa_train_data"
 ).split()
 
 

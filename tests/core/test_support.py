@@ -180,6 +180,9 @@ def test_what_context_parallelism_cannot_split_is_refused_by_name(
         check_context_parallel(arguments(**plain | change))
 
 
+TWO = {"ogpsa_reference": [("math", "math.jsonl"), ("code", "code.jsonl")]}
+
+
 def test_the_papers_refresh_interval_is_the_stages(arguments: Callable[..., argparse.Namespace]) -> None:
     from megatron_ogpsa.integration.arguments.projection import check_projection_arguments
 
@@ -187,6 +190,27 @@ def test_the_papers_refresh_interval_is_the_stages(arguments: Callable[..., argp
         args = arguments(ogpsa_stage=stage, ogpsa_refresh_interval=given)
         check_projection_arguments(args)
         assert args.ogpsa_refresh_interval == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"ogpsa_early_refreshes": False}, False),
+        ({"ogpsa_adaptive_interval": 0.5}, False),
+        ({"ogpsa_authors_rule": True}, False),
+        ({"ogpsa_authors_leak": True}, False),
+        ({"ogpsa_stagger_references": True} | TWO, True),
+    ],
+)
+def test_refreshes_are_early_where_there_is_one_interval_of_ours(
+    arguments: Callable[..., argparse.Namespace], change: dict[str, Any], expected: bool
+) -> None:
+    from megatron_ogpsa.integration.arguments.projection import check_projection_arguments, config_from_arguments
+
+    args = arguments(**change)
+    check_projection_arguments(args)
+    assert config_from_arguments(args).early_refreshes is expected
 
 
 @pytest.mark.parametrize(
@@ -287,6 +311,11 @@ def test_misuse_of_a_refresh_is_told(distributed: Callable[[int], WorkerGroup]) 
         ({"ogpsa_mode": "conflict"}, "--ogpsa-mode conflict with --ogpsa-authors-rule: the authors' is orthogonal"),
         ({"ogpsa_energy": 0.9}, "--ogpsa-energy 0.9 with --ogpsa-authors-rule: the authors' is 1"),
         ({"ogpsa_adaptive_interval": 0.9}, "--ogpsa-adaptive-interval 0.9 with --ogpsa-authors-rule"),
+        ({"ogpsa_early_refreshes": True}, "--ogpsa-early-refreshes with --ogpsa-authors-rule: the authors' is one"),
+        (
+            {"ogpsa_authors_rule": False, "ogpsa_authors_leak": True, "ogpsa_early_refreshes": True},
+            "--ogpsa-authors-leak with --ogpsa-early-refreshes: it leaks at multiples of one interval",
+        ),
         (
             {"ogpsa_stage": "dpo", "ogpsa_reference_loss": [("math", "nll_chosen")]},
             "--ogpsa-reference-loss nll_chosen with --ogpsa-authors-rule: the authors' is nll_pair",
@@ -311,9 +340,6 @@ def test_what_is_not_the_authors_is_refused_with_their_rule(
         check_projection_arguments(arguments(**({"ogpsa_authors_rule": True} | change)))
 
 
-TWO = {"ogpsa_reference": [("math", "math.jsonl"), ("code", "code.jsonl")]}
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -330,6 +356,10 @@ TWO = {"ogpsa_reference": [("math", "math.jsonl"), ("code", "code.jsonl")]}
         (
             {"ogpsa_energy": 0.9, "ogpsa_adaptive_interval": 0.9, "ogpsa_mode": "orthogonal"},
             "--ogpsa-adaptive-interval 0.9 with --ogpsa-energy 0.9",
+        ),
+        (
+            {"ogpsa_early_refreshes": True, "ogpsa_adaptive_interval": 0.9},
+            "--ogpsa-adaptive-interval 0.9 with --ogpsa-early-refreshes",
         ),
         (
             {"ogpsa_refresh_interval": 1, "ogpsa_adaptive_interval": 0.9},

@@ -8,7 +8,9 @@ from itertools import accumulate, chain, repeat
 
 import pytest
 
+from megatron_ogpsa.config import OGPSAConfig
 from megatron_ogpsa.integration.projection.schedule import RefreshSchedule, adapted
+from megatron_ogpsa.references.steps import early_refreshes, next_refresh
 from tests.harness import WorkerGroup
 
 Share = Callable[[int], float]
@@ -26,7 +28,7 @@ def run(
     """(step, what is refreshed, the interval then) of a run; as the loop calls the schedule."""
     refreshed, made = [], 0
     for step in range(first, last):
-        if step == first or (saves and step % saves == 0):
+        if step == first or (saves and step % saves == 0) or schedule.is_of_all(step):
             schedule.restart(step)
             refreshed.append((step, "all", schedule.interval))
             made = step
@@ -38,10 +40,54 @@ def run(
     return refreshed
 
 
-def test_without_options_refreshes_stand_at_multiples_whatever_else_asks_for_one() -> None:
+def test_by_one_interval_refreshes_stand_at_multiples_whatever_else_asks_for_one() -> None:
     steps = [step for step, *_ in run(RefreshSchedule(4), half_lost_in(1), 0, 20, saves=6)]
     assert steps == [0, 4, 6, 8, 12, 16, 18]
     assert [step for step, *_ in run(RefreshSchedule(4), half_lost_in(1), 6, 20, saves=6)] == steps[2:]
+
+
+def test_early_ones_come_before_the_first_multiple_at_the_steps_that_a_loop_is_told() -> None:
+    """A loop of one's own and Bridge's callback ask the configuration, Megatron's the schedule."""
+    steps = [step for step, *_ in run(RefreshSchedule(30, early=True), half_lost_in(1), 0, 100, saves=40)]
+    assert steps == [0, 1, 3, 7, 15, 30, 40, 60, 80, 90]
+    config = OGPSAConfig(refresh_interval=30)
+    assert [step for step in range(100) if config.refreshes_at(step)] == [0, 1, 3, 7, 15, 30, 60, 90]
+    config = OGPSAConfig(refresh_interval=30, early_refreshes=False)
+    assert [step for step in range(100) if config.refreshes_at(step)] == [0, 30, 60, 90]
+    assert str(RefreshSchedule(30, early=True)) == "refreshed every 30 steps, and after 1, 3, 7, 15"
+
+
+@pytest.mark.parametrize(
+    ("interval", "early"),
+    [
+        (1, []),
+        (2, [1]),
+        (3, [1]),
+        (4, [1]),
+        (5, [1, 3]),
+        (8, [1, 3]),
+        (10, [1, 3, 7]),
+        (30, [1, 3, 7, 15]),
+        (31, [1, 3, 7, 15]),
+    ],
+)
+def test_early_ones_are_twice_as_far_apart_each_time_and_none_is_near_the_first_multiple(
+    interval: int, early: list[int]
+) -> None:
+    assert early_refreshes(interval) == early
+    steps = [0]
+    while steps[-1] < 3 * interval:
+        steps.append(next_refresh(steps[-1], interval, early=True))
+    assert steps == [0, *early, interval, 2 * interval, 3 * interval]
+    for step in range(3 * interval):  # also from between them, where a checkpoint was
+        assert next_refresh(step, interval, early=True) == next(later for later in steps if later > step)
+
+
+def test_early_ones_are_of_all_references_and_turns_begin_anew() -> None:
+    schedule = RefreshSchedule(30, turns=3, early=True)
+    refreshed = [(step, what) for step, what, _ in run(schedule, half_lost_in(1), 0, 50)]
+    assert refreshed == [(0, "all"), (1, "all"), (3, "all"), (7, "all"), (15, "all"), (25, "0"), (35, "1"), (45, "2")]
+    assert str(schedule) == "one refreshed every 10 steps, in turns, and all after 1, 3, 7, 15"
 
 
 @pytest.mark.parametrize(
@@ -126,19 +172,19 @@ def test_what_was_not_finite_is_tried_again() -> None:
 
 
 @pytest.mark.parametrize("turns", [1, 3])
-@pytest.mark.parametrize("bound", [None, 0.6])
-def test_a_resumed_run_refreshes_as_the_undisturbed_one(turns: int, bound: float | None) -> None:
+@pytest.mark.parametrize(("bound", "early"), [(None, False), (None, True), (0.6, False)])
+def test_a_resumed_run_refreshes_as_the_undisturbed_one(turns: int, bound: float | None, early: bool) -> None:
     """From any of its checkpoints, knowing no more than what they keep."""
     draw = random.Random(0)
     shares = [draw.random() for _ in range(500)]
     for interval, saves in ((1, 5), (4, 5), (7, 10), (12, 50), (30, 35)):
         states: dict[int, Mapping[str, int]] = {}
-        whole, expected = RefreshSchedule(interval, turns=turns, bound=bound), []
+        whole, expected = RefreshSchedule(interval, turns=turns, bound=bound, early=early), []
         for start in range(0, 200, saves):
             states[start] = whole.state()
             expected.append(run(whole, lambda age: shares[age], start, min(start + saves, 200)))
         for start, state in states.items():
-            resumed = RefreshSchedule(interval, turns=turns, bound=bound)
+            resumed = RefreshSchedule(interval, turns=turns, bound=bound, early=early)
             resumed.restore(state)
             refreshed = run(resumed, lambda age: shares[age], start, 200, saves)
             assert refreshed == [*chain.from_iterable(expected[start // saves :])], (interval, saves, start)

@@ -123,4 +123,11 @@ def test_time_of_refreshes() -> None:
     ("round_", "save_interval", "expected"), [(30, None, 30), (30, 100, 25), (30, 5, 5), (1, 100, 1), (30, 30, 30)]
 )
 def test_checkpoints_are_refreshes_too(round_: int, save_interval: int | None, expected: float) -> None:
-    assert costs.refresh_interval(round_, save_interval) == expected
+    assert costs.refresh_interval(round_, save_interval, steps=100) == pytest.approx(expected)
+
+
+def test_early_refreshes_weigh_in_short_runs() -> None:
+    """Four more in 120 steps, which have one every 30; those that a run does not reach do not count."""
+    early = [1, 3, 7, 15]
+    assert costs.refresh_interval(30, None, 120, early) == pytest.approx(120 / 8)
+    assert costs.refresh_interval(30, None, 12, early) == pytest.approx(12 / (12 / 30 + 3))

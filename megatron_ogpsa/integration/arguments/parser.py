@@ -289,6 +289,12 @@ def _add_schedule_arguments(group: argparse._ArgumentGroup) -> None:
         help="Optimizer steps between two refreshes of the reference gradients (default: 30 for sft, 5 for dpo).",
     )
     group.add_argument(
+        "--ogpsa-early-refreshes",
+        action=argparse.BooleanOptionalAction,
+        help="Refresh after steps 1, 3, 7, ... as well, until the interval is reached: the weights move furthest at first "
+        "(default: yes; no with --ogpsa-adaptive-interval, --ogpsa-authors-rule and --ogpsa-authors-leak).",
+    )
+    group.add_argument(
         "--ogpsa-adaptive-interval",
         metavar="SHARE",
         type=_proper_share,

@@ -13,11 +13,8 @@ from megatron_ogpsa.integration.projection.schedule import check_schedule_argume
 from megatron_ogpsa.plugin.limits import MODELS, MODELS_OF_UPDATES, OPTIMIZERS, OPTIMIZERS_OF_UPDATES, WRAPPERS
 from megatron_ogpsa.precision.fp8_support import check_fp8_flags
 from megatron_ogpsa.references.limits import PASSES
+from megatron_ogpsa.references.steps import PAPERS_INTERVAL
 from megatron_ogpsa.refusal import Refusal, refuse
-
-DEFAULT_REFRESH_INTERVAL = {"sft": 30, "dpo": 5}
-"""Optimizer steps between refreshes (arXiv:2602.07892)."""
-
 
 SCOPE = " with --ogpsa-reference is not supported"
 _UNKNOWN = "which layers are quantised, and by what, would not be known"
@@ -65,6 +62,7 @@ def config_from_arguments(args: argparse.Namespace) -> OGPSAConfig:
         space=args.ogpsa_space,
         energy=args.ogpsa_energy,
         refresh_interval=args.ogpsa_refresh_interval,
+        early_refreshes=args.ogpsa_early_refreshes,
         basis_dtype=args.ogpsa_basis_dtype,
         basis_device=args.ogpsa_basis_device,
     )
@@ -101,7 +99,9 @@ def _fill_in_defaults(args: argparse.Namespace) -> None:
     """Those that are the paper's by stage, and the authors' where their rule was asked for."""
     is_the_authors = args.ogpsa_authors_rule or args.ogpsa_authors_leak
     if args.ogpsa_refresh_interval is None:
-        args.ogpsa_refresh_interval = DEFAULT_REFRESH_INTERVAL[args.ogpsa_stage]
+        args.ogpsa_refresh_interval = PAPERS_INTERVAL[args.ogpsa_stage]
+    if args.ogpsa_early_refreshes is None:
+        args.ogpsa_early_refreshes = not (is_the_authors or args.ogpsa_adaptive_interval is not None)
     if args.ogpsa_space is None:
         args.ogpsa_space = "gradient" if is_the_authors else "update"
     if args.ogpsa_mode is None:

@@ -125,7 +125,7 @@ class OGPSACallback(bridge.Callback):
                 f"the gradient was not finite in {self.ogpsa.skipped_in_a_row} steps in a row, up to step {step}: lower the "
                 "learning rate, look at the data, or allow more with OGPSACallback(max_bad_steps=...)"
             )
-        is_regular = step % self._config.refresh_interval == 0
+        is_regular = self._config.refreshes_at(step)
         if is_regular or self._refresh_is_due or self.ogpsa.needs_refresh or _was_saved(context, step):
             self._refresh(self.ogpsa, context, step)
             self._refresh_is_due = False

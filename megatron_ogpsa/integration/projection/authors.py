@@ -57,6 +57,7 @@ NOT_THEIRS = (
         lambda args: args.ogpsa_rank_per_reference > 1,
     ),
     Refusal("--ogpsa-energy {0.ogpsa_energy}", "the authors' is 1", _DROP_ONE, lambda args: args.ogpsa_energy < 1.0),
+    Refusal("--ogpsa-early-refreshes", "the authors' is one interval", _DROP_ONE),
     Refusal("--ogpsa-stagger-references", "the authors' is all references at once", _DROP_ONE),
     Refusal(
         "--ogpsa-adaptive-interval {0.ogpsa_adaptive_interval}",
@@ -93,6 +94,12 @@ NOT_THE_LEAKS = (
         "all references leak at once",
         _DROP_ONE,
         lambda args: args.ogpsa_stagger_references,
+    ),
+    Refusal(
+        _LEAK + "--ogpsa-early-refreshes",
+        "it leaks at multiples of one interval",
+        _DROP_ONE,
+        lambda args: args.ogpsa_early_refreshes,
     ),
     Refusal(
         _LEAK + "--ogpsa-adaptive-interval",

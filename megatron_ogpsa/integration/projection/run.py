@@ -85,7 +85,7 @@ class ProjectionRun(LoopHook):
         """Refresh the basis if one is due."""
         assert self._ogpsa is not None
         self._stop_if_steps_are_lost(step)
-        is_of_all = self._refresh_is_due or self._ogpsa.needs_refresh
+        is_of_all = self._refresh_is_due or self._ogpsa.needs_refresh or self._schedule.is_of_all(step)
         if not (is_of_all or self._schedule.is_due(step)):
             return
         in_turns = self._args.ogpsa_stagger_references and not is_of_all

@@ -2,7 +2,7 @@
 
 | | all at once | in turns (``--ogpsa-stagger-references``) |
 |---|---|---|
-| at the start, after each checkpoint | all | all |
+| at the start, early (``--ogpsa-early-refreshes``), after each checkpoint | all | all |
 | in between | all, every interval | one of J references, every interval / J, rounded up |
 
 With ``--ogpsa-adaptive-interval`` the interval follows how stale the basis was found to be. It begins with the shortest:
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from megatron_ogpsa.references.steps import early_refreshes, next_refresh
 from megatron_ogpsa.refusal import Refusal, refuse
 
 if TYPE_CHECKING:
@@ -35,16 +36,18 @@ class RefreshSchedule:
         longest: steps from one gradient of a reference to its next, at most.
         turns: references that take turns within an interval; 1 for all at once.
         bound: share of each fresh reference gradient that the basis is to hold still; None leaves the interval as it is.
+        early: whether all are refreshed after 1, 3, 7, … steps as well; not with ``bound``, which begins with the shortest.
 
     Attributes:
         interval: the one in force.
         turn: of the reference whose turn is next.
     """
 
-    def __init__(self, longest: int, *, turns: int = 1, bound: float | None = None) -> None:
+    def __init__(self, longest: int, *, turns: int = 1, bound: float | None = None, early: bool = False) -> None:
         self._longest, self._turns, self._bound = longest, turns, bound
         self.interval = longest if bound is None else self._shortest
         self.turn = 0
+        self._early_steps = early_refreshes(longest) if early else []
         self._captured: float | None = None  # the least in this round
         self._next = 0
 
@@ -77,6 +80,10 @@ class RefreshSchedule:
         """Whether references are to be refreshed before the step after ``step``, whatever else asks for it."""
         return step >= self._next
 
+    def is_of_all(self, step: int) -> bool:
+        """Whether all references are due before the step after ``step``, also where they take turns."""
+        return step in self._early_steps
+
     def restart(self, step: int) -> None:
         """All were refreshed because a run starts, a checkpoint was saved or the basis was lost."""
         self.turn, self._captured = 0, None
@@ -100,9 +107,11 @@ class RefreshSchedule:
 
     def postpone(self, step: int) -> None:
         """The same are due again, one spacing later: their gradients were not finite."""
-        is_regular = self._turns == 1 and self._bound is None
-        # Without options refreshes stand at multiples of the interval, whatever checkpoints add between them.
-        self._next = (step // self.interval + 1) * self.interval if is_regular else step + self.spacing
+        if self._turns == 1 and self._bound is None:
+            # Refreshes stand at multiples of the interval, whatever checkpoints add between them.
+            self._next = next_refresh(step, self.interval, early=bool(self._early_steps))
+        else:
+            self._next = min([step + self.spacing, *(early for early in self._early_steps if early > step)])
 
     def state(self) -> dict[str, int]:
         """What a checkpoint has to keep."""
@@ -116,6 +125,9 @@ class RefreshSchedule:
     def __str__(self) -> str:
         told = "one refreshed" if self._turns > 1 else "refreshed"
         told += f" every {self.spacing} steps" + (", in turns" if self._turns > 1 else "")
+        if self._early_steps:
+            of_all = "all " if self._turns > 1 else ""
+            told += f", and {of_all}after {', '.join(map(str, self._early_steps))}"
         if self._bound is None:
             return told
         return f"{told}, and up to {self.longest_spacing} as long as {100 * self._bound:g}% stays protected"
@@ -163,6 +175,7 @@ def schedule_from_arguments(args: argparse.Namespace) -> RefreshSchedule:
         args.ogpsa_refresh_interval,
         turns=len(args.ogpsa_reference) if args.ogpsa_stagger_references else 1,
         bound=args.ogpsa_adaptive_interval,
+        early=args.ogpsa_early_refreshes,
     )
 
 
@@ -207,6 +220,12 @@ WITH_SCHEDULES = (
         "a fresh basis may hold no more than that",
         "ask for a smaller share, or keep more energy",
         lambda args: _adapts(args) and _truncates(args) and args.ogpsa_energy <= args.ogpsa_adaptive_interval,
+    ),
+    Refusal(
+        _ADAPTIVE + "--ogpsa-early-refreshes",
+        "an interval that adapts begins with one step by itself",
+        "leave the latter out",
+        lambda args: _adapts(args) and args.ogpsa_early_refreshes,
     ),
     Refusal(
         _ADAPTIVE + "--ogpsa-refresh-interval 1",
