@@ -26,6 +26,9 @@ START = "start"
 
 SIZES = DemoSizes()
 
+INTERVAL = 10
+"""Steps between two refreshes, where a setting does not say otherwise."""
+
 HELD_OUT_REQUESTS = 400
 """Of each kind, of 864. A share of them near a half has a standard error of 2.5 points."""
 
@@ -132,7 +135,7 @@ def config_of(recipe: Recipe, name: str) -> Flags:
     """The file that trains one setting; it can be run by hand."""
     setting = SETTINGS[name]
     settings = {
-        **recipe.start(name, dict(setting.flags) if setting.projected else None),
+        **recipe.start(name, {"ogpsa-refresh-interval": INTERVAL, **setting.flags} if setting.projected else None),
         **recipe.sft(),
         "save-interval": setting_interval(recipe, setting),
     }

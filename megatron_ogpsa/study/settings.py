@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_ogpsa.references.steps import PAPERS_INTERVAL
+
 Settings = Mapping[str, Any]
 
-UPDATE: Settings = {"ogpsa-space": "update", "ogpsa-mode": "orthogonal"}
-GRADIENT: Settings = {"ogpsa-space": "gradient", "ogpsa-mode": "orthogonal"}
+ONE_INTERVAL: Settings = {"ogpsa-early-refreshes": False}
+UPDATE: Settings = {"ogpsa-space": "update", "ogpsa-mode": "orthogonal", **ONE_INTERVAL}
+GRADIENT: Settings = {"ogpsa-space": "gradient", "ogpsa-mode": "orthogonal", **ONE_INTERVAL}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,11 @@ class Setting:
 PLAIN = "plain"
 SETTINGS: dict[str, Setting] = {
     PLAIN: Setting(title="plain", projected=False),
+    "default": Setting(
+        title="default: update, conflict, every 30 steps and early",
+        flags={"ogpsa-refresh-interval": PAPERS_INTERVAL["sft"]},
+        save_interval=PAPERS_INTERVAL["sft"],
+    ),
     "update-conflict": Setting(title="update, conflict", flags={**UPDATE, "ogpsa-mode": "conflict"}),
     "gradient-tensor": Setting(title="gradient, per tensor", flags=GRADIENT),
     "update-tensor": Setting(title="update, per tensor", flags=UPDATE),
