@@ -240,6 +240,13 @@ def _add_projection_arguments(group: argparse._ArgumentGroup) -> None:
         help="End the run, on all ranks, after so many steps in a row that were skipped because the gradient is not finite; "
         "those that only a loss scale was too large for do not count (default: 10).",
     )
+    group.add_argument(
+        "--ogpsa-check-leak",
+        action="store_true",
+        help='Measure after each projection what it has left of what it is to remove, as the figure "ogpsa leak": rounding, '
+        "of a gradient about 1e-7 of its norm, of an update what fp32 parameters cannot hold of so small a change. A second "
+        "pass and one more all-reduce in every step; for the first steps on a new cluster.",
+    )
     _add_authors_arguments(group)
 
 

@@ -65,6 +65,7 @@ def config_from_arguments(args: argparse.Namespace) -> OGPSAConfig:
         early_refreshes=args.ogpsa_early_refreshes,
         basis_dtype=args.ogpsa_basis_dtype,
         basis_device=args.ogpsa_basis_device,
+        check_leak=args.ogpsa_check_leak,
     )
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NOT_SETTINGS = ("ogpsa_reference", "ogpsa_train_data", "ogpsa_valid_data", "ogpsa_hang_timeout")
+NOT_SETTINGS = ("ogpsa_reference", "ogpsa_train_data", "ogpsa_valid_data", "ogpsa_hang_timeout", "ogpsa_check_leak")
 """Flags that a resumed run may change without departing from the one that it goes on with."""
 
 
@@ -154,15 +154,15 @@ class ProjectionRun(LoopHook):
     @override
     def figures(self) -> dict[str, torch.Tensor]:
         """What was removed (a share of the gradient, or a length of the update), the rank, a refresh's time, and counters;
-        where they are asked for, the interval in force and the least energy that is kept of a reference.
+        where they are asked for, what was left, the interval in force and the least energy that is kept of a reference.
 
         Counters are of this process: steps that were skipped, and refreshes that were rejected, for what is not finite.
         """
         device = torch.cuda.current_device()
         if self._ogpsa is None or not (metrics := self._ogpsa.metrics_on(device)):
             return {}
-        removed = {"removed": "ogpsa removed", "removed_length": "ogpsa removed length"}
-        figures = {title: metrics[name].clamp(min=0.0) for name, title in removed.items() if name in metrics}
+        measured = {"removed": "ogpsa removed", "removed_length": "ogpsa removed length", "leak": "ogpsa leak"}
+        figures = {title: metrics[name].clamp(min=0.0) for name, title in measured.items() if name in metrics}
         values = {
             "ogpsa refresh (ms)": self._refresh_seconds * 1000,
             "ogpsa skipped steps": float(self._ogpsa.skipped_steps),
