@@ -5,6 +5,8 @@ from __future__ import annotations
 from tests.mutations.mutation import Mutation
 from tests.mutations.table.tests_named import AUTHORS_LEAK, NOT_FINITE, PASSES, RESUMED, UPDATES
 
+_SCHEDULE = "tests/integration/test_schedule.py"
+
 REFRESH = (
     Mutation(
         "stale-basis",
@@ -84,11 +86,43 @@ REFRESH = (
     ),
     Mutation(
         "refresh-one-step-late",
-        "megatron_ogpsa/integration/projection/schedule.py",
-        "self._next = (step // self.interval + 1) * self.interval if is_regular",
-        "self._next = (step // self.interval + 1) * self.interval + 1 if is_regular",
+        "megatron_ogpsa/references/steps.py",
+        "else (step // interval + 1) * interval",
+        "else (step // interval + 1) * interval + 1",
         (AUTHORS_LEAK,),
         "off by one: a refresh every interval, and one step after it is due",
+    ),
+    Mutation(
+        "early-refreshes-on-after-the-first-interval",
+        "megatron_ogpsa/references/steps.py",
+        "return doubled if early and _is_early(doubled, interval) else",
+        "return doubled if early and doubled % interval else",
+        (f"{_SCHEDULE}::test_early_ones_come_before_the_first_multiple_at_the_steps_that_a_loop_is_told",),
+        "refreshes become ever rarer, in place of one every interval",
+    ),
+    Mutation(
+        "early-refreshes-of-one-reference",
+        "megatron_ogpsa/integration/projection/run.py",
+        " or self._schedule.is_of_all(step)",
+        "",
+        ("tests/integration/test_train.py::test_early_refreshes_are_of_all_references",),
+        "where references take turns, an early refresh is of the one whose turn it is, and the others stay stale",
+    ),
+    Mutation(
+        "callback-knows-no-early-refreshes",
+        "megatron_ogpsa/integration/bridge/callback.py",
+        "is_regular = self._config.refreshes_at(step)",
+        "is_regular = step % self._config.refresh_interval == 0",
+        ("tests/adoption/test_bridge.py::test_the_callback_is_the_plugin_by_hand",),
+        "Bridge's runs refresh at multiples of the interval alone",
+    ),
+    Mutation(
+        "authors-rule-with-early-refreshes",
+        "megatron_ogpsa/integration/arguments/projection.py",
+        "not (is_the_authors or args.ogpsa_adaptive_interval is not None)",
+        "args.ogpsa_adaptive_interval is None",
+        ("tests/core/test_support.py::test_refreshes_are_early_where_there_is_one_interval_of_ours",),
+        "the authors' rule, for comparisons, refreshes when theirs does not",
     ),
     Mutation(
         "interval-not-restored",
