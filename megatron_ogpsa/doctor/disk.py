@@ -14,6 +14,7 @@ import torch
 
 from megatron_ogpsa.checkpoints import examine
 from megatron_ogpsa.doctor.findings import Finding, fail, ok, size_in_words, warn
+from megatron_ogpsa.planning.costs import share_on_accelerator, state_bytes
 from megatron_ogpsa.system.disk import nearest_folder
 
 _FP32 = 4
@@ -65,23 +66,43 @@ def bytes_per_element(args: argparse.Namespace) -> int:
     return weight + _FP32 * (moments + has_copy)
 
 
-def training_bytes(args: argparse.Namespace, elements: int) -> int:
+def expert_elements_of(args: argparse.Namespace, vocabulary: int) -> int:
+    """Of these, those of routed experts: what as many experts more would add, their rows of the router included."""
+    if not args.num_experts:
+        return 0
+    doubled = copy.copy(args)
+    doubled.num_experts = 2 * args.num_experts
+    return elements_of(doubled, vocabulary) - elements_of(args, vocabulary)
+
+
+def training_bytes(args: argparse.Namespace, elements: int, of_experts: int) -> int:
     """Memory of all ranks, where they compute, for weights, gradients, optimizer state and basis; without activations.
+
+    Experts have as many copies as ranks are left to them beside their own axes.
 
     Args:
         args: validated.
         elements: of :func:`elements_of`.
+        of_experts: of :func:`expert_elements_of`.
     """
-    copies = int(args.data_parallel_size * args.context_parallel_size)
-    weights, gradients = int(args.params_dtype.itemsize), _FP32
-    has_copy = weights < _FP32
-    moments = (1 if args.sgd_momentum else 0) if args.optimizer == "sgd" else 2
+    expert_ranks = (
+        args.expert_tensor_parallel_size * args.expert_model_parallel_size * args.pipeline_model_parallel_size
+    )
+    weights = args.params_dtype.itemsize
+    gradients = _FP32 if args.accumulate_allreduce_grads_in_fp32 else weights
+    has_gpu = torch.cuda.is_available()
+    state = state_bytes(args) * (share_on_accelerator(args) if has_gpu else 1.0)
     references = len(args.ogpsa_reference) * args.ogpsa_rank_per_reference
-    basis = references * (2 if args.ogpsa_basis_dtype == "bf16" else _FP32)
-    if args.ogpsa_basis_device == "cpu" and torch.cuda.is_available():
-        basis = 0  # where the GPU's memory is meant
-    shards = 1 if args.use_distributed_optimizer else copies
-    return elements * (copies * (weights + gradients) + shards * (_FP32 * (moments + has_copy) + basis))
+    is_away = args.ogpsa_basis_device == "cpu" and has_gpu  # where the GPU's memory is meant
+    basis = 0 if is_away else references * (2 if args.ogpsa_basis_dtype == "bf16" else _FP32)
+    total = 0.0
+    for number, copies in (
+        (elements - of_experts, args.data_parallel_size * args.context_parallel_size),
+        (of_experts, args.world_size // expert_ranks),
+    ):
+        shards = 1 if args.use_distributed_optimizer else copies
+        total += number * (copies * (weights + gradients) + shards * (state + basis))
+    return round(total)
 
 
 def saving_of(args: argparse.Namespace, elements: int) -> Saving | None:

@@ -195,10 +195,11 @@ class Stage:
         from megatron_ogpsa.doctor import disk, machine
         from megatron_ogpsa.doctor.gpu import visible_gpus
 
-        elements = disk.elements_of(self._args, self._tokenizer.vocab_size)
+        vocabulary = self._tokenizer.vocab_size
+        elements = disk.elements_of(self._args, vocabulary)
         self.saving, self.is_measured = disk.saving_of(self._args, elements), True
         yield ok("model", f"about {_shown(elements)} parameters")
-        needed = disk.training_bytes(self._args, elements)
+        needed = disk.training_bytes(self._args, elements, disk.expert_elements_of(self._args, vocabulary))
         if self._generation is None:
             yield machine.check_model_memory(machine.available_memory(), needed)
         elif gpus := visible_gpus():

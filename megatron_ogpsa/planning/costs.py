@@ -6,6 +6,7 @@ element, m micro-batches, p pipeline stages, v model chunks of a stage.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,12 +30,14 @@ class ShardSize:
 
     Attributes:
         elements: N, of the gradient that its optimizer updates.
+        trained: elements of its share of the model that are trained, before any sharding over data parallelism.
         packed: of these, how many are projected in an fp32 copy, because Megatron's own gradient is bf16.
         weight_bytes, gradient_bytes: Megatron's buffers of the local model, before any sharding over data parallelism.
         state_bytes: the optimizer's, fp32 main parameters included.
     """
 
     elements: int
+    trained: int
     packed: int
     weight_bytes: int
     gradient_bytes: int
@@ -86,13 +89,31 @@ def memory(projection: Projection, shard: ShardSize) -> Memory:
     )
 
 
-def checkpoint_host_bytes(shard: ShardSize, data_parallel: int, *, gathers: bool) -> int:
+def share_on_accelerator(args: argparse.Namespace) -> float:
+    """Of the optimizer's state, where ``--optimizer-cpu-offload`` takes the rest to host memory."""
+    return 1.0 - args.optimizer_offload_fraction if args.optimizer_cpu_offload else 1.0
+
+
+def state_bytes(args: argparse.Namespace) -> int:
+    """Bytes of optimizer state for each element that a rank updates, main parameters included."""
+    aware = args.use_precision_aware_optimizer
+    main = args.main_params_dtype.itemsize if aware else FP32
+    if aware and main == FP32 and args.params_dtype == torch.bfloat16:
+        main = 2  # what fp32 has beyond the bf16 parameter (store_param_remainders of Megatron's OptimizerConfig)
+    main = 0 if args.params_dtype == torch.float32 else main
+    if args.optimizer == "sgd":
+        return main + (FP32 if args.sgd_momentum else 0)
+    moments = (args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize) if aware else 2 * FP32
+    return int(main + moments)
+
+
+def checkpoint_host_bytes(shard: ShardSize, *, gathers: bool) -> int:
     """Host memory that a rank takes while a checkpoint is saved or loaded, beside what passes through.
 
-    Where the distributed optimizer's state is to be resharded, each data-parallel rank holds that of all of them: fp32 main
-    parameters and two moments (``core/optimizer/distrib_optimizer.py``, ``get_parameter_state_dp_zero``).
+    Where the distributed optimizer's state is to be resharded, each rank holds that of all that share its part of the model:
+    fp32 main parameters and two moments (``core/optimizer/distrib_optimizer.py``, ``get_parameter_state_dp_zero``).
     """
-    return 3 * FP32 * shard.elements * data_parallel if gathers else 0
+    return 3 * FP32 * shard.trained if gathers else 0
 
 
 def step_traffic(projection: Projection, shard: ShardSize) -> int:

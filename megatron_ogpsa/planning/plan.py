@@ -71,7 +71,7 @@ class Plan:
         """See :func:`megatron_ogpsa.planning.costs.checkpoint_host_bytes`; of the largest rank."""
         args = self.args
         gathers = args.save and args.use_distributed_optimizer and args.dist_ckpt_optim_fully_reshardable
-        return costs.checkpoint_host_bytes(self.largest, args.data_parallel_size, gathers=bool(gathers))
+        return costs.checkpoint_host_bytes(self.largest, gathers=bool(gathers))
 
     def as_json(self) -> dict[str, Any]:
         """All figures; bytes and elements are whole numbers."""

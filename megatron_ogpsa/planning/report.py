@@ -90,11 +90,12 @@ def _refresh(plan: Plan) -> list[str]:
     args = plan.args
     total = sum(plan.reference_micro_batches)
     slower = args.fp8 and args.ogpsa_references_in_bf16
+    at_most = "at most " if args.ogpsa_packing else ""  # how many samples share a row, their lengths tell
     in_bf16 = f", in bf16, each up to {costs.FP8_SPEED} times the time of one in FP8" if slower else ""
     return [
         f"each refresh, {_interval(args)} and after each checkpoint",
         f"  collectives    1 all-reduce of {_kb(costs.refresh_message(plan.projection))}, beside those of the passes",
-        f"  passes         {total} micro-batches for {_references(plan)} of "
+        f"  passes         {at_most}{total} micro-batches for {_references(plan)} of "
         f"{args.ogpsa_reference_samples} samples, against {plan.micro_batches} in a step{in_bf16}",
         f"  time           {plan.refresh_share:.1%} of all forward and backward passes at most",
     ]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_ogpsa.integration.runtime.cpu import META
 from megatron_ogpsa.integration.runtime.fake_world import build_chunks, build_optimizer, fake_world
-from megatron_ogpsa.planning.costs import FP32, ShardSize
+from megatron_ogpsa.planning.costs import ShardSize, share_on_accelerator, state_bytes
 from megatron_ogpsa.sharding.gradients import Piece, leaf_optimizers, pieces_of
 from megatron_ogpsa.sharding.logical import logical_name, logical_runs, row_pattern
 from megatron_ogpsa.sharding.names import NamedParameter, named_parameters
@@ -154,25 +154,9 @@ def _size(args: argparse.Namespace, chunks: list[Any], elements: int) -> ShardSi
     weights = [param for chunk in chunks for param in chunk.module.parameters()]
     return ShardSize(
         elements=elements,
+        trained=sum(param.numel() for param in weights if param.requires_grad),
         packed=0 if in_fp32 or args.use_precision_aware_optimizer else elements,
         weight_bytes=sum(param.numel() * param.element_size() for param in weights),
         gradient_bytes=sum(buffer.numel * buffer.grad_dtype.itemsize for buffer in buffers),
-        state_bytes=round(elements * _state_bytes(args) * _share_on_accelerator(args)),
+        state_bytes=round(elements * state_bytes(args) * share_on_accelerator(args)),
     )
-
-
-def _share_on_accelerator(args: argparse.Namespace) -> float:
-    return 1.0 - args.optimizer_offload_fraction if args.optimizer_cpu_offload else 1.0
-
-
-def _state_bytes(args: argparse.Namespace) -> int:
-    """Bytes of optimizer state for each element that a rank updates, main parameters included."""
-    aware = args.use_precision_aware_optimizer
-    main = args.main_params_dtype.itemsize if aware else FP32
-    if aware and main == FP32 and args.params_dtype == torch.bfloat16:
-        main = 2  # what fp32 has beyond the bf16 parameter (store_param_remainders of Megatron's OptimizerConfig)
-    main = 0 if args.params_dtype == torch.float32 else main
-    if args.optimizer == "sgd":
-        return main + (FP32 if args.sgd_momentum else 0)
-    moments = (args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize) if aware else 2 * FP32
-    return int(main + moments)

@@ -349,3 +349,37 @@ def test_published_models_have_their_published_size(config: str, elements: int) 
 
     args = megatron_arguments(ConfigFile.read(ROOT / f"configs/{config}/sft.yaml").as_flags(build_parser(), []), 8)
     assert disk.elements_of(args, args.vocab_size) == pytest.approx(elements, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "of_a_dense_element", "of_an_expert_one"),
+    [
+        # Weights and gradients of each copy, 2 + 4 bytes, and once 12 of the optimizer and 4 of a basis.
+        ("", 8 * 6 + 16, 8 * 6 + 16),
+        ("--expert-model-parallel-size 8", 8 * 6 + 16, 1 * 6 + 16),
+        ("--expert-model-parallel-size 2 --pipeline-model-parallel-size 2", 4 * 6 + 16, 2 * 6 + 16),
+        ("--context-parallel-size 2 --expert-model-parallel-size 4", 8 * 6 + 16, 2 * 6 + 16),
+        ("--grad-reduce-in-bf16 --ogpsa-basis-dtype bf16", 8 * 4 + 14, 8 * 4 + 14),
+        (
+            "--ogpsa-space gradient --use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
+            8 * 6 + 10,
+            8 * 6 + 10,
+        ),
+    ],
+)
+def test_memory_counts_each_copy_of_an_element(flags: str, of_a_dense_element: int, of_an_expert_one: int) -> None:
+    """On 8 ranks; experts are copied over what their own axes leave of them."""
+    from megatron_ogpsa.planning.arguments import megatron_arguments
+
+    shape = (
+        "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 --bf16 "
+        "--micro-batch-size 1 --global-batch-size 8 --train-iters 1 --lr 1e-4 --vocab-size 100 --num-experts 8 "
+        "--moe-ffn-hidden-size 128 --moe-token-dispatcher-type allgather --use-distributed-optimizer "
+        "--ogpsa-reference general=x.jsonl"
+    )
+    args = megatron_arguments([*shape.split(), *flags.split()], 8)
+    of_experts = disk.expert_elements_of(args, 100)
+    assert of_experts == pytest.approx(2 * 8 * 2 * 64 * 128, rel=0.01)  # and the router's
+    dense = disk.elements_of(args, 100) - of_experts
+    expected = dense * of_a_dense_element + of_experts * of_an_expert_one
+    assert disk.training_bytes(args, dense + of_experts, of_experts) == expected

@@ -86,7 +86,9 @@ def test_nothing_fits() -> None:
     assert nearest(replace(LLAMA_8B, seq_length=8192, ffn=0, heads=0, layers=0), Mesh(world=4)) is None
 
 
-SHARD = costs.ShardSize(elements=1000, packed=0, weight_bytes=2000, gradient_bytes=4000, state_bytes=12000)
+SHARD = costs.ShardSize(
+    elements=1000, trained=2000, packed=0, weight_bytes=2000, gradient_bytes=4000, state_bytes=12000
+)
 PROJECTION = costs.Projection(references=2, basis_bytes=4, on_host=False, of_update=False, blocks=10)
 
 

@@ -19,10 +19,13 @@ PIPELINE = "plan configs/example/sft-dpo.yaml --gpus-per-node 4 --vocab-size 100
 AS_JSON = (f"{EIGHT_B} --json", f"{EIGHT_B} --json --ogpsa-basis-dtype bf16 --ogpsa-basis-device cpu")
 PAPER = "plan configs/qwen2.5-7b/sft-dpo.yaml --json"
 IN_BF16 = f"{EIGHT_B} --fp8-format hybrid --ogpsa-references-in-bf16"
-ADAPTIVE = f"{EIGHT_B} --ogpsa-adaptive-interval 0.9"
+ADAPTIVE = f"{EIGHT_B} --ogpsa-adaptive-interval 0.9 --ogpsa-packing --micro-batch-size 1"
 OFFLOADED = f"{EIGHT_B} --use-precision-aware-optimizer --json"
-OFFLOADED_ALL = f"{OFFLOADED} --optimizer-cpu-offload --optimizer-offload-fraction 1.0"
+OFFLOADED_ALL = (
+    f"{OFFLOADED} --optimizer-cpu-offload --optimizer-offload-fraction 1.0 --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16"
+)
 RESHARDABLE = f"{EIGHT_B} --dist-ckpt-optim-fully-reshardable"
+RESHARDABLE_CP = f"{RESHARDABLE} --context-parallel-size 2"
 UPDATE = f"{EIGHT_B} --json --ogpsa-space update --ogpsa-granularity model"
 
 MISTAKES = {
@@ -40,7 +43,7 @@ MISTAKES = {
 def outcomes() -> dict[str, tuple[int, str, str]]:
     """Of all commands below, run in one process."""
     commands = [*DOCUMENTED, PIPELINE, *AS_JSON, UPDATE, PAPER, IN_BF16, ADAPTIVE, OFFLOADED, OFFLOADED_ALL]
-    commands += [EIGHT_B, RESHARDABLE, *MISTAKES]
+    commands += [EIGHT_B, RESHARDABLE, RESHARDABLE_CP, *MISTAKES]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.planning.several"],
         input=json.dumps([command.split() for command in commands]),
@@ -87,6 +90,7 @@ def test_an_interval_that_adapts_begins_with_the_shortest(outcomes: dict[str, tu
     code, out, _ = outcomes[ADAPTIVE]
     assert code == 0
     assert "each refresh, every 1 to 30 steps and after each checkpoint" in out
+    assert "at most 100 micro-batches for 2 references" in out  # packed: as many rows as samples at most
     (share,) = re.findall(r"time +([\d.]+)% of all", out)
     assert float(share) > 70
 
@@ -100,8 +104,11 @@ def test_what_the_optimizer_holds_elsewhere_is_not_counted(outcomes: dict[str, t
 
 
 def test_a_checkpoint_that_is_to_be_resharded_takes_host_memory(outcomes: dict[str, tuple[int, str, str]]) -> None:
-    """12 bytes for each of 8.03e9 / 2 elements of TP2, on each of its data-parallel ranks."""
-    assert re.search(r"a checkpoint +48\.18 GB of host memory on each rank", outcomes[RESHARDABLE][1])
+    """12 bytes for each of 8.03e9 / 2 elements of TP2, on each rank of the group that shards them, context ranks included."""
+    for command in (RESHARDABLE, RESHARDABLE_CP):
+        assert re.search(r"a checkpoint +48\.18 GB of host memory on each rank", outcomes[command][1]), outcomes[
+            command
+        ]
     assert "a checkpoint" not in outcomes[EIGHT_B][1]
 
 

@@ -94,6 +94,8 @@ def _plain(args: argparse.Namespace) -> argparse.Namespace:
         "use_precision_aware_optimizer",
     ):
         setattr(plain, name, False)
+    for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+        setattr(plain, name, torch.float32)  # others go with the precision-aware optimizer alone
     plain.transformer_impl = "local"
     plain.no_persist_layer_norm = True
     plain.perform_initialization = False
