@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from megatron_ogpsa.cli.connections import set_connections
+from megatron_ogpsa.cluster.meant import require_meant_as_rank
 from megatron_ogpsa.cluster.settings import FLAGS, launch_settings
 from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.errors import UserError
@@ -45,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--{before[0].replace('_', '-')} stands before {args.config}: give the configuration first")
     starting, flags = _starting_parser().parse_known_args(args.flags)
     config = ConfigFile.read(args.config)
+    given = {key: value for key in FLAGS if (value := getattr(starting, key.replace("-", "_")))}
     if is_rank():
+        require_meant_as_rank(given, config.launch)
         end_with_starter()
         raise_limit()
         require_common_count()
@@ -54,7 +57,6 @@ def run(args: argparse.Namespace) -> int:
     Request.of(_own(flags)[0], judges_here=False)  # a mistake is told before any rank is started
     from megatron_ogpsa.cli.launching import launch
 
-    given = {key: value for key in FLAGS if (value := getattr(starting, key.replace("-", "_")))}
     settings = launch_settings(given, config.launch, os.environ, run_id=config.run_id)
     return launch(["evaluate", str(args.config), *flags], settings=settings)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_ogpsa.cli.connections import set_connections
+from megatron_ogpsa.cluster.meant import require_meant_as_rank
 from megatron_ogpsa.cluster.restarts import require_resumable, require_resumable_ranks
 from megatron_ogpsa.cluster.settings import FLAGS, LaunchSettings, launch_settings
 from megatron_ogpsa.configuration.config_file import ConfigFile
@@ -52,15 +53,16 @@ def run(args: argparse.Namespace) -> int:
     only = own.stage or args.stage
     if only and not config.stages:
         raise UserError(f"--stage {only}: {args.config} has no 'stages': leave the flag out")
+    given = {key: _of(own, key) or _of(args, key) for key in FLAGS}
+    written = {key: text for key, text in given.items() if text}
     if is_rank():
+        require_meant_as_rank(written, config.launch)
         end_with_starter()
         raise_limit()
         require_common_count()
         require_resumable_ranks(config, flags)
         set_connections(config, flags)
         return _run_as_rank(config, flags, only)
-    given = {key: _of(own, key) or _of(args, key) for key in FLAGS}
-    written = {key: text for key, text in given.items() if text}
     settings = launch_settings(written, config.launch, os.environ, run_id=config.run_id)
     require_resumable(config, flags, settings)
     return _start_ranks(config, flags, only, settings)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ogpsa.cli import train
+from megatron_ogpsa.cli import evaluate, train
 from megatron_ogpsa.cli.connections import VARIABLE, set_connections
 from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.system.processes import is_rank, require_common_count
+from megatron_ogpsa.system.processes import PARENT_VARIABLE, is_rank, require_common_count
 
 REFUSED = {
     "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -77,6 +77,85 @@ def test_a_pods_variables_are_not_a_ranks() -> None:
         UserError, match=r"^RANK 1 and WORLD_SIZE 4 .* NODE_RANK and NNODES.* unset RANK and WORLD_SIZE"
     ):
         is_rank(pod)
+
+
+TASK = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+"""What enroot's hook sets in a container for PyTorch, for the second of two nodes with one task each."""
+
+TASKS = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}
+TORCHRUN = TASK | {"LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "a"}
+UNSET = r"env -u RANK -u LOCAL_RANK -u WORLD_SIZE; if this is to be one of them, leave"
+
+NOT_MEANT: dict[str, tuple[str, str, dict[str, str], str]] = {
+    "a flag": (
+        "",
+        "--nproc-per-node 8",
+        TASK,
+        rf"^--nproc-per-node 8: RANK=1, LOCAL_RANK=0, WORLD_SIZE=2 .*{UNSET} the",
+    ),
+    "a flag of a script": ("", "--nnodes 1", TASK, rf"^--nnodes 1: RANK=1.*{UNSET} the flags out$"),
+    "the file": ("{nproc-per-node: 8}", "", TASK, rf"^launch.nproc-per-node 8: RANK=1.*{UNSET} it out$"),
+    "the file, and as many nodes": ("{nproc-per-node: 2}", "", TASK | TASKS, r"^launch.nproc-per-node 2: "),
+    "the file, with fewer than there are": (
+        "{nproc-per-node: 1}",
+        "",
+        TASK | {"LOCAL_RANK": "1"},
+        "^launch.nproc-per-node 1",
+    ),
+    "all GPUs": ("{nproc-per-node: gpu}", "", TASK | TASKS, r"^launch.nproc-per-node gpu: "),
+    "a flag behind torchrun": (
+        "",
+        "--nproc-per-node 8",
+        TORCHRUN,
+        "^--nproc-per-node 8: torchrun has started this rank",
+    ),
+}
+
+MEANT: dict[str, tuple[str, dict[str, str]]] = {
+    "nothing is said": ("", TASK),
+    "a task a GPU": ("{nproc-per-node: 2}", TASK | TASKS | {"SLURM_STEP_NUM_NODES": "1"}),
+    "a task a GPU, each of which sees all": (
+        "{nproc-per-node: gpu}",
+        TASK | {"LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "16"},
+    ),
+    "another launcher within one task": ("{nproc-per-node: 2}", TASK | TASKS | {"SLURM_STEP_NUM_TASKS": "1"}),
+    "torchrun": ("{nproc-per-node: 8}", TORCHRUN),
+    "this command": ("{nproc-per-node: 8}", TASK | {"LOCAL_WORLD_SIZE": "1", PARENT_VARIABLE: "1"}),
+}
+
+
+def run_as(
+    environment: dict[str, str], verb: str, text: str, flags: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command as a rank that is told nothing, with 8 GPUs, until it begins with its work."""
+    for name in {*TORCHRUN, *TASKS, PARENT_VARIABLE}:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    config = folder / "run.yaml"
+    config.write_text("lr: 1.0\n" + (f"launch: {text}\n" if text else ""), encoding="utf-8")
+    module = {"train": train, "evaluate": evaluate}[verb]
+    monkeypatch.setattr(module, "end_with_starter", lambda: None)
+    monkeypatch.setattr(module, "_run_as_rank", lambda *_: 0)
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    assert module.run(parser.parse_args([str(config), *flags.split()])) == 0
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate"])
+@pytest.mark.parametrize("case", NOT_MEANT)
+def test_what_was_to_start_ranks_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, case: str) -> None:
+    """It trained with one rank a node, and ended with 0."""
+    text, flags, environment, expected = NOT_MEANT[case]
+    with pytest.raises(UserError, match=expected):
+        run_as(environment, verb, text, flags, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("case", MEANT)
+def test_ranks_that_others_have_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    text, environment = MEANT[case]
+    run_as(environment, "train", text, "", tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,8 @@ def test_slurm_installs_once_and_starts_the_script_of_the_nodes(sandbox: Sandbox
     copy.write_bytes(sandbox.script("slurm.sbatch").read_bytes())
     result = sandbox.run(copy, "a b.yaml", SLURM_SUBMIT_DIR=str(sandbox.project))
     nodes = sandbox.script("train_nodes.sh")
-    assert result.stdout == f"ran srun <--ntasks-per-node=1> <--cpu-bind=none> <{nodes}> <a b.yaml>", result.stderr
+    options = "<--ntasks-per-node=1> <--cpu-bind=none> <env> <-u> <RANK> <-u> <LOCAL_RANK> <-u> <WORLD_SIZE>"
+    assert result.stdout == f"ran srun {options} <{nodes}> <a b.yaml>", result.stderr
     assert len(sandbox.installations()) == 1
 
 
