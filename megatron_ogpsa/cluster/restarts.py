@@ -54,7 +54,7 @@ def _require_resumable(config: ConfigFile, overrides: list[str], why: str) -> No
     restarts = f"{why}: ranks that are started again would begin anew, because"
     if not save:
         raise UserError(f"{restarts} {config.path} saves no checkpoints: {_REMEDY}")
-    if str(load) != str(save):
+    if not load or os.path.abspath(str(load)) != os.path.abspath(str(save)):
         raise UserError(f"{restarts} load is {load or 'not given'} and save is {save}: {_REMEDY}")
     if given.finetune or written.get("finetune") is True:
         raise UserError(f"{restarts} finetune loads the weights alone: leave it out; {_REMEDY}")

@@ -16,6 +16,8 @@ RESUMABLE = {
     "in the file": ("save: runs/a\nload: runs/a\n", ""),
     "by a flag": ("save: runs/a\n", "--load runs/a"),
     "flags of both kinds win": ("save: runs/a\nload: runs/a\n", "--save=runs/b --load runs/b"),
+    "the same folder, written otherwise": ("save: runs/a\n", "--load ./runs/a/"),
+    "the same folder, absolute": ("save: runs/a\n", f"--load {Path('runs/a').absolute()}"),
     "finetune is off": ("save: runs/a\nload: runs/a\nfinetune: false\n", ""),
     "a pipeline": ("save: runs/a\nstages:\n  sft:\n    lr: 1.0\n", ""),
 }

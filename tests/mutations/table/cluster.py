@@ -43,8 +43,8 @@ CLUSTER = (
     Mutation(
         "restart-loads-elsewhere",
         "megatron_ogpsa/cluster/restarts.py",
-        "if str(load) != str(save):",
-        "if load is None:",
+        "if not load or os.path.abspath(str(load)) != os.path.abspath(str(save)):",
+        "if not load:",
         (ANEW,),
         "a run that loads another folder than it saves to begins anew at each restart",
     ),
