@@ -6,4 +6,5 @@ set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment ""
+use_one_thread_a_rank
 exec "$OGPSA_VENV/bin/megatron-ogpsa" demo "$@"

@@ -196,6 +196,7 @@ prepare_environment() {
         exec 9>&-
     fi
     export VIRTUAL_ENV="$OGPSA_VENV" PATH="$OGPSA_VENV/bin:$PATH"
-    # Runs without a GPU start one process per rank; more threads in each only make them wait for one another.
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 }
+
+# For scripts that run models on a CPU, with a process for each rank: more threads in each only make them wait for one another.
+use_one_thread_a_rank() { export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; }

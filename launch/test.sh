@@ -7,5 +7,6 @@ set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment test
+use_one_thread_a_rank
 cd "$OGPSA_ROOT"
 exec "$OGPSA_VENV/bin/python" -m pytest -q -n 2 --dist loadfile --durations=10 "$@"

@@ -59,7 +59,7 @@ def run_node(
     raise_limit()
     num_ranks = _num_ranks(settings.ranks_per_node)
     # As torchrun does for more than one rank, but sharing out the cores rather than leaving most of them idle.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_ranks)))
     if settings.max_restarts or settings.max_nodes > 1:
         # Otherwise agents share one store with all generations of ranks: these would find the addresses of the one before,
         # and those of a node that has come anew look for it elsewhere (https://github.com/pytorch/pytorch/issues/135712).

@@ -7,9 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.rendezvous.api import RendezvousHandler
 
 from megatron_ogpsa.cli import evaluate, train
 from megatron_ogpsa.cli.connections import VARIABLE, set_connections
+from megatron_ogpsa.cluster import node
+from megatron_ogpsa.cluster.settings import LaunchSettings
 from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.system.processes import PARENT_VARIABLE, is_rank, require_common_count
@@ -156,6 +159,21 @@ def test_what_was_to_start_ranks_is_none(tmp_path: Path, monkeypatch: pytest.Mon
 def test_ranks_that_others_have_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     text, environment = MEANT[case]
     run_as(environment, "train", text, "", tmp_path, monkeypatch)
+
+
+def test_ranks_share_the_cores_that_the_command_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container or taskset gives it fewer than there are."""
+
+    def is_alone(settings: LaunchSettings) -> RendezvousHandler:
+        raise node._NotMetError("no rank is to be started")
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "")  # put back afterwards
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(node, "_join", is_alone)
+    assert node.run_node(["true"], LaunchSettings(ranks_per_node="2")) == 1
+    assert os.environ["OMP_NUM_THREADS"] == "4"
 
 
 @pytest.mark.parametrize(

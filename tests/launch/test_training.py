@@ -37,6 +37,18 @@ def test_what_the_command_is_given(sandbox: Sandbox, case: str) -> None:
     assert len(sandbox.installations()) == 1
 
 
+@pytest.mark.parametrize(
+    ("script", "expected"), [("train.sh", "unset"), ("train_nodes.sh", "unset"), ("demo.sh", "1"), ("laptop.sh", "1")]
+)
+def test_the_command_shares_out_the_cores_itself(sandbox: Sandbox, script: str, expected: str) -> None:
+    """A variable that is set wins over the command, which leaves the demo and its like to the scripts."""
+    sandbox.run(sandbox.script("demo.sh"))
+    command = sandbox.venv / "bin" / "megatron-ogpsa"
+    command.write_text('#!/usr/bin/env bash\necho "${OMP_NUM_THREADS:-unset}"\n', encoding="utf-8")
+    assert sandbox.run(sandbox.script(script), "a.yaml", NNODES="1").stdout == f"{expected}\n"
+    assert sandbox.run(sandbox.script(script), "a.yaml", NNODES="1", OMP_NUM_THREADS="3").stdout == "3\n"
+
+
 def test_many_nodes_without_their_number_are_refused_before_anything_is_installed(sandbox: Sandbox) -> None:
     result = sandbox.run(sandbox.script("train_nodes.sh"), "a.yaml")
     assert result.returncode == 2
