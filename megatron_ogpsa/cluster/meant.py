@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from megatron_ogpsa.cluster.settings import MANY_NODES_VARIABLE
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.system.processes import PARENT_VARIABLE
 
@@ -32,6 +33,8 @@ def require_meant_as_rank(
             )
         return
     where = "the flags"
+    if not asked and environment.get(MANY_NODES_VARIABLE):
+        asked, where = "launch/train_nodes.sh", "the script"
     if not asked and _differ(file.get("nproc-per-node"), environment):
         asked, where = f"launch.nproc-per-node {file['nproc-per-node']}", "it"
     if asked:

@@ -43,6 +43,9 @@ DEFAULT_PORT = 29500
 _PORT = "port"
 """Of an endpoint that is a host alone."""
 
+MANY_NODES_VARIABLE = "MEGATRON_OGPSA_MANY_NODES"
+"""Set by launch/train_nodes.sh, where a run of one node on each would be a mistake."""
+
 _VARIABLES = {"nnodes": "NNODES", "node-rank": "NODE_RANK", "rdzv-endpoint": "MASTER_ADDR", _PORT: "MASTER_PORT"}
 
 
@@ -126,6 +129,11 @@ def number_of_nodes(flag: str | None, file: Mapping[str, str], environment: Mapp
 def _nodes(given: Mapping[str, Value], step: Mapping[str, Value], environment: Mapping[str, str]) -> tuple[int, int]:
     if "nnodes" not in given:
         slurm.require_one_node(environment)
+        if environment.get(MANY_NODES_VARIABLE):
+            raise UserError(
+                f"{_VARIABLES['nnodes']} is not set: give the number of nodes, by it, --nnodes or launch.nnodes in the "
+                "configuration, or use launch/train.sh"
+            )
         return 1, 1
     value = given["nnodes"]
     match = re.fullmatch(r"(\d+)(?::(\d+))?", value.text)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ogpsa.cluster.settings import FLAGS, launch_settings
+from megatron_ogpsa.cluster.settings import FLAGS, MANY_NODES_VARIABLE, launch_settings
 from megatron_ogpsa.cluster.slurm import host_names
 from megatron_ogpsa.cluster.value import Value
 from megatron_ogpsa.configuration.config_file import ConfigFile
@@ -54,6 +54,8 @@ RESOLVED: dict[str, tuple[dict[str, str], dict[str, str], dict[str, str], dict[s
     "one node of a step": ({"nnodes": "1"}, {}, STEP, {"max_nodes": 1}),
     "one node of an allocation": ({"nnodes": "1"}, {}, {"SLURM_JOB_ID": "1", "SLURM_NNODES": "4"}, {"max_nodes": 1}),
     "one node of several pods": ({}, {}, {"NNODES": "1", "NODE_RANK": "3"}, {"max_nodes": 1, "node_rank": None}),
+    "one of many nodes, by a flag": ({"nnodes": "1"}, {}, {MANY_NODES_VARIABLE: "1"}, {"max_nodes": 1}),
+    "many nodes, by the file": ({}, {"nnodes": "2"}, {MANY_NODES_VARIABLE: "1", "MASTER_ADDR": "n"}, {"max_nodes": 2}),
     "times": (
         {"rdzv-timeout": "60", "monitor-interval": "5", "shutdown-timeout": "1.5", "max-restarts": "3"},
         {},
@@ -104,6 +106,11 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
         {},
         {"SLURM_JOB_ID": "1", "SLURM_NNODES": "4"},
         "SLURM has given this job 4 nodes (SLURM_NNODES), but the command was started on one of them",
+    ),
+    "the script of many nodes": (
+        {},
+        {MANY_NODES_VARIABLE: "1"},
+        "NNODES is not set: give the number of nodes, by it, --nnodes or launch.nnodes in the configuration, or use ",
     ),
     "not SLURM's list": (
         {},

@@ -12,7 +12,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousHandler
 from megatron_ogpsa.cli import evaluate, train
 from megatron_ogpsa.cli.connections import VARIABLE, set_connections
 from megatron_ogpsa.cluster import node
-from megatron_ogpsa.cluster.settings import LaunchSettings
+from megatron_ogpsa.cluster.settings import MANY_NODES_VARIABLE, LaunchSettings
 from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.system.processes import PARENT_VARIABLE, is_rank, require_common_count
@@ -106,6 +106,12 @@ NOT_MEANT: dict[str, tuple[str, str, dict[str, str], str]] = {
         "^launch.nproc-per-node 1",
     ),
     "all GPUs": ("{nproc-per-node: gpu}", "", TASK | TASKS, r"^launch.nproc-per-node gpu: "),
+    "the script of many nodes": (
+        "",
+        "",
+        TASK | {MANY_NODES_VARIABLE: "1"},
+        rf"^launch/train_nodes.sh: RANK=1.*{UNSET} the",
+    ),
     "a flag behind torchrun": (
         "",
         "--nproc-per-node 8",
@@ -122,6 +128,7 @@ MEANT: dict[str, tuple[str, dict[str, str]]] = {
         TASK | {"LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "16"},
     ),
     "another launcher within one task": ("{nproc-per-node: 2}", TASK | TASKS | {"SLURM_STEP_NUM_TASKS": "1"}),
+    "torchrun, by the script": ("", TORCHRUN | {MANY_NODES_VARIABLE: "1"}),
     "torchrun": ("{nproc-per-node: 8}", TORCHRUN),
     "this command": ("{nproc-per-node: 8}", TASK | {"LOCAL_WORLD_SIZE": "1", PARENT_VARIABLE: "1"}),
 }
@@ -131,7 +138,7 @@ def run_as(
     environment: dict[str, str], verb: str, text: str, flags: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command as a rank that is told nothing, with 8 GPUs, until it begins with its work."""
-    for name in {*TORCHRUN, *TASKS, PARENT_VARIABLE}:
+    for name in {*TORCHRUN, *TASKS, PARENT_VARIABLE, MANY_NODES_VARIABLE}:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

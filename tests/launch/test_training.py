@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ogpsa.cluster.settings import MANY_NODES_VARIABLE
 from tests.launch.sandbox import Sandbox
 
 SRUN = 'printf "ran srun"; printf " <%s>" "$@"'
@@ -49,19 +50,16 @@ def test_the_command_shares_out_the_cores_itself(sandbox: Sandbox, script: str, 
     assert sandbox.run(sandbox.script(script), "a.yaml", NNODES="1", OMP_NUM_THREADS="3").stdout == "3\n"
 
 
-def test_many_nodes_without_their_number_are_refused_before_anything_is_installed(sandbox: Sandbox) -> None:
-    result = sandbox.run(sandbox.script("train_nodes.sh"), "a.yaml")
-    assert result.returncode == 2
-    assert result.stderr.startswith("megatron-ogpsa: NNODES is not set")
-    assert not sandbox.installations()
-
-
-@pytest.mark.parametrize("flag", [["--nnodes", "2"], ["--nnodes=2"], []])
-def test_many_nodes_by_a_flag_or_the_file(sandbox: Sandbox, tmp_path: Path, flag: list[str]) -> None:
-    config = tmp_path / "a.yaml"
-    config.write_text("lr: 1.0\n" if flag else "launch:\n  nnodes: 2\n", encoding="utf-8")
-    result = sandbox.run(sandbox.script("train_nodes.sh"), str(config), *flag)
-    assert result.stdout.startswith("ran megatron-ogpsa <train>"), result.stderr
+@pytest.mark.parametrize(("script", "is_told"), [("train.sh", False), ("train_nodes.sh", True)])
+def test_the_command_is_told_that_there_are_many_nodes(sandbox: Sandbox, script: str, is_told: bool) -> None:
+    """It reads the file, wherever among the flags that stands and however it is written, and refuses without a number."""
+    sandbox.run(sandbox.script("demo.sh"))
+    (sandbox.venv / "bin" / "megatron-ogpsa").write_text(
+        '#!/usr/bin/env bash\nenv; printf "<%s>" "$@"\n', encoding="utf-8"
+    )
+    told = sandbox.run(sandbox.script(script), "--nproc-per-node", "8", "a.yaml").stdout.splitlines()
+    assert (f"{MANY_NODES_VARIABLE}=1" in told) == is_told
+    assert told[-1].endswith("<--nproc-per-node><8><a.yaml>")
 
 
 def test_slurm_installs_once_and_starts_the_script_of_the_nodes(sandbox: Sandbox, tmp_path: Path) -> None:
