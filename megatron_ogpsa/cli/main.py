@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
+from megatron_ogpsa.cluster.settings import FLAGS as LAUNCH_FLAGS
 from megatron_ogpsa.console.telling import tell_once
 from megatron_ogpsa.errors import UserError
 
@@ -72,10 +73,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
 
 
-def _asks_for_flags(argv: Sequence[str]) -> bool:
+def _asks_for_flags(argv: list[str]) -> bool:
     """``train CONFIG.yaml --help``; ``train --help`` is the verb's own, which other verbs show for both."""
-    names_a_file = len(argv) > 1 and argv[0] == "train" and not argv[1].startswith("-")
-    return names_a_file and not {"-h", "--help"}.isdisjoint(argv)
+    if argv[:1] != ["train"] or {"-h", "--help"}.isdisjoint(argv):
+        return False
+    before = (*LAUNCH_FLAGS, "stage")  # these may stand before the file: launch/train.sh gives --nnodes 1 so
+    words = iter(argv[1:])
+    for word in words:
+        if not word.startswith("-"):
+            return True
+        if word.removeprefix("--") in before:
+            next(words, None)
+    return False
 
 
 def _show_flags() -> int:
