@@ -15,6 +15,7 @@ from megatron_ogpsa.doctor.gpu import Gpu, built_in_gpus, check_gpus, visible_gp
 from megatron_ogpsa.doctor.world import MOST_RANKS_ON_CPU, World, can_start, find_world
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.system.open_files import limits_at_start
+from megatron_ogpsa.system.processes import is_rank, require_common_count
 
 if TYPE_CHECKING:
     from megatron_ogpsa.configuration.config_file import ConfigFile
@@ -157,23 +158,41 @@ class Examination:
         return ok("file", f"{keys} keys" + (f", stages {', '.join(config.stages)}" if config.stages else ""))
 
     def _look_at_start(self) -> Finding:
-        """What training refuses before it starts a rank: stages that do not follow, restarts that would begin anew."""
-        from megatron_ogpsa.cluster.restarts import require_resumable
-        from megatron_ogpsa.cluster.settings import launch_settings
+        """What training refuses before it starts a rank, or as one: stages that do not follow, restarts that begin anew."""
         from megatron_ogpsa.pipeline.plan import plan_stages
         from megatron_ogpsa.pipeline.progress import state_of
 
         config, request = self._config, self._request
         assert config is not None
-        somewhere = {"MASTER_ADDR": "localhost"}  # where nodes will meet is not known here
-        flags = {"nnodes": request.nodes} if request.nodes else {}
-        settings = launch_settings(flags, config.launch, somewhere | dict(os.environ))
-        require_resumable(config, request.overrides, settings)
+        if is_rank():
+            self._look_as_rank(config)
+        else:
+            self._look_as_launcher(config)
         if not config.stages:
             return ok("start", "as train would")
         stages = plan_stages(config, request.overrides)
         states = [f"{stage.name} is {state_of(stage)}" for stage in stages if request.stage in (None, stage.name)]
         return ok("start", "; ".join(states))
+
+    def _look_as_rank(self, config: ConfigFile) -> None:
+        """Others have started the ranks, and start them again."""
+        from megatron_ogpsa.cluster.meant import require_meant_as_rank
+        from megatron_ogpsa.cluster.restarts import require_resumable_ranks
+
+        request = self._request
+        given = {"nproc-per-node": request.num_ranks, "nnodes": request.nodes}
+        require_meant_as_rank({key: str(value) for key, value in given.items() if value}, config.launch)
+        require_common_count()
+        require_resumable_ranks(config, request.overrides)
+
+    def _look_as_launcher(self, config: ConfigFile) -> None:
+        from megatron_ogpsa.cluster.restarts import require_resumable
+        from megatron_ogpsa.cluster.settings import launch_settings
+
+        somewhere = {"MASTER_ADDR": "localhost"}  # where nodes will meet is not known here
+        flags = {"nnodes": self._request.nodes} if self._request.nodes else {}
+        settings = launch_settings(flags, config.launch, somewhere | dict(os.environ))
+        require_resumable(config, self._request.overrides, settings)
 
     def _examine_run(self, run: Run) -> Stage:
         from megatron_ogpsa.doctor.stage import Stage

@@ -313,6 +313,43 @@ def test_a_stage_that_training_would_refuse() -> None:
     assert found["start"].startswith("runs/sft-dpo/sft holds checkpoints that this pipeline has not made")
 
 
+RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}
+TORCHRUN = RANK | {"LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "a"}
+STEP = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "4"}
+
+STARTS_OF_RANKS: dict[str, tuple[dict[str, str], str, str]] = {
+    "the file's restarts are not torchrun's": (TORCHRUN, "max-restarts: 3", "as train would"),
+    "torchrun's are not the file's": (
+        TORCHRUN | {"TORCHELASTIC_MAX_RESTARTS": "2"},
+        "",
+        "--max-restarts 2 -> ranks that",
+    ),
+    "agents with one store": (
+        TORCHRUN | {"TORCHELASTIC_MAX_RESTARTS": "2", "TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "2"},
+        "",
+        "--max-restarts 2 -> torchrun's agents on 2 nodes keep one store",
+    ),
+    "a task of SLURM for each rank": (RANK | STEP, "", "as train would"),
+    "a task of SLURM for each node": (
+        RANK | STEP | {"SLURM_STEP_NUM_NODES": "4"},
+        "",
+        "launch.nproc-per-node 4: RANK=0, LOCAL_RANK=0, WORLD_SIZE=4 are set",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STARTS_OF_RANKS)
+def test_in_a_rank_the_start_is_that_of_a_rank(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables, launch, expected = STARTS_OF_RANKS[case]
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    anew = "".join(line for line in SFT.open(encoding="utf-8") if not line.startswith("load:"))
+    text = anew.replace("nproc-per-node: 4", f"nproc-per-node: 4\n  {launch}")
+    Path("anew.yaml").write_text(text, encoding="utf-8")
+    found = told(examined(config=Path("anew.yaml"), ranks=None), "OK", "FAIL")
+    assert found["start"].startswith(expected)
+
+
 def test_files_that_were_read_are_free_memory(tmp_path: Path) -> None:
     """A container's, in which the checkpoint was hashed a moment before."""
     for name, text in (("max", "1000"), ("current", "900"), ("stat", "anon 300\ninactive_file 600")):
