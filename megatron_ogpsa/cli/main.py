@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -36,9 +38,19 @@ TAKE_FLAGS = ("train", "evaluate", "plan", "doctor")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, or 2 for a mistake of the user's (1 if it may pass), told in one line.
 
+    141, as of other programs, if whoever reads the output has gone: ``megatron-ogpsa doctor | head -1``.
     (Ranks that hang end with 3, without coming here: see :mod:`megatron_ogpsa.watchdog`.)
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        exit_code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written when Python ends
+        return 128 + signal.SIGPIPE
+    return exit_code
+
+
+def _run(argv: list[str]) -> int:
     if _asks_for_flags(argv):
         return _show_flags()
     summary = "Safety post-training on Megatron-Core with orthogonal gradient projection (OGPSA)."
@@ -66,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.is_alike:
             tell_once(str(error))
         return error.exit_code
+    except BrokenPipeError:
+        raise
     except Exception as error:
         from megatron_ogpsa.cluster.failures import record_failure  # which imports torch: --help does without
 

@@ -21,6 +21,7 @@ from megatron_ogpsa.cluster.settings import FILE_KEYS, OF_ONE_NODE
 from megatron_ogpsa.configuration.yaml_nodes import MERGE_TAG, compose, line_of, value_of
 from megatron_ogpsa.conversion.model_file import CARRIED_FOLDER, MODEL_FILE
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.system.files import is_there
 
 BASE = "base"
 LAUNCH = "launch"
@@ -152,7 +153,7 @@ def _base_of(path: Path, node: yaml.Node) -> ConfigFile:
     if not isinstance(node, yaml.ScalarNode) or not node.value:
         raise UserError(f"{place}: write one path, as seen from {path.parent}")
     file = path.parent / str(node.value)
-    if not file.exists():
+    if not is_there(file):
         raise UserError(f"{place}: no such file {file}: write its path as seen from {path.parent}")
     content = compose(file)
     for key, _ in content.value if isinstance(content, yaml.MappingNode) else ():
@@ -175,7 +176,7 @@ def _model_entries(path: Path, key: yaml.Node, value: yaml.Node) -> list[Entry]:
     """The flags that ``model: FOLDER`` stands for: the model's own, its weights and its tokenizer."""
     folder = value_of(f"{path}:{line_of(key)}: {MODEL}", value)
     remedy = "name a folder that megatron-ogpsa convert has written"
-    if not isinstance(folder, str) or not (Path(folder) / MODEL_FILE).is_file():
+    if not isinstance(folder, str) or not is_there(Path(folder) / MODEL_FILE):
         raise UserError(f"{path}:{line_of(key)}: {MODEL}: {folder}: has no {MODEL_FILE}: {remedy}")
     node = compose(Path(folder) / MODEL_FILE)
     if not isinstance(node, yaml.MappingNode):
@@ -233,6 +234,7 @@ def _launch_settings(path: Path, node: yaml.Node) -> dict[str, str]:
     if not pairs or not all(isinstance(part, yaml.ScalarNode) for pair in pairs for part in pair):
         raise UserError(f"{path}:{line_of(node)}: launch: write a mapping, such as 'nproc-per-node: 8'")
     settings: dict[str, str] = {}
+    lines: dict[str, int] = {}
     for key, value in pairs:
         name = _normal(key)
         if name not in FILE_KEYS:
@@ -242,7 +244,10 @@ def _launch_settings(path: Path, node: yaml.Node) -> dict[str, str]:
             if name in OF_ONE_NODE:
                 raise UserError(f"{place}{name} is each node's own: give --{name} there")
             raise UserError(f"{place}unknown key '{key.value}'{nearest(name, FILE_KEYS) or _known(FILE_KEYS)}")
-        settings[name] = value.value
+        if name in lines:
+            place = f"{path}:{line_of(key)}: launch: "
+            raise UserError(f"{place}{name} stands on line {lines[name]} already: keep one of them")
+        settings[name], lines[name] = value.value, line_of(key)
     return settings
 
 

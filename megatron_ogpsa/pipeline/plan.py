@@ -55,13 +55,14 @@ class Stage:
 
     @property
     def settings(self) -> dict[str, str]:
-        """Flag → value as they were written, for comparison with an earlier run."""
+        """Flag → value as they were written, for comparison with an earlier run; of a flag that is repeated, all."""
         settings = {entry.key: str(entry.value) for entry in self.config.entries}
-        key = ""
+        key, given = "", set()
         for part in self.overrides:
             if part.startswith("--"):
                 key, _, value = part.removeprefix("--").partition("=")
-                settings[key] = value
+                settings[key] = f"{settings[key]} {value}".strip() if key in given else value
+                given.add(key)
             else:
                 settings[key] = f"{settings[key]} {part}".strip()
         return settings
@@ -77,7 +78,9 @@ def plan_stages(config: ConfigFile, overrides: list[str]) -> tuple[Stage, ...]:
         UserError: ``save`` is missing, or a key that the pipeline itself sets.
     """
     found, others = _split(overrides)
-    if others and not others[0].startswith("-"):
+    if others and not others[0].startswith("--"):
+        if others[0].startswith("-"):
+            raise UserError(f"unknown flag {others[0]}: flags begin with two dashes, --{others[0][1:]}")
         stage = f", or --stage {others[0]}" if others[0] in config.stages else ""
         raise UserError(f"{others[0]} stands before any flag: write --FLAG {others[0]}{stage}")
     shared = {entry.key: str(entry.value) for entry in config.entries}

@@ -12,7 +12,7 @@ from typing import Literal
 
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.pipeline.plan import Stage
-from megatron_ogpsa.system.files import read_sealed_json, write_sealed_json
+from megatron_ogpsa.system.files import is_there, read_sealed_json, write_sealed_json
 
 RECORD_FILE = "stage.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -42,7 +42,7 @@ def state_of(stage: Stage) -> State:
     Raises:
         UserError: the folder holds checkpoints of something else, or what it holds began with another result.
     """
-    record, has_checkpoint = _read(stage), (stage.folder / TRACKER_FILE).exists()
+    record, has_checkpoint = _read(stage), is_there(stage.folder / TRACKER_FILE)
     if record is None:
         if has_checkpoint:
             raise UserError(

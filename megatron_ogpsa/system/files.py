@@ -52,6 +52,20 @@ def file_error(error: BaseException, message: str) -> UserError:
     return (TransientError if may_pass(error) else UserError)(message)
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder.
+
+    Raises:
+        UserError: it cannot be told, as where a folder above it may not be searched.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        raise file_error(
+            error, f"{path} cannot be read ({error.strerror}): see to its folder, or name another"
+        ) from None
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` beside ``path``, flush it to the disk and rename it; folders are made.
 
@@ -116,7 +130,7 @@ def read_sealed_json(path: Path, *, remedy: str) -> dict[str, Any] | None:
     Raises:
         UserError: the file is torn, any byte of it was changed, or it cannot be read.
     """
-    if not path.exists():
+    if not is_there(path):
         return None
     written = _bytes_of(path, remedy)
     content = _object_in(path, written, remedy)

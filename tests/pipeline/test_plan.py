@@ -104,3 +104,12 @@ def test_the_example_is_valid() -> None:
 def test_a_word_before_any_flag_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^dpo stands before any flag: write --FLAG dpo, or --stage dpo$"):
         stages_of(tmp_path, TEXT, "dpo")
+    with pytest.raises(UserError, match=r"^unknown flag -lr: flags begin with two dashes, --lr$"):
+        stages_of(tmp_path, TEXT, "-lr", "1e-5")
+
+
+def test_each_value_of_a_flag_that_is_repeated_is_compared(tmp_path: Path) -> None:
+    (first, *_) = stages_of(
+        tmp_path, TEXT, "--ogpsa-reference", "a=a.jsonl", "--ogpsa-reference=b=b.jsonl", "--lr", "-1"
+    )
+    assert (first.settings["ogpsa-reference"], first.settings["lr"]) == ("a=a.jsonl b=b.jsonl", "-1")

@@ -96,6 +96,10 @@ CONFIGS: dict[str, Case] = {
     ),
     "too large": ("#" * (1 << 20) + "\n", "{path}: larger than 1 MiB, so no configuration: check the path"),
     "twice": ("num-layers: 2\nnum_layers: 4\n", "{path}:2: num-layers stands on line 1 already: keep one of them"),
+    "twice in launch": (
+        "launch:\n  nnodes: 2\n  nproc_per_node: 1\n  nnodes: 3\n",
+        "{path}:4: launch: nnodes stands on line 2 already: keep one of them",
+    ),
     "not YAML": ("lr: [1, 2\n", "{path}:2: not YAML (...): mend the line"),
     "tab": ("num-layers: 2\n\tlr: 1\n", "{path}:2: not YAML (...): mend the line"),
     "control character": (
