@@ -52,6 +52,9 @@ class OGPSAConfig:
     """Whether loops refresh after 1, 3, 7, … steps as well, until the interval is reached (the paper: no). The weights move
     furthest at first, and with it a tenth of the tax was left where a third was (docs/study)."""
 
+    refresh_warmup: int = 0
+    """Steps before each of which loops refresh, at the start of a run."""
+
     rank_tolerance: float = 1e-12
     """Eigenvalues of a block's unit-diagonal Gram matrix below this share of the largest are dropped. Two references at
     an angle θ have the small eigenvalue θ²/2, so the default still tells apart θ = 1e-5 (5e-11) and takes copies that
@@ -88,6 +91,8 @@ class OGPSAConfig:
                 f"refresh_interval={self.refresh_interval}: use 1 or more optimizer steps, or leave the references out "
                 "to train without projection"
             )
+        if self.refresh_warmup < 0:
+            raise UserError(f"refresh_warmup={self.refresh_warmup}: use 0 or more optimizer steps")
         if not 0.0 < self.rank_tolerance < 1.0:
             raise UserError(f"rank_tolerance={self.rank_tolerance}: use a share between 0 and 1, such as 1e-12")
         if not 0.0 < self.energy <= 1.0:
@@ -100,7 +105,10 @@ class OGPSAConfig:
 
     def refreshes_at(self, step: int) -> bool:
         """Whether the step after ``step`` steps begins with a refresh, whatever else may ask for one."""
-        return step == 0 or next_refresh(step - 1, self.refresh_interval, early=self.early_refreshes) == step
+        return step == 0 or self._next_refresh(step - 1) == step
+
+    def _next_refresh(self, step: int) -> int:
+        return next_refresh(step, self.refresh_interval, early=self.early_refreshes, warmup=self.refresh_warmup)
 
     @property
     def torch_basis_dtype(self) -> torch.dtype:

@@ -76,7 +76,8 @@ class Job:
         if self.setting.projected:
             steps = sizes.sft_steps + sizes.dpo_steps
             refreshes = max(len(scored) + 1, steps // sizes.refresh_interval)
-            refreshes += 2 * len(early_refreshes(sizes.refresh_interval)) if sizes.early_refreshes else 0
+            first = early_refreshes(sizes.refresh_interval, early=sizes.early_refreshes, warmup=sizes.refresh_warmup)
+            refreshes += 2 * len(first)  # in either stage
             seconds += refreshes * sizes.references * SECONDS["reference"]
         log = self.recipe.folder / f"{self.name}.log"
         yield Command(self.title, [*COMMAND, "train", str(self.config)], log, seconds, self.is_done)

@@ -51,6 +51,7 @@ class Sizes:
         refresh_interval: steps between refreshes; a divisor of the former, or else there are more of them.
         early_refreshes: whether there are more of them at first (``--ogpsa-early-refreshes``), where the interval does not
             adapt.
+        refresh_warmup: before each of so many steps there is one (``--ogpsa-refresh-warmup-iters``), likewise.
         adaptive_interval: share of each reference gradient that is to stay in the basis until the next refresh, which comes
             every 1 to ``refresh_interval`` steps for it (``--ogpsa-adaptive-interval``); None: every ``refresh_interval``.
         references: general conversations whose gradients are protected.
@@ -66,6 +67,7 @@ class Sizes:
     save_interval: int = 5
     refresh_interval: int = 5
     early_refreshes: bool = True
+    refresh_warmup: int = 0
     adaptive_interval: float | None = None
     references: int = 8
     parts: int = 1
@@ -184,6 +186,7 @@ class Recipe:
             **({"ogpsa-adaptive-interval": share} if (share := self.sizes.adaptive_interval) is not None else {}),
             **setting.flags,
             "ogpsa-early-refreshes": self.sizes.early_refreshes and self.sizes.adaptive_interval is None,
+            **({"ogpsa-refresh-warmup-iters": steps} if (steps := self.sizes.refresh_warmup) else {}),
         }
 
     def _stage(self, stage: str) -> dict[str, Any]:

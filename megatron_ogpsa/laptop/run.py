@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("dpo-steps", f"of four packed rows of pairs (default: {sizes.dpo_steps})"),
         ("save-interval", f"steps between scored checkpoints (default: {sizes.save_interval})"),
         ("refresh-interval", f"steps between refreshes of what is protected (default: {sizes.refresh_interval})"),
+        ("refresh-warmup", f"first steps of each stage with a refresh before each (default: {sizes.refresh_warmup})"),
         ("references", f"conversations protected (default: {sizes.references})"),
         ("parts", f"gradients that are protected, each of a part of these conversations (default: {sizes.parts})"),
     ):
@@ -149,6 +150,8 @@ def _recipes(args: argparse.Namespace) -> list[Recipe]:
     ):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: use 1 or more")
+    if args.refresh_warmup < 0:
+        raise UserError(f"--refresh-warmup {args.refresh_warmup}: use 0 or more")
     for flag in ("sft_lr", "dpo_lr"):
         if not 0 < getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: use a rate such as 1e-5")

@@ -165,7 +165,8 @@ def shortest_round(args: argparse.Namespace) -> int:
 
 def early_steps(args: argparse.Namespace) -> list[int]:
     """Steps of a run's start after which all references are refreshed besides."""
-    return early_refreshes(args.ogpsa_refresh_interval) if args.ogpsa_early_refreshes else []
+    early, warmup = args.ogpsa_early_refreshes, args.ogpsa_refresh_warmup_iters
+    return early_refreshes(args.ogpsa_refresh_interval, early=early, warmup=warmup)
 
 
 def _steps(args: argparse.Namespace) -> int:

@@ -104,7 +104,11 @@ def _refresh(plan: Plan) -> list[str]:
 def _interval(args: argparse.Namespace) -> str:
     longest, shortest = args.ogpsa_refresh_interval, shortest_round(args)
     turns = ", one reference at a time" if args.ogpsa_stagger_references else ""
-    early = f", after step {', '.join(map(str, steps))}" if (steps := early_steps(args)) else ""
+    warmup, early = args.ogpsa_refresh_warmup_iters, ""
+    if warmup > 1:
+        early += f", before each of the first {warmup}"
+    if later := [step for step in early_steps(args) if step >= warmup]:
+        early += f", after step {', '.join(map(str, later))}"
     return (f"every {longest} steps" if shortest >= longest else f"every {shortest} to {longest} steps") + turns + early
 
 

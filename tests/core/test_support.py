@@ -312,6 +312,11 @@ def test_misuse_of_a_refresh_is_told(distributed: Callable[[int], WorkerGroup]) 
         ({"ogpsa_energy": 0.9}, "--ogpsa-energy 0.9 with --ogpsa-authors-rule: the authors' is 1"),
         ({"ogpsa_adaptive_interval": 0.9}, "--ogpsa-adaptive-interval 0.9 with --ogpsa-authors-rule"),
         ({"ogpsa_early_refreshes": True}, "--ogpsa-early-refreshes with --ogpsa-authors-rule: the authors' is one"),
+        ({"ogpsa_refresh_warmup_iters": 8}, "--ogpsa-refresh-warmup-iters with --ogpsa-authors-rule"),
+        (
+            {"ogpsa_authors_rule": False, "ogpsa_authors_leak": True, "ogpsa_refresh_warmup_iters": 8},
+            "--ogpsa-authors-leak with --ogpsa-refresh-warmup-iters: it leaks at multiples of one interval",
+        ),
         (
             {"ogpsa_authors_rule": False, "ogpsa_authors_leak": True, "ogpsa_early_refreshes": True},
             "--ogpsa-authors-leak with --ogpsa-early-refreshes: it leaks at multiples of one interval",
@@ -356,6 +361,10 @@ def test_what_is_not_the_authors_is_refused_with_their_rule(
         (
             {"ogpsa_energy": 0.9, "ogpsa_adaptive_interval": 0.9, "ogpsa_mode": "orthogonal"},
             "--ogpsa-adaptive-interval 0.9 with --ogpsa-energy 0.9",
+        ),
+        (
+            {"ogpsa_refresh_warmup_iters": 8, "ogpsa_adaptive_interval": 0.9},
+            "--ogpsa-adaptive-interval 0.9 with --ogpsa-refresh-warmup-iters",
         ),
         (
             {"ogpsa_early_refreshes": True, "ogpsa_adaptive_interval": 0.9},

@@ -9,6 +9,7 @@ from itertools import accumulate, chain, repeat
 import pytest
 
 from megatron_ogpsa.config import OGPSAConfig
+from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.projection.schedule import RefreshSchedule, adapted
 from megatron_ogpsa.references.steps import early_refreshes, next_refresh
 from tests.harness import WorkerGroup
@@ -74,13 +75,31 @@ def test_early_ones_come_before_the_first_multiple_at_the_steps_that_a_loop_is_t
 def test_early_ones_are_twice_as_far_apart_each_time_and_none_is_near_the_first_multiple(
     interval: int, early: list[int]
 ) -> None:
-    assert early_refreshes(interval) == early
+    assert early_refreshes(interval, early=True) == early
+    assert early_refreshes(interval, early=False) == []
     steps = [0]
     while steps[-1] < 3 * interval:
         steps.append(next_refresh(steps[-1], interval, early=True))
     assert steps == [0, *early, interval, 2 * interval, 3 * interval]
     for step in range(3 * interval):  # also from between them, where a checkpoint was
         assert next_refresh(step, interval, early=True) == next(later for later in steps if later > step)
+
+
+def test_a_warm_up_refreshes_before_each_of_its_steps() -> None:
+    """And early ones go on from there."""
+    config = OGPSAConfig(refresh_interval=30, refresh_warmup=5)
+    asked = [step for step in range(70) if config.refreshes_at(step)]
+    assert asked == [0, 1, 2, 3, 4, 7, 15, 30, 60]
+    schedule = RefreshSchedule(30, early=True, warmup=5)
+    assert [step for step, *_ in run(schedule, half_lost_in(1), 0, 70)] == asked
+    assert str(schedule) == "refreshed every 30 steps, before each of the first 5, and after 7, 15"
+    longer = OGPSAConfig(refresh_interval=4, early_refreshes=False, refresh_warmup=7)
+    assert [step for step in range(13) if longer.refreshes_at(step)] == [0, 1, 2, 3, 4, 5, 6, 8, 12]
+    assert early_refreshes(4, early=False, warmup=7) == [1, 2, 3, 4, 5, 6]
+    in_turns = [what for _, what, _ in run(RefreshSchedule(4, turns=2, warmup=7), half_lost_in(1), 0, 12)]
+    assert in_turns == ["all"] * 7 + ["0", "1"]  # those of the warm-up are of all; then after 8 and 10 steps
+    with pytest.raises(UserError, match=r"^refresh_warmup=-1: use 0 or more"):
+        OGPSAConfig(refresh_warmup=-1)
 
 
 def test_early_ones_are_of_all_references_and_turns_begin_anew() -> None:
@@ -172,19 +191,23 @@ def test_what_was_not_finite_is_tried_again() -> None:
 
 
 @pytest.mark.parametrize("turns", [1, 3])
-@pytest.mark.parametrize(("bound", "early"), [(None, False), (None, True), (0.6, False)])
-def test_a_resumed_run_refreshes_as_the_undisturbed_one(turns: int, bound: float | None, early: bool) -> None:
+@pytest.mark.parametrize(
+    ("bound", "early", "warmup"), [(None, False, 0), (None, True, 0), (None, True, 8), (0.6, False, 0)]
+)
+def test_a_resumed_run_refreshes_as_the_undisturbed_one(
+    turns: int, bound: float | None, early: bool, warmup: int
+) -> None:
     """From any of its checkpoints, knowing no more than what they keep."""
     draw = random.Random(0)
     shares = [draw.random() for _ in range(500)]
     for interval, saves in ((1, 5), (4, 5), (7, 10), (12, 50), (30, 35)):
         states: dict[int, Mapping[str, int]] = {}
-        whole, expected = RefreshSchedule(interval, turns=turns, bound=bound, early=early), []
+        whole, expected = RefreshSchedule(interval, turns=turns, bound=bound, early=early, warmup=warmup), []
         for start in range(0, 200, saves):
             states[start] = whole.state()
             expected.append(run(whole, lambda age: shares[age], start, min(start + saves, 200)))
         for start, state in states.items():
-            resumed = RefreshSchedule(interval, turns=turns, bound=bound, early=early)
+            resumed = RefreshSchedule(interval, turns=turns, bound=bound, early=early, warmup=warmup)
             resumed.restore(state)
             refreshed = run(resumed, lambda age: shares[age], start, 200, saves)
             assert refreshed == [*chain.from_iterable(expected[start // saves :])], (interval, saves, start)

@@ -302,6 +302,14 @@ def _add_schedule_arguments(group: argparse._ArgumentGroup) -> None:
         "(default: yes; no with --ogpsa-adaptive-interval, --ogpsa-authors-rule and --ogpsa-authors-leak).",
     )
     group.add_argument(
+        "--ogpsa-refresh-warmup-iters",
+        metavar="N",
+        type=_count,
+        default=0,
+        help="Refresh before each of the first N steps, while the learning rate rises and the weights move furthest "
+        "(default: 0).",
+    )
+    group.add_argument(
         "--ogpsa-adaptive-interval",
         metavar="SHARE",
         type=_proper_share,
@@ -361,6 +369,12 @@ def _positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
     return value
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
+    return int(text)
 
 
 def _share(text: str) -> float:

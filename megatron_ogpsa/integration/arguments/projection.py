@@ -63,6 +63,7 @@ def config_from_arguments(args: argparse.Namespace) -> OGPSAConfig:
         energy=args.ogpsa_energy,
         refresh_interval=args.ogpsa_refresh_interval,
         early_refreshes=args.ogpsa_early_refreshes,
+        refresh_warmup=args.ogpsa_refresh_warmup_iters,
         basis_dtype=args.ogpsa_basis_dtype,
         basis_device=args.ogpsa_basis_device,
         check_leak=args.ogpsa_check_leak,

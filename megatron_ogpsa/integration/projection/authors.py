@@ -58,6 +58,7 @@ NOT_THEIRS = (
     ),
     Refusal("--ogpsa-energy {0.ogpsa_energy}", "the authors' is 1", _DROP_ONE, lambda args: args.ogpsa_energy < 1.0),
     Refusal("--ogpsa-early-refreshes", "the authors' is one interval", _DROP_ONE),
+    Refusal("--ogpsa-refresh-warmup-iters", "the authors' is one interval", _DROP_ONE),
     Refusal("--ogpsa-stagger-references", "the authors' is all references at once", _DROP_ONE),
     Refusal(
         "--ogpsa-adaptive-interval {0.ogpsa_adaptive_interval}",
@@ -100,6 +101,12 @@ NOT_THE_LEAKS = (
         "it leaks at multiples of one interval",
         _DROP_ONE,
         lambda args: args.ogpsa_early_refreshes,
+    ),
+    Refusal(
+        _LEAK + "--ogpsa-refresh-warmup-iters",
+        "it leaks at multiples of one interval",
+        _DROP_ONE,
+        lambda args: args.ogpsa_refresh_warmup_iters,
     ),
     Refusal(
         _LEAK + "--ogpsa-adaptive-interval",

@@ -37,17 +37,21 @@ class RefreshSchedule:
         turns: references that take turns within an interval; 1 for all at once.
         bound: share of each fresh reference gradient that the basis is to hold still; None leaves the interval as it is.
         early: whether all are refreshed after 1, 3, 7, … steps as well; not with ``bound``, which begins with the shortest.
+        warmup: before each of so many steps all are refreshed; likewise.
 
     Attributes:
         interval: the one in force.
         turn: of the reference whose turn is next.
     """
 
-    def __init__(self, longest: int, *, turns: int = 1, bound: float | None = None, early: bool = False) -> None:
+    def __init__(
+        self, longest: int, *, turns: int = 1, bound: float | None = None, early: bool = False, warmup: int = 0
+    ) -> None:
         self._longest, self._turns, self._bound = longest, turns, bound
         self.interval = longest if bound is None else self._shortest
         self.turn = 0
-        self._early_steps = early_refreshes(longest) if early else []
+        self._early, self._warmup = early, warmup
+        self._early_steps = early_refreshes(longest, early=early, warmup=warmup)
         self._captured: float | None = None  # the least in this round
         self._next = 0
 
@@ -109,7 +113,7 @@ class RefreshSchedule:
         """The same are due again, one spacing later: their gradients were not finite."""
         if self._turns == 1 and self._bound is None:
             # Refreshes stand at multiples of the interval, whatever checkpoints add between them.
-            self._next = next_refresh(step, self.interval, early=bool(self._early_steps))
+            self._next = next_refresh(step, self.interval, early=self._early, warmup=self._warmup)
         else:
             self._next = min([step + self.spacing, *(early for early in self._early_steps if early > step)])
 
@@ -125,9 +129,11 @@ class RefreshSchedule:
     def __str__(self) -> str:
         told = "one refreshed" if self._turns > 1 else "refreshed"
         told += f" every {self.spacing} steps" + (", in turns" if self._turns > 1 else "")
-        if self._early_steps:
-            of_all = "all " if self._turns > 1 else ""
-            told += f", and {of_all}after {', '.join(map(str, self._early_steps))}"
+        of_all = "all " if self._turns > 1 else ""
+        if self._warmup > 1:
+            told += f", {of_all}before each of the first {self._warmup}"
+        if later := [step for step in self._early_steps if step >= self._warmup]:
+            told += f", and {of_all}after {', '.join(map(str, later))}"
         if self._bound is None:
             return told
         return f"{told}, and up to {self.longest_spacing} as long as {100 * self._bound:g}% stays protected"
@@ -176,6 +182,7 @@ def schedule_from_arguments(args: argparse.Namespace) -> RefreshSchedule:
         turns=len(args.ogpsa_reference) if args.ogpsa_stagger_references else 1,
         bound=args.ogpsa_adaptive_interval,
         early=args.ogpsa_early_refreshes,
+        warmup=args.ogpsa_refresh_warmup_iters,
     )
 
 
@@ -226,6 +233,12 @@ WITH_SCHEDULES = (
         "an interval that adapts begins with one step by itself",
         "leave the latter out",
         lambda args: _adapts(args) and args.ogpsa_early_refreshes,
+    ),
+    Refusal(
+        _ADAPTIVE + "--ogpsa-refresh-warmup-iters",
+        "the interval adapts from the start",
+        "leave the latter out",
+        lambda args: _adapts(args) and args.ogpsa_refresh_warmup_iters,
     ),
     Refusal(
         _ADAPTIVE + "--ogpsa-refresh-interval 1",

@@ -95,10 +95,18 @@ REFRESH = (
     Mutation(
         "early-refreshes-on-after-the-first-interval",
         "megatron_ogpsa/references/steps.py",
-        "return doubled if early and _is_early(doubled, interval) else",
+        "return doubled if early and 4 * doubled < 3 * interval else",
         "return doubled if early and doubled % interval else",
         (f"{_SCHEDULE}::test_early_ones_come_before_the_first_multiple_at_the_steps_that_a_loop_is_told",),
         "refreshes become ever rarer, in place of one every interval",
+    ),
+    Mutation(
+        "warm-up-one-step-short",
+        "megatron_ogpsa/references/steps.py",
+        "    if step + 1 < warmup:\n",
+        "    if step + 2 < warmup:\n",
+        (f"{_SCHEDULE}::test_a_warm_up_refreshes_before_each_of_its_steps",),
+        "off by one",
     ),
     Mutation(
         "early-refreshes-of-one-reference",
