@@ -104,11 +104,10 @@ class OGPSAConfig:
             )
 
     def refreshes_at(self, step: int) -> bool:
-        """Whether the step after ``step`` steps begins with a refresh, whatever else may ask for one."""
-        return step == 0 or self._next_refresh(step - 1) == step
-
-    def _next_refresh(self, step: int) -> int:
-        return next_refresh(step, self.refresh_interval, early=self.early_refreshes, warmup=self.refresh_warmup)
+        """Whether the step after ``step`` steps begins with a refresh, whatever else may ask for one: the first does, those
+        of the warm-up, early ones, and multiples of the interval."""
+        early, warmup = self.early_refreshes, self.refresh_warmup
+        return step == 0 or next_refresh(step - 1, self.refresh_interval, early=early, warmup=warmup) == step
 
     @property
     def torch_basis_dtype(self) -> torch.dtype:

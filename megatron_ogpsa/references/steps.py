@@ -31,9 +31,8 @@ def next_refresh(step: int, interval: int, *, early: bool, warmup: int = 0) -> i
 
 
 def early_refreshes(interval: int, *, early: bool, warmup: int = 0) -> list[int]:
-    """The steps, but for the start, that are in :func:`next_refresh` beside the multiples of the interval."""
-    return [
-        step
-        for step in range(1, max(interval, warmup))
-        if next_refresh(step - 1, interval, early=early, warmup=warmup) == step
-    ]
+    """The steps of :func:`next_refresh` that stand beside the start and the multiples of the interval."""
+    found, step = [], 0
+    while (step := next_refresh(step, interval, early=early, warmup=warmup)) < max(interval, warmup):
+        found.append(step)
+    return found

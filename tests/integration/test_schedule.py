@@ -77,6 +77,7 @@ def test_early_ones_are_twice_as_far_apart_each_time_and_none_is_near_the_first_
 ) -> None:
     assert early_refreshes(interval, early=True) == early
     assert early_refreshes(interval, early=False) == []
+    assert len(early_refreshes(10**12, early=True)) == 39  # as for "never": no list of all steps
     steps = [0]
     while steps[-1] < 3 * interval:
         steps.append(next_refresh(steps[-1], interval, early=True))
