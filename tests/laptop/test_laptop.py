@@ -188,12 +188,33 @@ def test_the_table_of_more_conversations_is_made_of_its_data() -> None:
     small, large = avoided[1], avoided[2]
     told = f"{small['first32']} was avoided on themselves and {small['held_out']} on others; with 128, {large['first128']} on"
     assert told.replace("%", " %") in " ".join(page.split())
-    for name, words in (
-        ("README", "{} with 32 conversations protected and {} with 128"),
-        ("docs/troubleshooting", "{1} in place of {0}"),
-    ):
-        told = words.format(small["held_out"], large["held_out"]).replace("%", " %")
-        assert told in (ROOT / f"{name}.md").read_text(encoding="utf-8"), name
+    told = f"{large['held_out']} in place of {small['held_out']}".replace("%", " %")
+    assert told in (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_first_refreshes_is_made_of_its_data() -> None:
+    account = json.loads((ROOT / "docs/laptop/refreshes.json").read_text(encoding="utf-8"))
+    earlier = json.loads((ROOT / "docs/laptop/references.json").read_text(encoding="utf-8"))
+    losses = {(2, "plain"): earlier["runs"][0]["after DPO"]["loss"]}
+    losses |= {(run["seed"], run["refreshes"] or "plain"): run["after DPO"] for run in account["runs"]}
+    page = (ROOT / "docs/laptop.md").read_text(encoding="utf-8")
+    avoided = {}
+    for (seed, name), loss in losses.items():
+        cells = [str(seed), name + (" steps" if name == "every 25" else "")]
+        for data in ("held_out", "first32"):
+            growth, of_plain = (loss_[data] - account["start"][data] for loss_ in (loss, losses[seed, "plain"]))
+            avoided[seed, name, data] = "" if name == "plain" else f"{1 - growth / of_plain:.0%}".replace("%", " %")
+            cells += [f"{growth:+.4f}", avoided[seed, name, data]]
+        row = f"| {' | '.join(cells)} |".replace("every 25 and early", "every 25 steps and early").replace(
+            "|  |", "| |"
+        )
+        assert row in page, row
+    default = [avoided[seed, "every 25 and early", data] for data in ("held_out", "first32") for seed in (2, 3)]
+    told = "{} and {} on conversations that it did not protect, and {} and {} on those that it did".format(*default)
+    assert told.replace(" % and", " and") in (ROOT / "README.md").read_text(encoding="utf-8")
+    for lines in account["first steps, seed 3, by steps between refreshes"]["lines"].values():
+        (last,) = re.findall(r"^16: general loss ([\d.]+)", lines[-1])
+        assert f"{float(last) - 1.6437:+.4f}".replace("-", "−") in page
 
 
 @pytest.mark.parametrize(
