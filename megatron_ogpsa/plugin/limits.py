@@ -76,6 +76,12 @@ OPTIMIZERS = (
         lambda optimizer: optimizer.optimizer not in ("adam", "sgd"),
     ),
     Refusal(
+        "--optimizer sgd with --use-distributed-optimizer",
+        "Megatron shards Adam's state alone",
+        "leave --use-distributed-optimizer out, or use --optimizer adam",
+        lambda optimizer: optimizer.optimizer == "sgd" and optimizer.use_distributed_optimizer,
+    ),
+    Refusal(
         "--optimizer-cuda-graph",
         "the projection decides on the host whether the gradient is finite, which a graph cannot hold",
     ),

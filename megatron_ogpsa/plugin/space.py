@@ -93,8 +93,13 @@ class Space(ABC):
             self.skipped_in_a_row = 0
             return False
         self.skipped_steps += 1
-        self.skipped_in_a_row += int(not found_inf)
+        self.skipped_in_a_row += int(not (found_inf and self._loss_scale_may_fall()))
         return True
+
+    def _loss_scale_may_fall(self) -> bool:
+        """Whether a smaller loss scale may be all that is wanting. All ranks have the same: it follows from ``found_inf``."""
+        scalers = [leaf.grad_scaler for leaf in self._scaled]  # a constant one has no least scale
+        return any(hasattr(scaler, "min_scale") and bool(scaler.scale > scaler.min_scale) for scaler in scalers)
 
     @abstractmethod
     def _prepare(self, basis: Basis) -> bool:

@@ -189,13 +189,21 @@ def not_finite(layout: str, bad_rank: int, space: str = "gradient") -> dict[str,
         refreshed(bad, poisoned=True)
         third = refreshed(gradient, poisoned=False)
         steps.append(stepped())
+        skipped_steps, in_a_row = ogpsa.skipped_steps, [*in_a_row, ogpsa.skipped_in_a_row]
+    for leaf in ogpsa._space._scaled:
+        leaf.grad_scaler._scale.copy_(leaf.grad_scaler.min_scale)
+    at_smallest_scale = []
+    for _ in range(2):
+        stepped(poisoned=True)
+        at_smallest_scale.append(ogpsa.skipped_in_a_row)
     return {
         "refreshes": (first, second, third),
         "kept": kept,
         "warnings": warnings,
         "steps": steps,
-        "skipped_steps": ogpsa.skipped_steps,
-        "in_a_row": [*in_a_row, ogpsa.skipped_in_a_row],
+        "skipped_steps": skipped_steps,
+        "in_a_row": in_a_row,
+        "at_smallest_scale": at_smallest_scale,
         "needs_refresh": [asked_for, ogpsa.needs_refresh],
         "rejected_refreshes": ogpsa.rejected_refreshes,
     }

@@ -73,6 +73,7 @@ def assert_all_ranks_skip(result: dict[str, Any]) -> None:
     assert result["steps"] == [skipped, made, skipped, skipped, made]
     assert result["skipped_steps"] == 3
     assert result["in_a_row"] == [1, 2, 0]
+    assert result["at_smallest_scale"] == [1, 2]  # where no loss scale is left that could help
     assert result["needs_refresh"] == [True, False]
     assert result["rejected_refreshes"] == 0
 

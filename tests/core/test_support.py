@@ -59,6 +59,10 @@ def arguments() -> Callable[..., argparse.Namespace]:
         ({"mtp_num_layers": 1}, "--mtp-num-layers"),
         ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
         ({"optimizer_cuda_graph": True}, "--optimizer-cuda-graph"),
+        (
+            {"optimizer": "sgd", "use_distributed_optimizer": True},
+            "--optimizer sgd with --use-distributed-optimizer",
+        ),
         ({"perform_rl_step": True}, "--perform-rl-step"),
         ({"optimizer_cpu_offload": True}, "--optimizer-cpu-offload"),
         ({"use_precision_aware_optimizer": True}, "--use-precision-aware-optimizer"),

@@ -114,7 +114,7 @@ class OGPSACallback(bridge.Callback):
             agreed(partial(_reference, name, rows, forward_step, context)) for name, rows in self._rows.items()
         ]
         self.ogpsa = attach(context.optimizer, context.model, self._config)
-        self._refresh_is_due = True
+        self._refresh_is_due, self._losses = True, {}
 
     def on_train_step_start(self, context: bridge.CallbackContext) -> None:
         """Refresh the basis if that is due."""
@@ -170,7 +170,8 @@ class OGPSACallback(bridge.Callback):
                 "OGPSACallback(max_bad_refreshes=...); the first refresh must succeed"
             )
         figures = interval_figures(refreshed.losses, self._losses, ogpsa.interval)
-        self._losses = refreshed.losses
+        if refreshed.is_new:  # what steps do to first order is counted from the last good refresh too
+            self._losses = refreshed.losses
         if figures and dist.get_rank() == dist.get_world_size() - 1:
             print(as_line(step, figures), flush=True)
             log_figures(step, figures, context.state.tensorboard_logger, context.state.wandb_logger)

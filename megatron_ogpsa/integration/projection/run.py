@@ -8,6 +8,7 @@ the same basis, without any in the checkpoint. Which references it is of, and ho
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -99,7 +100,8 @@ class ProjectionRun(LoopHook):
         if refreshed.is_new and weight:
             self._ogpsa.add_references_once(weight)
         tell_interval(step, refreshed.losses, self._losses, self._ogpsa.interval)
-        self._losses |= refreshed.losses
+        if refreshed.is_new:  # what steps do to first order is counted from the last good refresh too
+            self._losses |= refreshed.losses
         if not refreshed.is_new:
             self._schedule.postpone(step)
         elif is_of_all:
@@ -230,7 +232,7 @@ class ProjectionRun(LoopHook):
 
     def _compare_with(self, before: dict[str, Any]) -> None:
         """Say where a resumed run departs from the one that wrote the checkpoint; going on is the user's choice."""
-        now = self.state()
+        now = json.loads(json.dumps(self.state()))  # as it was written: tuples are lists there
         for kind in ("references", "settings") if before else ():
             for name in sorted(before.get(kind, {}).keys() | now[kind].keys()):
                 if before.get(kind, {}).get(name) != now[kind].get(name) and torch.distributed.get_rank() == 0:
