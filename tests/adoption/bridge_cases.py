@@ -35,7 +35,8 @@ def _built(layout: str) -> Training:
 
 
 def _config(**settings: Any) -> OGPSAConfig:
-    return OGPSAConfig(refresh_interval=INTERVAL, **settings)
+    # Both signs: a step that hurts no reference would be the same with any basis.
+    return OGPSAConfig(**({"refresh_interval": INTERVAL, "mode": "orthogonal"} | settings))
 
 
 def _callback(training: Training) -> Any:
@@ -159,7 +160,7 @@ def refusals(real: bool) -> list[str]:
         many = {str(number): good for number in range(9)}
         for references in ({"math": no_tokens}, {"math": too_short}, {}, many):
             with _told(messages):
-                callback = OGPSACallback(_config(), references, forward_step)
+                callback = OGPSACallback(_config(mode="conflict"), references, forward_step)
                 finetune(Run(training, train_iters=1), forward_step, callbacks=[callback])
         with _told(messages):
             callback = OGPSACallback(_config(), {"math": good}, forward_step, references_in_bf16=True)
