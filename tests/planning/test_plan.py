@@ -26,6 +26,10 @@ OFFLOADED_ALL = (
 )
 RESHARDABLE = f"{EIGHT_B} --dist-ckpt-optim-fully-reshardable"
 RESHARDABLE_CP = f"{RESHARDABLE} --context-parallel-size 2"
+RESHARDABLE_EP = (
+    f"{RESHARDABLE} --num-experts 8 --expert-model-parallel-size 4 --expert-tensor-parallel-size 1 "
+    "--moe-token-dispatcher-type alltoall --json"
+)
 UPDATE = f"{EIGHT_B} --json --ogpsa-space update --ogpsa-granularity model"
 
 MISTAKES = {
@@ -43,7 +47,7 @@ MISTAKES = {
 def outcomes() -> dict[str, tuple[int, str, str]]:
     """Of all commands below, run in one process."""
     commands = [*DOCUMENTED, PIPELINE, *AS_JSON, UPDATE, PAPER, IN_BF16, ADAPTIVE, OFFLOADED, OFFLOADED_ALL]
-    commands += [EIGHT_B, RESHARDABLE, RESHARDABLE_CP, *MISTAKES]
+    commands += [EIGHT_B, RESHARDABLE, RESHARDABLE_CP, RESHARDABLE_EP, *MISTAKES]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.planning.several"],
         input=json.dumps([command.split() for command in commands]),
@@ -110,6 +114,16 @@ def test_a_checkpoint_that_is_to_be_resharded_takes_host_memory(outcomes: dict[s
             command
         ]
     assert "a checkpoint" not in outcomes[EIGHT_B][1]
+
+
+def test_a_checkpoint_gathers_experts_over_a_group_of_their_own(outcomes: dict[str, tuple[int, str, str]]) -> None:
+    """A quarter of the experts lies on 2 ranks each, and half of each other matrix on 4."""
+    plan = json.loads(outcomes[RESHARDABLE_EP][1])
+    held = 0
+    for kind in plan["kinds"]:
+        parts = 4 if ".experts." in kind["name"] else 2 if " over 2" in kind["split"] else 1
+        held += kind["elements"] // parts
+    assert plan["checkpoint_host_bytes_per_rank"] == 12 * held
 
 
 def test_json_has_the_same_figures(outcomes: dict[str, tuple[int, str, str]]) -> None:
