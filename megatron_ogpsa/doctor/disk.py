@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from megatron_ogpsa.checkpoints import examine
 from megatron_ogpsa.doctor.findings import Finding, fail, ok, size_in_words, warn
 from megatron_ogpsa.planning.costs import share_on_accelerator, state_bytes
@@ -75,7 +73,7 @@ def expert_elements_of(args: argparse.Namespace, vocabulary: int) -> int:
     return elements_of(doubled, vocabulary) - elements_of(args, vocabulary)
 
 
-def training_bytes(args: argparse.Namespace, elements: int, of_experts: int) -> int:
+def training_bytes(args: argparse.Namespace, elements: int, of_experts: int, *, on_gpu: bool) -> int:
     """Memory of all ranks, where they compute, for weights, gradients, optimizer state and basis; without activations.
 
     Experts have as many copies as ranks are left to them beside their own axes.
@@ -84,16 +82,16 @@ def training_bytes(args: argparse.Namespace, elements: int, of_experts: int) -> 
         args: validated.
         elements: of :func:`elements_of`.
         of_experts: of :func:`expert_elements_of`.
+        on_gpu: whether ranks compute on GPUs, whose memory what lies on the host does not take.
     """
     expert_ranks = (
         args.expert_tensor_parallel_size * args.expert_model_parallel_size * args.pipeline_model_parallel_size
     )
     weights = args.params_dtype.itemsize
     gradients = _FP32 if args.accumulate_allreduce_grads_in_fp32 else weights
-    has_gpu = torch.cuda.is_available()
-    state = state_bytes(args) * (share_on_accelerator(args) if has_gpu else 1.0)
+    state = state_bytes(args) * (share_on_accelerator(args) if on_gpu else 1.0)
     references = len(args.ogpsa_reference) * args.ogpsa_rank_per_reference
-    is_away = args.ogpsa_basis_device == "cpu" and has_gpu  # where the GPU's memory is meant
+    is_away = args.ogpsa_basis_device == "cpu" and on_gpu
     basis = 0 if is_away else references * (2 if args.ogpsa_basis_dtype == "bf16" else _FP32)
     total = 0.0
     for number, copies in (

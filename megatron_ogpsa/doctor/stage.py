@@ -199,7 +199,8 @@ class Stage:
         elements = disk.elements_of(self._args, vocabulary)
         self.saving, self.is_measured = disk.saving_of(self._args, elements), True
         yield ok("model", f"about {_shown(elements)} parameters")
-        needed = disk.training_bytes(self._args, elements, disk.expert_elements_of(self._args, vocabulary))
+        of_experts, on_gpu = disk.expert_elements_of(self._args, vocabulary), self._generation is not None
+        needed = disk.training_bytes(self._args, elements, of_experts, on_gpu=on_gpu)
         if self._generation is None:
             yield machine.check_model_memory(machine.available_memory(), needed)
         elif gpus := visible_gpus():

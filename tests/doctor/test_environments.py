@@ -388,6 +388,9 @@ def test_published_models_have_their_published_size(config: str, elements: int) 
     assert disk.elements_of(args, args.vocab_size) == pytest.approx(elements, rel=1e-4)
 
 
+OFFLOADED = "--ogpsa-space gradient --use-precision-aware-optimizer --optimizer-cpu-offload"
+
+
 @pytest.mark.parametrize(
     ("flags", "of_a_dense_element", "of_an_expert_one"),
     [
@@ -402,10 +405,12 @@ def test_published_models_have_their_published_size(config: str, elements: int) 
             8 * 6 + 10,
             8 * 6 + 10,
         ),
+        (f"{OFFLOADED} --optimizer-offload-fraction 0.5", 8 * 6 + 9, 8 * 6 + 9),  # half of 10, and 4 of a basis
+        (f"{OFFLOADED} --optimizer-offload-fraction 1.0 --ogpsa-basis-device cpu", 8 * 6, 8 * 6),
     ],
 )
 def test_memory_counts_each_copy_of_an_element(flags: str, of_a_dense_element: int, of_an_expert_one: int) -> None:
-    """On 8 ranks; experts are copied over what their own axes leave of them."""
+    """On 8 GPUs; experts are copied over what their own axes leave of them."""
     from megatron_ogpsa.planning.arguments import megatron_arguments
 
     shape = (
@@ -419,4 +424,6 @@ def test_memory_counts_each_copy_of_an_element(flags: str, of_a_dense_element: i
     assert of_experts == pytest.approx(2 * 8 * 2 * 64 * 128, rel=0.01)  # and the router's
     dense = disk.elements_of(args, 100) - of_experts
     expected = dense * of_a_dense_element + of_experts * of_an_expert_one
-    assert disk.training_bytes(args, dense + of_experts, of_experts) == expected
+    assert disk.training_bytes(args, dense + of_experts, of_experts, on_gpu=True) == expected
+    in_host_memory = disk.training_bytes(args, dense + of_experts, of_experts, on_gpu=False)
+    assert in_host_memory > expected if "cpu" in flags else in_host_memory == expected
