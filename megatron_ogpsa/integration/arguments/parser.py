@@ -293,7 +293,8 @@ def _add_schedule_arguments(group: argparse._ArgumentGroup) -> None:
         "--ogpsa-refresh-interval",
         metavar="N",
         type=_positive_int,
-        help="Optimizer steps between two refreshes of the reference gradients (default: 30 for sft, 5 for dpo).",
+        help="Optimizer steps between two refreshes of the reference gradients (default: 30 for sft, 5 for dpo); steps that "
+        "were skipped, as in fp16 until the loss scale fits, do not count.",
     )
     group.add_argument(
         "--ogpsa-early-refreshes",

@@ -47,6 +47,7 @@ class ProjectionRun(LoopHook):
         self._ogpsa: OGPSA | None = None
         self._references: list[Reference] = []
         self._schedule = RefreshSchedule(1)  # the flags' once a run with references starts
+        self._skipped_before = 0
         self._refresh_is_due = True
         self._refresh_seconds = 0.0
         self._bad_refreshes = 0
@@ -69,6 +70,7 @@ class ProjectionRun(LoopHook):
             before = self._saved_state(iteration)
             self._compare_with(before)
             self._schedule.restore(before.get("schedule", {}))
+            self._skipped_before = before.get("skipped steps", 0)
             if isinstance(scale := before.get("reference loss scale"), float):
                 self._ogpsa.reference_loss_scale = scale
         described = ", ".join(
@@ -86,9 +88,10 @@ class ProjectionRun(LoopHook):
         """Refresh the basis if one is due."""
         assert self._ogpsa is not None
         self._stop_if_steps_are_lost(step)
-        is_of_all = self._refresh_is_due or self._ogpsa.needs_refresh or self._schedule.is_of_all(step)
-        if not (is_of_all or self._schedule.is_due(step)):
+        taken, is_of_all = step - self._skipped, self._refresh_is_due or self._ogpsa.needs_refresh
+        if not (is_of_all or self._schedule.is_due(taken)):
             return
+        is_of_all = is_of_all or self._schedule.is_of_all(taken)
         in_turns = self._args.ogpsa_stagger_references and not is_of_all
         due = [self._references[self._schedule.turn]] if in_turns else self._references
         refreshed = self._refresh(due, model, optimizer, forward_backward, step)
@@ -103,11 +106,11 @@ class ProjectionRun(LoopHook):
         if refreshed.is_new:  # what steps do to first order is counted from the last good refresh too
             self._losses |= refreshed.losses
         if not refreshed.is_new:
-            self._schedule.postpone(step)
+            self._schedule.postpone(taken)
         elif is_of_all:
-            self._schedule.restart(step)
+            self._schedule.restart(taken)
         else:
-            self._advance(due, step)
+            self._advance(due, taken)
 
     def _refresh(
         self,
@@ -142,14 +145,20 @@ class ProjectionRun(LoopHook):
         self._refresh_seconds = time.monotonic() - started
         return refreshed
 
-    def _advance(self, due: Sequence[Reference], step: int) -> None:
+    @property
+    def _skipped(self) -> int:
+        """Steps of the whole run that were skipped: they have moved no weight, so that nothing has gone stale by them."""
+        assert self._ogpsa is not None
+        return self._skipped_before + self._ogpsa.skipped_steps
+
+    def _advance(self, due: Sequence[Reference], taken: int) -> None:
         """Let what a regular refresh has found decide when the next one is."""
         from megatron.training import print_rank_0
 
         assert self._ogpsa is not None
         adapts, before = self._args.ogpsa_adaptive_interval is not None, self._schedule.interval
         captured = least_captured([[*r.parts] for r in due], self._ogpsa.interval) if adapts else None
-        self._schedule.advance(step, captured)
+        self._schedule.advance(taken, captured)
         if self._schedule.interval != before:
             print_rank_0(f"OGPSA: references are refreshed every {self._schedule.interval} steps from now on")
 
@@ -199,6 +208,7 @@ class ProjectionRun(LoopHook):
                 if name.startswith("ogpsa_") and name not in NOT_SETTINGS
             },
             "schedule": self._schedule.state(),
+            "skipped steps": self._skipped if self._ogpsa is not None else 0,
             "reference loss scale": self._ogpsa.reference_loss_scale if self._ogpsa is not None else None,
         }
 

@@ -5,10 +5,14 @@
 | at the start, early (``--ogpsa-early-refreshes``), after each checkpoint | all | all |
 | in between | all, every interval | one of J references, every interval / J, rounded up |
 
+Steps are those that were taken. One that was skipped has moved no weight; in fp16 some 20 are at first, and refreshes would
+else stand close while nothing changes, and far apart when it does.
+
 With ``--ogpsa-adaptive-interval`` the interval follows how stale the basis was found to be. It begins with the shortest:
 nothing is known at the start, and Adam's first steps move the weights furthest. A run that resumes has no basis to compare
 with at its first refresh, so that refreshes which follow a checkpoint decide nothing in any run; they begin a new
-interval, and a new round of turns. All that a checkpoint has to keep is then the interval in force. With dropout the masks of
+interval, and a new round of turns. All that a checkpoint has to keep is then the interval in force, beside the
+number of steps that were skipped. With dropout the masks of
 a reference's passes differ from refresh to refresh, which looks like staleness: a bound near 1 then keeps the interval short.
 """
 
@@ -81,11 +85,11 @@ class RefreshSchedule:
         return self.longest_spacing * self._turns
 
     def is_due(self, step: int) -> bool:
-        """Whether references are to be refreshed before the step after ``step``, whatever else asks for it."""
+        """Whether references are to be refreshed after ``step`` steps, whatever else asks for it."""
         return step >= self._next
 
     def is_of_all(self, step: int) -> bool:
-        """Whether all references are due before the step after ``step``, also where they take turns."""
+        """Whether a refresh that is due then is of all references, also where they take turns."""
         return step in self._early_steps
 
     def restart(self, step: int) -> None:

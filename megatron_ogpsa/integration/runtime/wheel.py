@@ -8,8 +8,7 @@ import queue
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
+from megatron_ogpsa.integration.runtime.optimizer_states import OPTIMIZER_PATCHES
 from megatron_ogpsa.integration.runtime.patching import Patch
 
 
@@ -19,45 +18,6 @@ def _compiled_helpers_only_if_missing(original: Callable[[], None]) -> Callable[
             original()
 
     return compile_helpers
-
-
-def _with_states_before_loading(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def sharded_state_dict(
-        self: Any, model_sharded_state_dict: Any = None, is_loading: bool = False, **kwargs: Any
-    ) -> Any:
-        from megatron.core.optimizer import distrib_optimizer
-
-        uses_torch_optimizer = not distrib_optimizer.HAVE_APEX_OR_TE and not self.is_stub_optimizer
-        if is_loading and uses_torch_optimizer and not self.optimizer.state:
-            self._init_optimizer_states_with_dummy_values()
-        return original(self, model_sharded_state_dict or {}, is_loading, **kwargs)
-
-    return sharded_state_dict
-
-
-def _with_steps_of_their_own(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def load_state_dict(self: Any, state_dict: Any) -> None:
-        from megatron.core.optimizer import distrib_optimizer
-
-        steps = {float(group["step"]) for group in state_dict["optimizer"]["param_groups"] if "step" in group}
-        original(self, state_dict)
-        if not distrib_optimizer.HAVE_APEX_OR_TE and not self.is_stub_optimizer:
-            (step,) = steps
-            for state in self.optimizer.state.values():
-                state["step"] = torch.tensor(step)
-
-    return load_state_dict
-
-
-def _overwriting_in_place(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    @torch.no_grad()
-    def set_main_param_and_optimizer_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        original(self, model_param, {"step": None} | tensors)  # what is not a tensor is left as it is
-
-    return set_main_param_and_optimizer_states
 
 
 def _with_rope_scaling_factor(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,30 +63,7 @@ GPU_PATCHES = (
 """The CPU runtime has a patch of its own for this place."""
 
 WHEEL_PATCHES = (
-    Patch(
-        target="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.sharded_state_dict",
-        reason=(
-            "with torch's Adam (no Transformer Engine, no Apex) it reads the step out of the optimizer's state before it "
-            "has made that state, so that no checkpoint can be resumed"
-        ),
-        replace=_with_states_before_loading,
-    ),
-    Patch(
-        target="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
-        reason=(
-            "it gives all of torch Adam's parameters one and the same step tensor, which every parameter then counts up, "
-            "and fills it from a fresh optimizer: the bias correction of a resumed run would be wrong"
-        ),
-        replace=_with_steps_of_their_own,
-    ),
-    Patch(
-        target="megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
-        reason=(
-            "fp32 main parameters are views of the model's, which autograd lets nobody overwrite in place; and from a fully "
-            "reshardable checkpoint it wants the step of torch's Adam, which its caller has left out to set it elsewhere"
-        ),
-        replace=_overwriting_in_place,
-    ),
+    *OPTIMIZER_PATCHES,
     Patch(
         target="megatron.core.dist_checkpointing.strategies.filesystem_async:get_write_results_queue",
         reason=(

@@ -111,10 +111,26 @@ REFRESH = (
     Mutation(
         "early-refreshes-of-one-reference",
         "megatron_ogpsa/integration/projection/run.py",
-        " or self._schedule.is_of_all(step)",
+        "        is_of_all = is_of_all or self._schedule.is_of_all(taken)\n",
         "",
         ("tests/integration/test_train.py::test_early_refreshes_are_of_all_references",),
         "where references take turns, an early refresh is of the one whose turn it is, and the others stay stale",
+    ),
+    Mutation(
+        "refreshes-count-skipped-steps",
+        "megatron_ogpsa/integration/projection/run.py",
+        "taken, is_of_all = step - self._skipped,",
+        "taken, is_of_all = step,",
+        ("tests/integration/test_optimizer_states.py::test_a_run_goes_on_as_the_undisturbed_one[fp16]",),
+        "in fp16 early refreshes are over before the first step that changes a weight",
+    ),
+    Mutation(
+        "skipped-steps-forgotten-in-a-resumed-run",
+        "megatron_ogpsa/integration/projection/run.py",
+        'before.get("skipped steps", 0)',
+        "0",
+        ("tests/integration/test_optimizer_states.py::test_a_run_goes_on_as_the_undisturbed_one[fp16]",),
+        "a resumed run refreshes at other steps than the undisturbed one",
     ),
     Mutation(
         "callback-knows-no-early-refreshes",
