@@ -34,6 +34,9 @@ _OWN = (LAUNCH, STAGES, MODEL, BASE)
 COMMAND_LINE_ONLY = {"spec": "names a Python module, which is imported", "yaml-cfg": "takes the place of this file"}
 """Flags that a configuration may not hold, which need not be trusted: it executes nothing."""
 
+_OF_A_SHELL = re.compile(r"(?:^|=)(~[^/=]*)(?:/|$)|(\$\{\w+\}|\$[A-Z_]\w*)")
+"""What only a shell would replace: a home folder, in front; a variable, anywhere."""
+
 _NEGATIVE = re.compile(r"-[0-9.][0-9.eE+-]*|-")
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -290,6 +293,8 @@ def _no_flag(value: Any) -> str:
     text = str(value)
     if text.startswith("-") and not _NEGATIVE.fullmatch(text):
         raise ValueError(f"{text!r} is a flag, not a value: give flags lines of their own")
+    if found := _OF_A_SHELL.search(text):
+        raise ValueError(f"{found[1] or found[2]} in {text!r} stands for nothing in a file: write the path itself")
     return text
 
 

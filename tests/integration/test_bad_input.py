@@ -61,6 +61,10 @@ def test_mistakes_are_told_in_one_line(train: Train, tmp_path: Path, case: str) 
         ("tokenizer-type: Mine", "tokenizer-type: invalid choice: 'Mine'"),
         ("ogpsa-reference: general.jsonl", "ogpsa-reference: "),
         ("use-distributed-optimizer: [", "not YAML"),
+        ("save: ~/runs", "save: ~ in '~/runs' stands for nothing in a file: write the path itself"),
+        ("save: $SCRATCH/runs", "save: $SCRATCH in '$SCRATCH/runs' stands for nothing"),
+        ("ogpsa-reference: {math: ~ann/math.jsonl}", "ogpsa-reference: ~ann in 'math=~ann/math.jsonl'"),
+        ("ogpsa-train-data: data/${NAME}.jsonl", "ogpsa-train-data: ${NAME} in "),
     ],
 )
 def test_the_configurations_mistakes_have_a_line_number(tmp_path: Path, line: str, expected: str) -> None:
