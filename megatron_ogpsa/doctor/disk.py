@@ -93,12 +93,14 @@ def training_bytes(args: argparse.Namespace, elements: int, of_experts: int, *, 
     references = len(args.ogpsa_reference) * args.ogpsa_rank_per_reference
     is_away = args.ogpsa_basis_device == "cpu" and on_gpu
     basis = 0 if is_away else references * (2 if args.ogpsa_basis_dtype == "bf16" else _FP32)
+    if references and gradients < _FP32 and not args.use_precision_aware_optimizer:
+        basis += _FP32  # a copy of the gradient, which is what is projected
     total = 0.0
     for number, copies in (
         (elements - of_experts, args.data_parallel_size * args.context_parallel_size),
         (of_experts, args.world_size // expert_ranks),
     ):
-        shards = 1 if args.use_distributed_optimizer else copies
+        shards = min(args.num_distributed_optimizer_instances if args.use_distributed_optimizer else copies, copies)
         total += number * (copies * (weights + gradients) + shards * (state + basis))
     return round(total)
 

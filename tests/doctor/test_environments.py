@@ -399,7 +399,9 @@ OFFLOADED = "--ogpsa-space gradient --use-precision-aware-optimizer --optimizer-
         ("--expert-model-parallel-size 8", 8 * 6 + 16, 1 * 6 + 16),
         ("--expert-model-parallel-size 2 --pipeline-model-parallel-size 2", 4 * 6 + 16, 2 * 6 + 16),
         ("--context-parallel-size 2 --expert-model-parallel-size 4", 8 * 6 + 16, 2 * 6 + 16),
-        ("--grad-reduce-in-bf16 --ogpsa-basis-dtype bf16", 8 * 4 + 14, 8 * 4 + 14),
+        ("--grad-reduce-in-bf16 --ogpsa-basis-dtype bf16", 8 * 4 + 14 + 4, 8 * 4 + 14 + 4),  # projected in fp32
+        ("--num-distributed-optimizer-instances 2", 8 * 6 + 2 * 16, 8 * 6 + 2 * 16),
+        ("--num-distributed-optimizer-instances 2 --expert-model-parallel-size 8", 8 * 6 + 2 * 16, 6 + 16),
         (
             "--ogpsa-space gradient --use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
             8 * 6 + 10,
