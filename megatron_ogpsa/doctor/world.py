@@ -53,7 +53,8 @@ def find_world(
     """
     if is_rank(environment):
         size = int(environment["WORLD_SIZE"])
-        return World(size=size, local=int(environment.get("LOCAL_WORLD_SIZE", size)), is_job=True)
+        # torchrun says how many are on this node, srun and mpirun do not: then one for each GPU.
+        return World(size=size, local=int(environment.get("LOCAL_WORLD_SIZE", min(size, gpus or size))), is_job=True)
     written = str(file.get("nproc-per-node", ""))
     by_machine = {"gpu": gpus or 1, "auto": gpus or os.cpu_count() or 1}
     local = flag or by_machine.get(written) or (int(written) if written.isdigit() else None)

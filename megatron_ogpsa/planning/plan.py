@@ -68,10 +68,11 @@ class Plan:
 
     @property
     def checkpoint_host_bytes(self) -> int:
-        """See :func:`megatron_ogpsa.planning.costs.checkpoint_host_bytes`; of the largest rank."""
+        """See :func:`megatron_ogpsa.planning.costs.checkpoint_host_bytes`; of the stage that takes most, which another may be
+        than the one with the largest shard."""
         args = self.args
         gathers = args.save and args.use_distributed_optimizer and args.dist_ckpt_optim_fully_reshardable
-        return costs.checkpoint_host_bytes(self.largest, gathers=bool(gathers))
+        return max(costs.checkpoint_host_bytes(size, gathers=bool(gathers)) for size in self.stages)
 
     def as_json(self) -> dict[str, Any]:
         """All figures; bytes and elements are whole numbers."""
@@ -104,6 +105,7 @@ class Plan:
                 "collectives": 1,
                 "message_bytes": costs.refresh_message(self.projection),
                 "micro_batches": list(self.reference_micro_batches),
+                "micro_batches_are_at_most": bool(self.args.ogpsa_packing),
                 "share_of_passes": self.refresh_share,
             },
             "reduction_ranks": self.reduction_size,

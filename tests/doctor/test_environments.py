@@ -20,6 +20,7 @@ from megatron_ogpsa.doctor import disk, environment, examination, machine
 from megatron_ogpsa.doctor.examination import Examination, Request
 from megatron_ogpsa.doctor.findings import Finding, Report, ok
 from megatron_ogpsa.doctor.steps import Layout
+from megatron_ogpsa.doctor.world import find_world
 from tests.checkpoints.test_choice import save, track
 from tests.doctor.conftest import ROOT
 
@@ -348,6 +349,13 @@ def test_in_a_rank_the_start_is_that_of_a_rank(case: str, monkeypatch: pytest.Mo
     Path("anew.yaml").write_text(text, encoding="utf-8")
     found = told(examined(config=Path("anew.yaml"), ranks=None), "OK", "FAIL")
     assert found["start"].startswith(expected)
+
+
+def test_ranks_of_a_node_where_nobody_says_how_many_they_are() -> None:
+    """srun and mpirun set no LOCAL_WORLD_SIZE: 16 ranks on nodes of 8 GPUs are not 16 on this one."""
+    for gpus, local in ((8, 8), (0, 16)):
+        found = find_world(None, {}, gpus=gpus, environment=RANK | {"WORLD_SIZE": "16"})
+        assert (found.size, found.local, found.is_job) == (16, local, True)
 
 
 def test_files_that_were_read_are_free_memory(tmp_path: Path) -> None:
