@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
@@ -38,16 +39,39 @@ TAKE_FLAGS = ("train", "evaluate", "plan", "doctor")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, or 2 for a mistake of the user's (1 if it may pass), told in one line.
 
-    141, as of other programs, if whoever reads the output has gone: ``megatron-ogpsa doctor | head -1``.
+    141, as of other programs, if whoever reads the output has gone: ``megatron-ogpsa doctor | head -1``; 130 after Ctrl-C.
     (Ranks that hang end with 3, without coming here: see :mod:`megatron_ogpsa.watchdog`.)
     """
     try:
         exit_code = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written when Python ends
+        _write_no_more()
         return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # the terminal's cursor stands behind ^C
+        return 128 + signal.SIGINT
+    except OSError as error:
+        if _takes_output():
+            raise
+        _write_no_more()
+        tell_once(f"the output cannot be written ({error.strerror}): make room, or send it elsewhere")
+        return 1
     return exit_code
+
+
+def _takes_output() -> bool:
+    """Whether it is not the file that the output goes to of which an error is: such an error has no file's name."""
+    try:
+        print(flush=True)
+    except OSError:
+        return False
+    return True
+
+
+def _write_no_more() -> None:
+    """What is left is written when Python ends, which would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: list[str]) -> int:
@@ -73,6 +97,7 @@ def _run(argv: list[str]) -> int:
         first = ": give CONFIG.yaml first, and flags after it" if args.verb in TAKE_FLAGS else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{first}")
     try:
+        _require_temporary_folder()
         return int(import_module(VERBS[args.verb][0]).run(args))
     except UserError as error:
         if error.is_alike:
@@ -85,6 +110,13 @@ def _run(argv: list[str]) -> int:
 
         record_failure(error)
         raise
+
+
+def _require_temporary_folder() -> None:
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:  # of all that Python tries, this folder included; torch would ask as it is imported
+        raise UserError("no folder for temporary files can be written to: set TMPDIR to one that can") from None
 
 
 def _asks_for_flags(argv: list[str]) -> bool:

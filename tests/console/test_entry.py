@@ -1,0 +1,51 @@
+"""How the command ends where neither it nor its flags are to blame."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from megatron_ogpsa.cli import main as entry
+
+COMMAND = [sys.executable, "-W", "ignore", "-m", "megatron_ogpsa.cli.main", "--version"]
+
+
+def test_a_reader_that_has_gone_is_no_traceback() -> None:
+    """``megatron-ogpsa doctor | head -1``."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(COMMAND, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_full_disk_below_the_output_is_told() -> None:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        done = subprocess.run(COMMAND, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "megatron-ogpsa: error: the output cannot be written (No space left on device): make room, or send it elsewhere\n"
+    )
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(argv: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entry, "_run", interrupted)
+    assert entry.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "\n"
+
+
+def test_without_a_folder_for_temporary_files_its_variable_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc"])
+    assert entry.main(["doctor"]) == 2
+    assert "no folder for temporary files can be written to: set TMPDIR" in capsys.readouterr().err
