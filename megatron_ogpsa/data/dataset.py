@@ -35,7 +35,7 @@ from megatron_ogpsa.data.truncation import Cut, Document, truncate
 from megatron_ogpsa.errors import UserError
 
 # Part of every fingerprint: raise it when the same input is to give other tokens, masks or files.
-_FORMAT_VERSION = 3
+_FORMAT_VERSION = 4
 
 
 class TokenizedRows(Dataset[dict[str, Tensor]]):

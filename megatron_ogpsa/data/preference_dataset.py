@@ -26,7 +26,7 @@ from megatron_ogpsa.data.truncation import Cut, Document, truncate_pair
 from megatron_ogpsa.errors import UserError
 
 # Part of every fingerprint: raise it when the same input is to give other tokens, masks or files.
-_FORMAT_VERSION = 4
+_FORMAT_VERSION = 5
 
 MIN_SEQ_LENGTH = 8
 """Two documents with a prompt and an answer each."""

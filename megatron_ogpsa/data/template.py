@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from megatron_ogpsa.data.extras import Extras
 from megatron_ogpsa.data.limits import limited
@@ -30,9 +31,10 @@ _SECONDS = 5.0
 _BYTES = 4 << 30
 _MOST_CHARACTERS = 1 << 26
 
-# Llama 3 templates print today's date unless told one. Data must not depend on the day it is tokenized; this is the
-# date those templates themselves fall back to.
+# Llama 3 templates print today's date unless told one, Mistral's ask ``strftime_now`` for it. Data must not depend on the day
+# it is tokenized; this is the date to which those of Llama 3 themselves fall back.
 _FIXED_DATE = "26 Jul 2024"
+_FIXED_DAY = date(2024, 7, 26)
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,8 @@ class ChatTemplate:
         tracking = _GENERATION_TAG.search(self.source) is not None
         variables: dict[str, Any] = {"date_string": _FIXED_DATE, **extras, **self.variables}
         try:
+            # A variable cannot be a function there; what is compiled stays in that library's cache, for the call below.
+            _compile_jinja_template(self.source).globals["strftime_now"] = _FIXED_DAY.strftime
             texts, spans = render_jinja_template(
                 conversations=[messages],
                 chat_template=self.source,

@@ -126,6 +126,10 @@ def test_template_cannot_reach_the_interpreter(with_template: LoadTemplate) -> N
 def test_data_does_not_depend_on_the_day(with_template: LoadTemplate) -> None:
     dated = "{% if not date_string is defined %}{% set date_string = strftime_now('%s') %}{% endif %}{{ date_string }}"
     assert with_template(dated).template.render(chat("a")["messages"]) == "26 Jul 2024"
+    asking = with_template("{% set today = strftime_now('%Y-%m-%d, %H h') %}{{ today }}" + CHATML)
+    text, spans = asking.template.render_with_spans(chat("a", "b")["messages"])
+    assert text.startswith("2024-07-26, 00 h")
+    assert len(spans) == 1
 
 
 def test_eos_ids_hold_end_of_sequence_and_end_of_turn(tokenizer: ChatTokenizer, with_template: LoadTemplate) -> None:
