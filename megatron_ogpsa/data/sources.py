@@ -238,7 +238,27 @@ def _open_parquet(source: str, path: Path) -> RowSource:
 
 def _parquet_rows(path: Path) -> Iterator[object]:
     for batch in pq.ParquetFile(path).iter_batches(batch_size=_PARQUET_ROWS):
-        yield from batch.to_pylist()
+        for row in batch.to_pylist():
+            yield _unfilled_row(row, batch.schema)
+
+
+def _unfilled_row(row: dict[str, object], schema: pa.Schema) -> dict[str, object]:
+    kinds = dict(zip(schema.names, schema.types, strict=True))
+    return {name: _unfilled(value, kinds.get(name)) for name, value in row.items()}
+
+
+def _unfilled(value: object, kind: pa.DataType | None) -> object:
+    """A field without the nulls with which a column gives each object within it, a tool's call say, the fields of all others.
+
+    What is no struct (JSON that ``datasets`` keeps as text) has nulls of its own.
+    """
+    if isinstance(value, list):
+        inner = getattr(kind, "value_type", None)
+        return [_unfilled(element, inner) for element in value]
+    if isinstance(value, dict) and kind is not None and pa.types.is_struct(kind):
+        kinds = {field.name: field.type for field in kind}
+        return {name: _unfilled(field, kinds.get(name)) for name, field in value.items() if field is not None}
+    return value
 
 
 def _open_folder(source: str, path: Path) -> RowSource:
@@ -276,7 +296,11 @@ def _open_hub(source: str, name: str, split: str) -> RowSource:
 def _source_of_dataset(source: str, dataset: datasets.Dataset) -> RowSource:
     # The Arrow files alone do not tell which of their rows a split takes; the fingerprint does.
     content_hash = _hash_files([Path(file["filename"]) for file in dataset.cache_files], seed=dataset._fingerprint)
-    return RowSource(name=source, scan=lambda: (content_hash, len(dataset)), rows=lambda: _located(source, dataset))
+    return RowSource(
+        name=source,
+        scan=lambda: (content_hash, len(dataset)),
+        rows=lambda: _located(source, (_unfilled_row(row, dataset.data.schema) for row in dataset)),
+    )
 
 
 def _located(source: str, rows: Iterable[object]) -> Iterator[LocatedRow]:

@@ -103,6 +103,29 @@ def test_columnar_nulls_of_the_other_form_do_no_harm(tmp_path: Path) -> None:
     assert [messages for _, messages in messages_of(str(tmp_path / "mixed.parquet"))] == [HI_HELLO, HI_HELLO]
 
 
+def test_columns_give_no_call_the_arguments_of_another(tmp_path: Path) -> None:
+    """As nulls, which a template would write and a model learn."""
+
+    def called(arguments: dict[str, object]) -> dict[str, object]:
+        calls = [{"type": "function", "function": {"name": "f", "arguments": arguments}}]
+        return {"messages": [HI_HELLO[0], {"role": "assistant", "content": "", "tool_calls": calls}]}
+
+    rows = [called({"city": "Paris"}), called({"query": "x", "within": {"days": 3}}), called({"within": {"hours": 1}})]
+    rows.append({"messages": HI_HELLO})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "calls.parquet")
+    datasets.Dataset(pa.Table.from_pylist(rows)).save_to_disk(tmp_path / "calls")
+    for name in ("calls.parquet", "calls"):
+        read = [messages for _, messages in messages_of(str(tmp_path / name))]
+        assert read == [row["messages"] for row in rows]
+
+
+def test_nulls_that_were_written_stay(tmp_path: Path) -> None:
+    call = {"name": "f", "arguments": {"city": "Paris", "at": None}}
+    messages = [HI_HELLO[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    (tmp_path / "calls.jsonl").write_text(json.dumps({"messages": messages}), encoding="utf-8")
+    assert messages_of(str(tmp_path / "calls.jsonl")) == [(":1", messages)]
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
