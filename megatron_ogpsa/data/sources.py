@@ -149,7 +149,7 @@ def _scan_json(path: Path) -> tuple[str, int]:
 
 
 def _json_lines_rows(source: str, path: Path) -> Iterator[LocatedRow]:
-    for number, line in enumerate(_decoded_lines(source, path), start=1):
+    for number, line in enumerate(_decoded_lines(source, path, most_bytes=_MOST_LINE_BYTES), start=1):
         if text := line.strip():
             where = f"{source}:{number}"
             yield where, _parse_line(text, where)
@@ -167,7 +167,7 @@ def _parse_line(text: str, where: str) -> object:
 
 def _json_array_rows(source: str, path: Path) -> Iterator[LocatedRow]:
     """The elements of a top-level array one by one, so that each is known by the line it starts on."""
-    text = "".join(_decoded_lines(source, path))
+    text = "".join(_decoded_lines(source, path, most_bytes=None))  # json.dump writes all of an array on one line
     decoder, space = json.JSONDecoder(), re.compile(r"\s*")
     line, counted = 1, 0
 
@@ -197,18 +197,16 @@ def _json_array_rows(source: str, path: Path) -> Iterator[LocatedRow]:
         raise UserError(f"{source}:{line}: not valid JSON (text after the array); mend the array")
 
 
-def _decoded_lines(source: str, path: Path) -> Iterator[str]:
+def _decoded_lines(source: str, path: Path, *, most_bytes: int | None) -> Iterator[str]:
     offset = 0
     try:
         with path.open("rb") as file:
             for number in count(1):
-                line = file.readline(_MOST_LINE_BYTES + 1)
+                line = file.readline(-1 if most_bytes is None else most_bytes + 1)
                 if not line:
                     return
-                if len(line) > _MOST_LINE_BYTES:
-                    raise UserError(
-                        f"{source}:{number}: a line of more than {_MOST_LINE_BYTES >> 20} MiB; remove the row"
-                    )
+                if most_bytes is not None and len(line) > most_bytes:
+                    raise UserError(f"{source}:{number}: a line of more than {most_bytes >> 20} MiB; remove the row")
                 yield _decode(line, f"{source}:{number}", offset)
                 offset += len(line)
     except OSError as error:

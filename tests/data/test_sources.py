@@ -48,6 +48,14 @@ def test_json_array_knows_the_line_of_each_element(write_jsonl: WriteJsonl) -> N
     assert messages_of(write_jsonl(GOOD, name="lines.json")) == [(":1", HI_HELLO)]
 
 
+def test_a_json_array_may_be_one_line_of_any_length(write_jsonl: WriteJsonl, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``json.dump`` writes it. It is held in memory as a whole, other lines one by one."""
+    monkeypatch.setattr("megatron_ogpsa.data.sources._MOST_LINE_BYTES", 1 << 20)
+    line = json.dumps([chat("Hi", "Hello" * 50_000)] * 5).encode()
+    assert len(messages_of(write_jsonl(line, name="train.json"))) == 5
+    assert refusal(write_jsonl(GOOD, line)).startswith(":2: a line of more than 1 MiB; remove the row")
+
+
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
