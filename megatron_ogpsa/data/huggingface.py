@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from megatron_ogpsa.data.template import ChatTemplate, Span, read_template_file
 from megatron_ogpsa.data.tokenizer import ChatTokenizer, sha256_of
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.system.files import file_error
 
 
 class HuggingFaceChatTokenizer(ChatTokenizer):
@@ -78,7 +79,7 @@ def load_huggingface(folder: str, chat_template: str | None) -> HuggingFaceChatT
     except Exception as error:  # transformers lets through whatever its parsers and the network raise
         fault = (str(error).strip() or type(error).__name__).splitlines()[0]
         found = "" if is_local else "there is no such folder here, and from the Hub "
-        raise UserError(f"{flag}: {found}no tokenizer could be loaded ({fault}); check the folder") from error
+        raise file_error(error, f"{flag}: {found}no tokenizer could be loaded ({fault}); check the folder") from error
     if not tokenizer.is_fast:
         raise UserError(f"{flag}: a slow tokenizer, which knows no character offsets; save a fast one (tokenizer.json)")
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -276,7 +276,8 @@ def _open_folder(source: str, path: Path) -> RowSource:
                 table.validate(full=True)
         return _source_of_dataset(source, dataset)
     except Exception as error:  # the library lets through whatever the descriptions of features and files make it raise
-        raise UserError(f"{source}: broken datasets folder ({_first_line(error)}); save it again") from error
+        remedy = "mend the file system" if may_pass(error) else "save it again"
+        raise file_error(error, f"{source}: broken datasets folder ({_first_line(error)}); {remedy}") from error
 
 
 def _open_hub(source: str, name: str, split: str) -> RowSource:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from megatron_ogpsa.data import ChatTokenizer, load_chat_tokenizer
-from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.errors import TransientError, UserError
 from tests.data.conftest import CHATML, build_hugging_face_folder
 
 
@@ -27,6 +29,15 @@ def test_hugging_face_folder_is_missing_or_holds_nothing(tmp_path: Path) -> None
     assert "/nowhere/at/all: not a folder" in refusal("HuggingFaceTokenizer", "/nowhere/at/all", None)
     message = refusal("HuggingFaceTokenizer", str(tmp_path), None)
     assert f"--tokenizer-model {tmp_path}: no tokenizer could be loaded" in message
+
+
+def test_a_folder_that_is_away_may_be_back(hugging_face_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def from_pretrained(folder: str, **_: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), folder)
+
+    monkeypatch.setattr("megatron_ogpsa.data.huggingface.AutoTokenizer.from_pretrained", from_pretrained)
+    with pytest.raises(TransientError, match="no tokenizer could be loaded"):
+        load_chat_tokenizer("HuggingFaceTokenizer", str(hugging_face_folder))
 
 
 def test_hugging_face_without_template_or_padding(tmp_path: Path) -> None:

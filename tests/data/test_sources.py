@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 from megatron_ogpsa.data import ChatTokenizer, build_chat_dataset
 from megatron_ogpsa.data.messages import messages_from_row
 from megatron_ogpsa.data.sources import open_source
-from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.errors import TransientError, UserError
 from tests.data.conftest import chat
 
 WriteJsonl = Callable[..., str]
@@ -199,6 +201,20 @@ def test_splits_and_broken_folders_are_explained(tmp_path: Path) -> None:
     assert messages_of(str(tmp_path / "splits" / "train")) == [(": row 1", HI_HELLO)]
     (tmp_path / "splits" / "train" / "state.json").write_text("{")
     assert "broken datasets folder" in refusal(str(tmp_path / "splits" / "train"))
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, TransientError), (errno.EACCES, UserError)])
+def test_a_file_system_that_is_away_has_broken_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[UserError]
+) -> None:
+    def load_from_disk(folder: str) -> datasets.Dataset:
+        raise OSError(number, os.strerror(number), folder)
+
+    datasets.Dataset.from_list([GOOD]).save_to_disk(tmp_path / "saved")
+    monkeypatch.setattr(datasets, "load_from_disk", load_from_disk)
+    with pytest.raises(UserError, match="file system$" if kind is TransientError else "save it again$") as caught:
+        open_source(str(tmp_path / "saved"))
+    assert type(caught.value) is kind
 
 
 def test_hub_failure_is_told_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:

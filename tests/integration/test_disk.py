@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import subprocess
@@ -11,9 +12,13 @@ from pathlib import Path
 import pytest
 
 from megatron_ogpsa.checkpoints import examine
+from megatron_ogpsa.data import sources
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.integration.arguments.stage import require_data
 from megatron_ogpsa.integration.checkpoints import disk as disk_of_run
 from megatron_ogpsa.integration.checkpoints.disk import check_folders
+from megatron_ogpsa.integration.projection import reference_data
+from megatron_ogpsa.system.files import file_error
 from tests.integration.conftest import Outcome, Train
 from tests.integration.test_manifests import ASYNC
 
@@ -184,6 +189,27 @@ def test_what_may_pass_is_worth_a_restart(
     monkeypatch.setattr(disk_of_run, "probe", fails)
     with pytest.raises(UserError) as caught:
         check_folders(save=str(tmp_path), tensorboard_dir=None)
+    assert caught.value.exit_code == exit_code
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(errno.ESTALE, 1), (errno.EACCES, 2)])
+def test_the_flag_that_names_a_source_takes_nothing_from_that(
+    monkeypatch: pytest.MonkeyPatch, number: int, exit_code: int
+) -> None:
+    def fails(source: str | None = None, *_: object) -> None:
+        error = OSError(number, os.strerror(number))
+        raise file_error(error, f"{source or 'general.jsonl'}: cannot be read")
+
+    monkeypatch.setattr(sources, "require_source", fails)
+    args = argparse.Namespace(ogpsa_train_data="a.jsonl", ogpsa_valid_data=None, ogpsa_reference=[])
+    with pytest.raises(UserError, match=r"^--ogpsa-train-data: a\.jsonl: cannot") as caught:
+        require_data(args)
+    assert caught.value.exit_code == exit_code
+
+    monkeypatch.setattr(reference_data, "told_by_rank_0", lambda action, what: fails())
+    args = argparse.Namespace(ogpsa_reference_loss=[], ogpsa_authors_rule=False, ogpsa_stage="sft")
+    with pytest.raises(UserError, match=r"^--ogpsa-reference general: general\.jsonl: cannot") as caught:
+        reference_data.reference_loader(args, None)("general", "general.jsonl")
     assert caught.value.exit_code == exit_code
 
 

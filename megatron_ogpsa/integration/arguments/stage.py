@@ -100,4 +100,4 @@ def require_data(args: argparse.Namespace) -> None:
         try:
             require_source(source or ".")
         except UserError as error:
-            raise UserError(f"{flag}: {error}") from None
+            raise type(error)(f"{flag}: {error}") from None  # one that may pass stays one

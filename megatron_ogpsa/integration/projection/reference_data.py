@@ -70,7 +70,7 @@ def _load(args: argparse.Namespace, policy: ReferencePolicy | None, name: str, s
             )
         dataset: Any = (load_conversations if wanted == "chat" else load_pairs)(source, args.ogpsa_reference_samples)
     except UserError as error:
-        raise UserError(f"--ogpsa-reference {name}: {error}") from None
+        raise type(error)(f"--ogpsa-reference {name}: {error}") from None  # one that may pass stays one
     rows: Any = dataset
     if loss == "dpo":
         assert policy is not None
