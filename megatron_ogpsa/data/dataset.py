@@ -180,7 +180,9 @@ def build_or_read(build: Callable[[Path], None], folder: Path | None) -> Tokeniz
         with writable(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as temporary:
             build(Path(temporary))
             return read_folder(Path(temporary), in_memory=True)
-    if not folder.is_dir():
+    with writable(folder.parent):  # raises where a folder above may not be searched
+        is_built = folder.is_dir()
+    if not is_built:
         with whole_folder(folder) as building:
             build(building)
     return read_folder(folder, in_memory=False)

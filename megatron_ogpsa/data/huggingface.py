@@ -70,8 +70,11 @@ def _hub_retries_unseen() -> Iterator[None]:
 def load_huggingface(folder: str, chat_template: str | None) -> HuggingFaceChatTokenizer:
     """Load the tokenizer of a folder or of the Hub; the parameters and errors are those of ``load_chat_tokenizer``."""
     flag = f"--tokenizer-model {folder}"
-    is_local = Path(folder).is_dir()
-    if not is_local and (Path(folder).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", folder)):
+    try:
+        is_local, is_there = Path(folder).is_dir(), Path(folder).exists()
+    except OSError as error:  # as where a folder above may not be searched
+        raise file_error(error, f"{flag}: cannot be read ({error.strerror}); check the folder") from error
+    if not is_local and (is_there or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", folder)):
         raise UserError(f"{flag}: not a folder; give a folder with tokenizer.json, or a name on the Hub")
     try:
         with _hub_retries_unseen():

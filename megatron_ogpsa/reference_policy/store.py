@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from megatron_ogpsa.errors import UserError
-from megatron_ogpsa.system.files import file_error, write_atomically
+from megatron_ogpsa.system.files import file_error, is_there, write_atomically
 
 _FORMAT = "2"
 
@@ -76,9 +76,9 @@ def read_log_probs(path: Path) -> LogProbs | None:
     """What the file holds; ``None`` if there is no file.
 
     Raises:
-        UserError: the file is torn, changed, or of another format.
+        UserError: the file is torn, changed, or of another format; or it cannot be told whether there is one.
     """
-    if not path.exists():
+    if not is_there(path):
         return None
     damaged = f"{path} is damaged: delete it (a new run computes it again) or restore it"
     if not path.is_file():  # a pipe would keep us waiting

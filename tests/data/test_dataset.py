@@ -188,6 +188,13 @@ class TestCache:
         with pytest.raises(UserError, match=r"train\.jsonl: tokenized data cannot be written \(.*--data-cache-path"):
             build_chat_dataset(source, tokenizer, seq_length=64, packing=True, cache_dir=Path(source))
 
+    def test_a_cache_that_may_not_be_looked_into(
+        self, write_jsonl: WriteJsonl, tokenizer: ChatTokenizer, tmp_path: Path
+    ) -> None:
+        hidden = tmp_path / ("x" * 300)  # longer than a name may be, since root may look anywhere
+        with pytest.raises(UserError, match=r"written \(File name too long\); .* --data-cache-path$"):
+            build_chat_dataset(write_jsonl(*ROWS), tokenizer, seq_length=64, packing=False, cache_dir=hidden)
+
     def test_what_a_killed_process_has_left_is_removed_in_time(
         self, write_jsonl: WriteJsonl, tokenizer: ChatTokenizer, tmp_path: Path
     ) -> None:

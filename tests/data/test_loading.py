@@ -40,6 +40,12 @@ def test_a_folder_that_is_away_may_be_back(hugging_face_folder: Path, monkeypatc
         load_chat_tokenizer("HuggingFaceTokenizer", str(hugging_face_folder))
 
 
+def test_a_folder_that_may_not_be_looked_into(tmp_path: Path) -> None:
+    hidden = tmp_path / ("x" * 300) / "tokenizer"  # longer than a name may be, since root may look anywhere
+    message = refusal("HuggingFaceTokenizer", str(hidden), None)
+    assert message == f"--tokenizer-model {hidden}: cannot be read (File name too long); check the folder"
+
+
 def test_hugging_face_without_template_or_padding(tmp_path: Path) -> None:
     folder = build_hugging_face_folder(tmp_path / "bare", template=None, pad=False)
     assert "has no (default) chat template; give one with --chat-template" in refusal(

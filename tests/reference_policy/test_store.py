@@ -50,6 +50,12 @@ def test_whatever_is_done_to_the_file_is_noticed(log_probs: LogProbs, tmp_path: 
             read_log_probs(path)
 
 
+def test_a_place_that_may_not_be_looked_into(tmp_path: Path) -> None:
+    hidden = tmp_path / ("x" * 300)  # longer than a name may be, since root may look anywhere
+    with pytest.raises(UserError, match=r"cannot be read \(File name too long\)"):
+        read_log_probs(hidden / "log_probs.safetensors")
+
+
 def test_a_place_that_cannot_be_written(log_probs: LogProbs, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^--save: .* cannot be written"):
