@@ -149,6 +149,7 @@ ASYNC = "--async-save --use-persistent-ckpt-worker"
         ("--phase-transition-iterations 3,6", "--phase-transition-iterations is not supported: "),
         ("--full-validation", "--full-validation is not supported: "),
         ("--dataloader-type external", "--dataloader-type external is not supported: "),
+        ("--sft", "--sft is not supported: "),
         ("--multiple-validation-sets", "--multiple-validation-sets is not supported: "),
         ("--rampup-batch-size 8 8 100", "--rampup-batch-size is not supported: "),
         ("--step-batch-size-schedule 0:8", "--step-batch-size-schedule is not supported: "),

@@ -35,6 +35,10 @@ IN_THE_LOOP = (
     Refusal("--full-validation", "Megatron 0.19 fails in its first evaluation"),
     Refusal("--multiple-validation-sets", "it goes with --full-validation alone, which is not"),
     Refusal(
+        "--sft",
+        "Megatron's evaluation would take the mean of micro-batches, of those too that only fill up the last batch",
+    ),
+    Refusal(
         "--rampup-batch-size",
         "Megatron 0.19 reads it nowhere, and the batch would have its full size from the first step on",
     ),
