@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.system.files import is_there
 
 if TYPE_CHECKING:
     from megatron_ogpsa.conversion.convert import Converted
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
     warnings.filterwarnings("ignore", message="The argument order of load has been changed")  # Megatron's call
     dtype = dtype_named(args.dtype) if args.dtype else None
-    if not args.source.is_dir():
+    if not (is_there(args.source) and args.source.is_dir()):
         raise UserError(f"{args.source}: no such folder: name a Hugging Face folder or a folder of checkpoints")
     if is_checkpoint_folder(args.source):
         converted = to_hugging_face(

@@ -16,14 +16,19 @@ from megatron_ogpsa.checkpoints.survey import TRACKER_FILE, survey
 from megatron_ogpsa.conversion.model import CONTENT, Piece
 from megatron_ogpsa.errors import UserError, one_line
 from megatron_ogpsa.integration.arguments.model import MODEL_ARGUMENTS
+from megatron_ogpsa.system.files import is_there
 
 _REMEDY = "name with --hf the Hugging Face folder that the training began with"
 _OF_THE_MODEL = ("decoder.", "embedding.", "output_layer.")
 
 
 def is_checkpoint_folder(folder: Path) -> bool:
-    """Whether a run's checkpoints lie there, whole or not."""
-    return (folder / TRACKER_FILE).is_file() or bool(survey(folder).saved)
+    """Whether a run's checkpoints lie there, whole or not.
+
+    Raises:
+        UserError: it cannot be told, as where the folder may not be searched.
+    """
+    return is_there(folder / TRACKER_FILE) or bool(survey(folder).saved)
 
 
 class Checkpoint:

@@ -35,7 +35,7 @@ from megatron_ogpsa.conversion.model_file import CARRIED_FOLDER, MODEL_FILE, wri
 from megatron_ogpsa.conversion.safetensors_writer import Planned, write_weights
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.system.disk import disk_error, disk_remedy
-from megatron_ogpsa.system.files import file_error
+from megatron_ogpsa.system.files import file_error, is_there
 
 _MAKE_A_MODEL = (CONFIG_FILE, MODEL_FILE, TRACKER_FILE)
 """Files without which nobody takes a folder for a Hugging Face model, a configuration's ``model``, or a run's checkpoints."""
@@ -148,7 +148,7 @@ def _carried(source: Path, checkpoint: Checkpoint) -> Path:
     """The folder with the model's ``config.json``: the checkpoint's own, or that of the tokenizer it was trained with."""
     tokenizer = getattr(checkpoint.arguments, "tokenizer_model", None)
     for folder in (source / CARRIED_FOLDER, *([Path(tokenizer)] if tokenizer else [])):
-        if (folder / CONFIG_FILE).is_file():
+        if is_there(folder / CONFIG_FILE):
             return folder
     where = f"its {CARRIED_FOLDER} folder" + (f" or its tokenizer's, {tokenizer}" if tokenizer else "")
     raise UserError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_ogpsa.conversion.model import Piece
 from megatron_ogpsa.errors import UserError, one_line
-from megatron_ogpsa.system.files import read_json, write_json
+from megatron_ogpsa.system.files import is_there, read_json, write_json
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -50,7 +50,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: it is missing or cannot be read.
     """
     path = folder / CONFIG_FILE
-    if not path.is_file():
+    if not is_there(path):
         raise UserError(f"{folder}: not a Hugging Face folder ({CONFIG_FILE} is missing): name the folder of a model")
     return read_json(path, remedy="restore the file from where the model came")
 
@@ -160,9 +160,9 @@ def number_of_tokens(folder: Path) -> int | None:
     """Rows of an embedding that the folder's tokenizer can ask for, added tokens included; None if there is no tokenizer.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: it cannot be read or loaded.
     """
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
+    if not any(is_there(folder / name) for name in _TOKENIZERS):
         return None
     from transformers import AutoTokenizer
 

@@ -16,6 +16,7 @@ import torch
 from tests.conversion import troubles
 from tests.conversion.models import CONFIGS, TRAINED, build, trained_config
 from tests.data.conftest import build_hugging_face_folder
+from tests.system.test_files import UNKNOWN
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 200.0
@@ -91,9 +92,9 @@ def conversions(tmp_path_factory: pytest.TempPathFactory) -> Conversions:
     there = [(top / name, top / f"{name}-megatron") for name in names]
     back = [(top / f"{name}-megatron", top / f"{name}-back", "--max-shard-size", "8e-6") for name in names]
     refused = troubles.make(top / "llama2", top / "troubles")
-    occupied = [(top / "llama2", top / "llama2-megatron")]
-    outcomes = convert([*there, *back, *refused, *occupied])
+    others = [(top / "llama2", top / "llama2-megatron"), (top / UNKNOWN, top / "never")]
+    outcomes = convert([*there, *back, *refused, *others])
     for outcome in outcomes[: 2 * len(names)]:
         assert outcome.exit_code == 0, outcome.output + outcome.errors
-    named = zip([*troubles.TROUBLES, "occupied"], outcomes[2 * len(names) :], strict=True)
+    named = zip([*troubles.TROUBLES, "occupied", "unknown"], outcomes[2 * len(names) :], strict=True)
     return Conversions(top, dict(named))

@@ -16,14 +16,15 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_ogpsa.cli import convert
-from megatron_ogpsa.conversion.checkpoint_reader import Checkpoint
-from megatron_ogpsa.conversion.convert import _require_rows, _written_whole
-from megatron_ogpsa.conversion.huggingface import INDEX_FILE, SINGLE_FILE, Weights, number_of_tokens
+from megatron_ogpsa.conversion.checkpoint_reader import Checkpoint, is_checkpoint_folder
+from megatron_ogpsa.conversion.convert import _carried, _require_rows, _written_whole
+from megatron_ogpsa.conversion.huggingface import INDEX_FILE, SINGLE_FILE, Weights, number_of_tokens, read_config
 from megatron_ogpsa.errors import UserError
 from tests.checkpoints.test_choice import save, track
 from tests.conversion.conftest import Conversions
 from tests.conversion.troubles import TROUBLES
 from tests.data.conftest import build_hugging_face_folder
+from tests.system.test_files import UNKNOWN
 
 
 @pytest.mark.parametrize("name", TROUBLES)
@@ -36,6 +37,18 @@ def test_what_is_wrong_with_a_folder_is_told(conversions: Conversions, name: str
 def test_a_folder_that_is_not_empty_stays_as_it_is(conversions: Conversions) -> None:
     assert "is not an empty folder" in conversions.troubles["occupied"].error
     assert conversions.megatron("llama2").exists()
+
+
+def test_a_folder_that_cannot_be_looked_for_is_told(conversions: Conversions, tmp_path: Path) -> None:
+    """As in another user's home: the source, and what ``--hf`` or a run's ``--tokenizer-model`` names."""
+    told = r"cannot be read \(File name too long\): see to its folder, or name another$"
+    assert re.search(told, conversions.troubles["unknown"].error)
+    unknown = tmp_path / UNKNOWN
+    for look in (is_checkpoint_folder, read_config, number_of_tokens):
+        with pytest.raises(UserError, match=told):
+            look(unknown)
+    with pytest.raises(UserError, match=told):
+        _carried(tmp_path, _checkpoint(1, str(unknown)))
 
 
 def test_weights_are_those_that_transformers_reads(tmp_path: Path) -> None:
