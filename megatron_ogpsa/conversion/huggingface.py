@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_ogpsa.conversion.model import Piece
 from megatron_ogpsa.errors import UserError, one_line
-from megatron_ogpsa.system.files import is_there, read_json, write_json
+from megatron_ogpsa.system.files import file_error, is_there, read_json, write_json
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -82,6 +82,7 @@ class Weights:
         self.stored: dict[str, StoredTensor] = {}
         for file in _files(folder):
             try:
+                file.open("rb").close()  # safetensors calls missing what may not be read
                 with safe_open(file, framework="pt") as handle:
                     for name in handle.offset_keys():
                         view = handle.get_slice(name)
@@ -89,7 +90,11 @@ class Weights:
                         self.stored[name] = StoredTensor(
                             file, tuple(view.get_shape()), _DTYPES.get(stored_as), stored_as
                         )
-            except (SafetensorError, OSError) as error:
+            except OSError as error:
+                raise file_error(
+                    error, f"{file}: cannot be read ({error.strerror}): make it readable, or name another folder"
+                ) from None
+            except SafetensorError as error:
                 raise UserError(f"{file}: cannot be read ({error}): restore it from where the model came") from None
 
     def __getitem__(self, name: str) -> Tensor:

@@ -20,7 +20,7 @@ from megatron_ogpsa.conversion.checkpoint_reader import Checkpoint, is_checkpoin
 from megatron_ogpsa.conversion.convert import _carried, _require_rows, _written_whole
 from megatron_ogpsa.conversion.huggingface import INDEX_FILE, SINGLE_FILE, Weights, number_of_tokens, read_config
 from megatron_ogpsa.errors import UserError
-from tests.checkpoints.test_choice import save, track
+from tests.checkpoints.test_choice import Unreadable, save, track
 from tests.conversion.conftest import Conversions
 from tests.conversion.troubles import TROUBLES
 from tests.data.conftest import build_hugging_face_folder
@@ -56,6 +56,14 @@ def test_weights_are_those_that_transformers_reads(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / SINGLE_FILE)
     (tmp_path / INDEX_FILE).write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}', encoding="utf-8")
     assert [*Weights(tmp_path).stored] == ["a"]
+
+
+def test_weights_that_may_not_be_read_are_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``save_pretrained`` writes them for their owner alone."""
+    save_file({"a": torch.ones(2)}, tmp_path / SINGLE_FILE)
+    Unreadable(tmp_path / SINGLE_FILE, errno.EACCES, 1, monkeypatch)
+    with pytest.raises(UserError, match=rf"{SINGLE_FILE}: cannot be read \(Permission denied\): make it readable"):
+        Weights(tmp_path)
 
 
 def test_folders_that_hold_checkpoints_deeper_or_higher_up_are_told(tmp_path: Path) -> None:
