@@ -93,8 +93,10 @@ def _require_no_checkpoints_around(folder: Path) -> None:
         raise UserError(
             f"{folder}: is one checkpoint of a run: name the run's folder, {folder.resolve().parent}{which}"
         )
+    if is_there(folder / CONFIG_FILE):  # what else lies there, lost+found say, need not be readable
+        return
     stages = [inner for inner in sorted(folder.iterdir()) if inner.is_dir() and is_checkpoint_folder(inner)]
-    if stages and not (folder / CONFIG_FILE).is_file():
+    if stages:
         raise UserError(f"{folder}: holds the checkpoints of several stages: name one of them, such as {stages[-1]}")
 
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_ogpsa.cli import convert
+from megatron_ogpsa.conversion import checkpoint_reader
 from megatron_ogpsa.conversion.checkpoint_reader import Checkpoint, is_checkpoint_folder
 from megatron_ogpsa.conversion.convert import _carried, _require_rows, _written_whole
 from megatron_ogpsa.conversion.huggingface import INDEX_FILE, SINGLE_FILE, Weights, number_of_tokens, read_config
@@ -73,6 +74,18 @@ def test_folders_that_hold_checkpoints_deeper_or_higher_up_are_told(tmp_path: Pa
         convert._require_no_checkpoints_around(stage / "iter_0000100")
     with pytest.raises(UserError, match=r"run: holds the checkpoints of several stages: name one .* as .*/dpo$"):
         convert._require_no_checkpoints_around(tmp_path / "run")
+    convert._require_no_checkpoints_around(tmp_path)
+
+
+def test_what_lies_beside_a_model_is_not_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk of its own there is lost+found, which root alone may read."""
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "config.json").touch()
+
+    def refused(folder: Path) -> bool:
+        raise UserError(f"{folder} cannot be read")
+
+    monkeypatch.setattr(checkpoint_reader, "is_checkpoint_folder", refused)
     convert._require_no_checkpoints_around(tmp_path)
 
 
