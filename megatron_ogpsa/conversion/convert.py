@@ -199,20 +199,13 @@ def _written_whole(target: Path, num_bytes: int) -> Iterator[Path]:
     A folder that is there is filled instead, from one within: another cannot take the place of a mount point, and not unseen
     that of a shell's own folder.
     """
-    place = target.resolve()
-    partial = place / ".partial" if place.is_dir() else place.with_name(f".{place.name}.partial")
-    if place.exists() and not (place.is_dir() and all(path == partial for path in place.iterdir())):
-        raise UserError(f"{target}: is not an empty folder: name one that is, or a new one")
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(partial.parent).free
-        if free < num_bytes:
-            raise UserError(
-                f"{target}: takes {num_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: free space there, or name another "
-                "folder"
-            )
-        shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
-        partial.mkdir()
+        place, partial = _prepared(target, num_bytes)
+    except (OSError, RuntimeError) as error:  # a file above it, a folder that may not be searched, a link to itself
+        raise _of_disk(target, error) or UserError(
+            f"{target}: cannot be made ({getattr(error, 'strerror', None) or error}): name another folder"
+        ) from None
+    try:
         yield partial
         if partial.parent == place:
             _move_up(partial)
@@ -222,6 +215,29 @@ def _written_whole(target: Path, num_bytes: int) -> Iterator[Path]:
         raise _of_disk(target, error) or error from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _prepared(target: Path, num_bytes: int) -> tuple[Path, Path]:
+    """``target`` without links, and the folder to write into, which is made.
+
+    Raises:
+        UserError: something is in ``target``, or its disk is too small.
+        OSError, RuntimeError: the file system refuses.
+    """
+    place = target.resolve()
+    partial = place / ".partial" if place.is_dir() else place.with_name(f".{place.name}.partial")
+    if place.exists() and not (place.is_dir() and all(path == partial for path in place.iterdir())):
+        raise UserError(f"{target}: is not an empty folder: name one that is, or a new one")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(partial.parent).free
+    if free < num_bytes:
+        raise UserError(
+            f"{target}: takes {num_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: free space there, or name another "
+            "folder"
+        )
+    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+    partial.mkdir()
+    return place, partial
 
 
 def _move_up(folder: Path) -> None:

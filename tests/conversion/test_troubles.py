@@ -164,6 +164,26 @@ def test_a_disk_that_is_too_small_is_told_before_it_is_full(tmp_path: Path) -> N
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("file/out", "File exists"),
+        ("file/deeper/out", "Not a directory"),
+        (UNKNOWN, "File name too long"),
+        ("loop/out", ""),  # which each Python says otherwise
+    ],
+)
+def test_a_place_where_no_folder_can_be_is_told(tmp_path: Path, target: str, reason: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    with (
+        pytest.raises(UserError, match=rf"{target}: cannot be made \(.*{reason}.*\): name another folder$"),
+        _written_whole(tmp_path / target, 1),
+    ):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "loop"}
+
+
 def test_what_is_half_written_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".out.partial").mkdir()  # of a conversion that was killed
     with pytest.raises(UserError, match="No space left on device"):
