@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,7 +117,7 @@ def to_hugging_face(
     checkpoint.require_arguments(args)
     with unsharded(args, family, checkpoint.content) as pieces:
         checkpoint.require_model(pieces)
-        notes = [f"configuration and tokenizer from {carried}", *_require_rows(config, carried, checkpoint)]
+        notes = [f"configuration and tokenizer from {carried}", *_require_rows(args.vocab_size, carried, checkpoint)]
         planned = [
             Planned(name, shape, dtype or checkpoint.dtype_of(piece))
             for piece in pieces
@@ -156,13 +155,12 @@ def _carried(source: Path, checkpoint: Checkpoint) -> Path:
     )
 
 
-def _require_rows(config: Mapping[str, Any], carried: Path, checkpoint: Checkpoint) -> list[str]:
+def _require_rows(vocab_size: int, carried: Path, checkpoint: Checkpoint) -> list[str]:
     """That ``config.json`` has a row for each token: what training has added beyond would be cut off with the padding.
 
     Returns:
         What the user is told, if that cannot be seen.
     """
-    vocab_size = config["vocab_size"]
     if checkpoint.rows_of_embedding <= vocab_size:
         return []
     unseen = []

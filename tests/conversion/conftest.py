@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.conversion import troubles
-from tests.conversion.models import CONFIGS, TRAINED, build, trained_config
+from tests.conversion.models import CONFIGS, TRAINED, UNSAID, build, build_unsaid, trained_config
 from tests.data.conftest import build_hugging_face_folder
 from tests.system.test_files import UNKNOWN
 
@@ -88,7 +88,8 @@ def conversions(tmp_path_factory: pytest.TempPathFactory) -> Conversions:
     build_hugging_face_folder(top / "bf16-in-files")  # a tokenizer
     build(top / TRAINED, trained_config())
     build_hugging_face_folder(top / TRAINED)
-    names = [*CONFIGS, TRAINED, "bf16-in-files"]
+    build_unsaid(top / UNSAID)
+    names = [*CONFIGS, TRAINED, "bf16-in-files", UNSAID]
     there = [(top / name, top / f"{name}-megatron") for name in names]
     back = [(top / f"{name}-megatron", top / f"{name}-back", "--max-shard-size", "8e-6") for name in names]
     refused = troubles.make(top / "llama2", top / "troubles")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,20 @@ TRAINED = "trained"
 def trained_config() -> PreTrainedConfig:
     """Untied, with Llama 3's rope scaling."""
     return LlamaConfig(**SHAPE | TRAINED_SHAPE, rope_parameters=LLAMA3_ROPE)
+
+
+UNSAID = "unsaid"
+"""One whose configuration leaves out what is transformers' default."""
+
+
+def build_unsaid(folder: Path) -> None:
+    """Write it: a model of as many tokens as a Llama has by default."""
+    build(folder, LlamaConfig(**SHAPE | {"vocab_size": LlamaConfig().vocab_size}))
+    path = folder / "config.json"
+    said = json.loads(path.read_text(encoding="utf-8"))
+    default = LlamaConfig().to_dict()
+    kept = {name: value for name, value in said.items() if value != default.get(name) or name == "model_type"}
+    path.write_text(json.dumps(kept), encoding="utf-8")
 
 
 SEQUENCE_LENGTH = 24

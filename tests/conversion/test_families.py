@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.conversion.conftest import Conversions
-from tests.conversion.models import CONFIGS, logits_of
+from tests.conversion.models import CONFIGS, UNSAID, logits_of
 from tests.harness import WorkerGroup
 
 # Logits of some units, of fp32 sums of at most 48 terms in two layers: a wrong rotary frequency or norm is off by 0.01.
@@ -41,7 +41,7 @@ def test_logits_are_those_of_transformers(
         assert torch.allclose(found["inv_freq"], inv_freq, rtol=1e-5, atol=0), name
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, "bf16-in-files"])
+@pytest.mark.parametrize("name", [*CONFIGS, "bf16-in-files", UNSAID])
 def test_there_and_back_is_bitwise(conversions: Conversions, name: str) -> None:
     original, back = conversions.original(name), conversions.back(name)
     before, after = weights(original), weights(back)

@@ -116,12 +116,12 @@ def test_rows_of_tokens_that_training_has_added_are_not_cut_off(tmp_path: Path) 
     assert number_of_tokens(tmp_path.parent) is None
     trained = _checkpoint(number, str(tmp_path))
     for carried in (tmp_path, tmp_path.parent):
-        assert _require_rows({"vocab_size": number}, carried, trained) == []
+        assert _require_rows(number, carried, trained) == []
         with pytest.raises(UserError, match=rf"has tokens up to {number - 1}, .* --hf .* says {number} or more"):
-            _require_rows({"vocab_size": number - 1}, carried, trained)
+            _require_rows(number - 1, carried, trained)
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     (tmp_path / "tokenizer_config.json").write_text("{", encoding="utf-8")
-    (note,) = _require_rows({"vocab_size": number - 1}, tmp_path, trained)
+    (note,) = _require_rows(number - 1, tmp_path, trained)
     assert note.startswith(
         f"rows of the embedding beyond {number - 1} are taken for padding: {tmp_path}: its tokenizer"
     )
@@ -138,9 +138,9 @@ def test_rows_that_may_be_of_tokens_are_told(tmp_path: Path, trained_with: str |
     number = number_of_tokens(build_hugging_face_folder(tmp_path))
     assert number is not None
     trained = _checkpoint(number + 8, trained_with)
-    (note,) = _require_rows({"vocab_size": number}, tmp_path, trained)
+    (note,) = _require_rows(number, tmp_path, trained)
     assert note == f"rows of the embedding beyond {number} are taken for padding: {reason}"
-    assert _require_rows({"vocab_size": number + 8}, tmp_path, trained) == []
+    assert _require_rows(number + 8, tmp_path, trained) == []
 
 
 def test_tokens_are_counted_up_to_the_highest(tmp_path: Path) -> None:
