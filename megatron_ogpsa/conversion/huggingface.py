@@ -81,8 +81,8 @@ class Weights:
         self._handle: Any = None
         self.stored: dict[str, StoredTensor] = {}
         for file in _files(folder):
+            _require_readable(file)  # safetensors calls missing what may not be read
             try:
-                file.open("rb").close()  # safetensors calls missing what may not be read
                 with safe_open(file, framework="pt") as handle:
                     for name in handle.offset_keys():
                         view = handle.get_slice(name)
@@ -90,11 +90,7 @@ class Weights:
                         self.stored[name] = StoredTensor(
                             file, tuple(view.get_shape()), _DTYPES.get(stored_as), stored_as
                         )
-            except OSError as error:
-                raise file_error(
-                    error, f"{file}: cannot be read ({error.strerror}): make it readable, or name another folder"
-                ) from None
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: cannot be read ({error}): restore it from where the model came") from None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -149,16 +145,34 @@ def require_tensors(folder: Path, weights: Weights, pieces: list[Piece], dtype: 
 
 
 def carry_files(source: Path, target: Path) -> None:
-    """Copy what is neither weights nor code: configuration, tokenizer, generation settings, chat templates, licence."""
+    """Copy what is neither weights nor code: configuration, tokenizer, generation settings, chat templates, licence.
+
+    Raises:
+        UserError: one of them cannot be read.
+        OSError: the file system of ``target`` refuses.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         is_carried = path.suffix in _CARRIED_SUFFIXES or path.name in _CARRIED_NAMES
         is_of_weights = path.name.endswith(".index.json") or path.name == ADAPTER_FILE
         if is_carried and path.is_file() and not is_of_weights:
-            shutil.copyfile(path, target / path.name)
+            _copy(path, target / path.name)
     for path in sorted((source / NAMED_TEMPLATES).glob("*.jinja")):
         (target / NAMED_TEMPLATES).mkdir(exist_ok=True)
-        shutil.copyfile(path, target / NAMED_TEMPLATES / path.name)
+        _copy(path, target / NAMED_TEMPLATES / path.name)
+
+
+def _copy(path: Path, target: Path) -> None:
+    _require_readable(path)  # an error of both files would be told of the target
+    shutil.copyfile(path, target)
+
+
+def _require_readable(file: Path) -> None:
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        message = f"{file}: cannot be read ({error.strerror}): make it readable, or name another folder"
+        raise file_error(error, message) from None
 
 
 def number_of_tokens(folder: Path) -> int | None:

@@ -19,7 +19,14 @@ from megatron_ogpsa.cli import convert
 from megatron_ogpsa.conversion import checkpoint_reader
 from megatron_ogpsa.conversion.checkpoint_reader import Checkpoint, is_checkpoint_folder
 from megatron_ogpsa.conversion.convert import _carried, _require_rows, _written_whole
-from megatron_ogpsa.conversion.huggingface import INDEX_FILE, SINGLE_FILE, Weights, number_of_tokens, read_config
+from megatron_ogpsa.conversion.huggingface import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Weights,
+    carry_files,
+    number_of_tokens,
+    read_config,
+)
 from megatron_ogpsa.errors import UserError
 from tests.checkpoints.test_choice import Unreadable, save, track
 from tests.conversion.conftest import Conversions
@@ -65,6 +72,23 @@ def test_weights_that_may_not_be_read_are_not_called_missing(tmp_path: Path, mon
     Unreadable(tmp_path / SINGLE_FILE, errno.EACCES, 1, monkeypatch)
     with pytest.raises(UserError, match=rf"{SINGLE_FILE}: cannot be read \(Permission denied\): make it readable"):
         Weights(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "additional_chat_templates/tool_use.jinja"])
+def test_the_target_is_not_blamed_for_a_source_that_may_not_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    source = tmp_path / "source"
+    (source / name).parent.mkdir(parents=True)
+    (source / name).touch()
+    Unreadable(source / name, errno.EACCES, 1, monkeypatch)
+    monkeypatch.setattr(shutil, "copyfile", lambda *_: pytest.fail("was copied"))
+    with (
+        pytest.raises(UserError, match=rf"{source / name}: cannot be read \(Permission denied\): make it readable"),
+        _written_whole(tmp_path / "target", 1) as folder,
+    ):
+        carry_files(source, folder)
+    assert not (tmp_path / "target").exists()
 
 
 def test_folders_that_hold_checkpoints_deeper_or_higher_up_are_told(tmp_path: Path) -> None:
