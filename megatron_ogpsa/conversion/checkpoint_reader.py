@@ -15,7 +15,7 @@ from megatron_ogpsa.checkpoints import examine
 from megatron_ogpsa.checkpoints.survey import TRACKER_FILE, survey
 from megatron_ogpsa.conversion.model import CONTENT, Piece
 from megatron_ogpsa.errors import UserError, one_line
-from megatron_ogpsa.integration.arguments.model import MODEL_ARGUMENTS
+from megatron_ogpsa.integration.arguments.model import MODEL_ARGUMENTS, UNCONVERTED_ARGUMENTS
 from megatron_ogpsa.system.files import is_there
 
 _REMEDY = "name with --hf the Hugging Face folder that the training began with"
@@ -131,7 +131,7 @@ class Checkpoint:
         Raises:
             UserError: naming the first one that differs.
         """
-        for name in MODEL_ARGUMENTS:
+        for name in (*MODEL_ARGUMENTS, *UNCONVERTED_ARGUMENTS):
             trained = getattr(self.arguments, name, getattr(expected, name))
             if trained != getattr(expected, name):
                 raise UserError(
@@ -142,7 +142,7 @@ class Checkpoint:
 
 def saved_arguments(args: Namespace) -> Namespace:
     """What a converted checkpoint says of itself: the model, and that there is no state of a training run."""
-    model = {name: getattr(args, name) for name in MODEL_ARGUMENTS}
+    model = {name: getattr(args, name) for name in (*MODEL_ARGUMENTS, *UNCONVERTED_ARGUMENTS)}
     return Namespace(
         **model,
         add_position_embedding=args.add_position_embedding,

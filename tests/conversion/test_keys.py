@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_ogpsa.conversion import convert
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.integration.arguments.parser import build_parser
 from tests.conversion.conftest import Conversions
 from tests.conversion.key_cases import ALONE, FUSED, LAYERS, WIDTH, norms, values, write
 from tests.conversion.models import CONFIGS
@@ -52,6 +53,30 @@ def test_a_model_without_experts_is_written_under_one(conversions: Conversions) 
     stored = FileSystemReader(conversions.megatron("llama2") / "release").read_metadata().state_dict_metadata
     assert FUSED in stored
     assert not any("pre_mlp_layernorm" in key for key in stored)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "means"),
+    [
+        ("use_mup", True, False),
+        ("qk_l2_norm", True, False),
+        ("glu_linear_offset", 1.0, 0.0),
+        ("activation_func_clamp_value", 7.0, None),
+        ("moe_apply_probs_on_input", True, False),
+        ("rotary_base", 500000, 10000),
+    ],
+)
+def test_a_model_whose_tensors_alone_are_those_of_the_configuration_is_refused(
+    tmp_path: Path, name: str, value: object, means: object
+) -> None:
+    """Megatron computes something else with them than transformers would."""
+    checkpoint = write(tmp_path, FUSED)
+    expected = build_parser().parse_args([])
+    checkpoint.arguments = Namespace(**vars(expected))
+    checkpoint.require_arguments(expected)
+    setattr(checkpoint.arguments, name, value)
+    with pytest.raises(UserError, match=f"trained with --{name.replace('_', '-')} {value}, config.json means {means}"):
+        checkpoint.require_arguments(expected)
 
 
 def test_what_is_told_is_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,13 @@ MODEL_ARGUMENTS = (
     "moe_router_pre_softmax moe_router_score_function moe_router_topk_scaling_factor moe_router_group_topk "
     "rotary_interleaved no_rope_freq window_attn_skip_freq softmax_type layernorm_zero_centered_gamma"
 ).split()
-"""A checkpoint's tensors tell the rest."""
+"""A checkpoint's tensors tell the rest, but for :data:`UNCONVERTED_ARGUMENTS`."""
+
+UNCONVERTED_ARGUMENTS = (
+    "use_mup qk_l2_norm glu_linear_offset activation_func_clamp_value moe_apply_probs_on_input"
+).split()
+"""What no converted model has and no tensor tells. Apart from the others, which are written down beside DPO's
+log-probabilities, where a run that goes on must find all that it compares."""
 
 PRECISION_ARGUMENTS = ("bf16", "fp16", "fp8", "fp8_recipe", "fp8_param_gather")
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from megatron_ogpsa.attributes import attributes_set
 from megatron_ogpsa.errors import shown
-from megatron_ogpsa.integration.arguments.model import MODEL_ARGUMENTS
+from megatron_ogpsa.integration.arguments.model import MODEL_ARGUMENTS, UNCONVERTED_ARGUMENTS
 
-_COMPARED = tuple(name for name in MODEL_ARGUMENTS if name != "num_query_groups")
+_COMPARED = tuple(name for name in (*MODEL_ARGUMENTS, *UNCONVERTED_ARGUMENTS) if name != "num_query_groups")
 """Of a model without query groups Megatron makes their number that of the heads in its first step, and not before; and with
 another number of groups tensors do not fit."""
 
