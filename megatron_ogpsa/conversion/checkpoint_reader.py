@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_ogpsa.checkpoints import examine
@@ -16,7 +17,7 @@ from megatron_ogpsa.checkpoints.survey import TRACKER_FILE, survey
 from megatron_ogpsa.conversion.model import CONTENT, Piece
 from megatron_ogpsa.errors import UserError, one_line
 from megatron_ogpsa.integration.arguments.model import MODEL_ARGUMENTS, UNCONVERTED_ARGUMENTS
-from megatron_ogpsa.system.files import is_there
+from megatron_ogpsa.system.files import file_error, is_there
 
 _REMEDY = "name with --hf the Hugging Face folder that the training began with"
 _OF_THE_MODEL = ("decoder.", "embedding.", "output_layer.")
@@ -60,10 +61,10 @@ class Checkpoint:
         try:
             common = load_common_state_dict(self.path)
             metadata = FileSystemReader(self.path).read_metadata()
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             raise UserError(
-                f"{self.path}: not a torch_dist checkpoint ({one_line(error)}): name a folder that Megatron saved with "
-                "--ckpt-format torch_dist"
+                f"{self.path}: not a torch_dist checkpoint ({one_line(_cause(error))}): restore it, or name a folder that "
+                "Megatron saved with --ckpt-format torch_dist"
             ) from error
         self.arguments: Namespace | None = common.get("args")
         content = common.get("content_metadata") or CONTENT
@@ -87,7 +88,11 @@ class Checkpoint:
         return dtype
 
     def read(self, piece: Piece) -> Tensor:
-        """The values of a piece, whatever layout they were saved in."""
+        """The values of a piece, whatever layout they were saved in.
+
+        Raises:
+            UserError: they cannot be read, as in a checkpoint without a manifest of which a file is missing.
+        """
         # With axes to be prepended Megatron would have this one rank name the whole checkpoint's shards.
         shard = replace(
             piece.shard,
@@ -97,7 +102,14 @@ class Checkpoint:
             local_shape=tuple(piece.extent),
             prepend_axis_num=0,
         )
-        (tensor,) = self._strategy.load({"piece": shard}, self.path).values()
+        try:
+            (tensor,) = self._strategy.load({"piece": shard}, self.path).values()
+        except CheckpointException as error:
+            cause = _cause(error)
+            message = (
+                f"{self.path}: {shard.key} cannot be read ({one_line(cause)}): restore it, or name another checkpoint"
+            )
+            raise file_error(cause, message) from error
         return tensor.reshape(piece.shard.local_shape)
 
     def require_model(self, pieces: Sequence[Piece]) -> None:
@@ -138,6 +150,15 @@ class Checkpoint:
                     f"{self.path}: trained with --{name.replace('_', '-')} {trained}, config.json means "
                     f"{getattr(expected, name)}: {_REMEDY}"
                 )
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What stopped torch, whose own exception is not an Exception and quotes a traceback; Ctrl-C is let through."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    if not isinstance(error, Exception):
+        raise error from None
+    return error
 
 
 def saved_arguments(args: Namespace) -> Namespace:

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_ogpsa.conversion.checkpoint_reader import Checkpoint
 from megatron_ogpsa.conversion.checkpoint_writer import write_checkpoint
 from megatron_ogpsa.conversion.model import Piece
+from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.sharding.logical import RowPattern
 
 LAYERS, WIDTH = 2, 8
@@ -53,3 +54,12 @@ def read(folder: str) -> list[Tensor]:
     checkpoint, pieces = Checkpoint(Path(folder)), norms()
     checkpoint.require_model(pieces)
     return [checkpoint.read(piece).to(checkpoint.dtype_of(piece)) for piece in pieces]
+
+
+def error(folder: str) -> str:
+    """A job: what the user is told of a checkpoint that cannot be read."""
+    try:
+        read(folder)
+    except UserError as told:
+        return str(told)
+    return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from megatron_ogpsa.conversion import convert
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.arguments.parser import build_parser
+from tests.checkpoints.damage import DAMAGES
 from tests.conversion.conftest import Conversions
 from tests.conversion.key_cases import ALONE, FUSED, LAYERS, WIDTH, norms, values, write
 from tests.conversion.models import CONFIGS
@@ -41,6 +43,29 @@ def test_the_other_key_is_no_part_of_a_model_without_experts(tmp_path: Path) -> 
     checkpoint = write(tmp_path, FUSED, ALONE)
     with pytest.raises(UserError, match=f"the tensor {ALONE} is not part of the model"):
         checkpoint.require_model([replace(norm, other_key=None) for norm in norms()])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "told"),
+    [
+        ("__0_0_0.distcp", "deleted", r"not a torch_dist checkpoint \(.*No such file or directory"),
+        (".metadata", "deleted", r"not a torch_dist checkpoint \(.*No such file or directory"),
+        (".metadata", "zeroed", r"not a torch_dist checkpoint"),
+        ("__0_2_0.distcp", "deleted", rf"{FUSED} cannot be read \(.*No such file or directory.*__0_2_0.distcp"),
+        ("__0_2_0.distcp", "truncated", rf"{FUSED} cannot be read \(.*: restore it"),
+        ("__0_2_0.distcp", "zeroed", rf"{FUSED} cannot be read \(.*: restore it"),
+    ],
+)
+def test_a_torn_checkpoint_without_a_manifest_is_told_in_a_line(
+    distributed: Callable[[int], WorkerGroup], tmp_path: Path, file: str, damage: str, told: str
+) -> None:
+    """As Megatron saves one, of which a copy was cut short: torch's exception is no Exception."""
+    write(tmp_path, FUSED)
+    (tmp_path / "release/integrity.json").unlink()
+    DAMAGES[damage](tmp_path / "release" / file)
+    (error,) = distributed(1).run("tests.conversion.key_cases:error", folder=tmp_path)
+    assert re.search(rf"{tmp_path}/release: {told}", error)
+    assert "\n" not in error
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
