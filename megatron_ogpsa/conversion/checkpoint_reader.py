@@ -74,6 +74,9 @@ class Checkpoint:
             for key, found in metadata.state_dict_metadata.items()
             if isinstance(found, TensorStorageMetadata)
         }
+        if any(key.startswith("decoder.layers.0.") for key in self._tensors):
+            # Megatron does so where layers may differ, also if they do not: --moe-layer-freq '([1]*48)'.
+            self.content["non_homogeneous_layers"] = True
         self._strategy = TorchDistLoadShardedStrategy(cache_metadata=True)
 
     @property

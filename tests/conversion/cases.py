@@ -27,14 +27,20 @@ def logits(folders: dict[str, str], **layout: Any) -> dict[str, dict[str, Tensor
     return {name: _logits_of(Path(folder), layout) for name, folder in folders.items()}
 
 
-def saved(folders: dict[str, str], target: str, **layout: Any) -> None:
-    """Load each model and save it as Megatron saves a run's first iteration in this layout, in ``target``/NAME."""
+def saved(folders: dict[str, str], target: str, each_layer: bool = False, **layout: Any) -> None:
+    """Load each model and save it as Megatron saves a run's first iteration in this layout, in ``target``/NAME.
+
+    Args:
+        each_layer: under keys of its own, as where ``--moe-layer-freq`` is a list.
+    """
     from megatron.core import dist_checkpointing
 
     _initialize(**layout)
     for name, folder in folders.items():
         args = _arguments(Path(folder), layout)
         model, content = loaded_model(Path(folder), args)
+        if each_layer:
+            model.decoder.config.moe_layer_freq = [1] * args.num_layers
         state = {"args": args, "model": _sharded(model, content)}
         path = Path(target, name, "iter_0000001")
         path.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ LAYOUTS = {
     "tp2": ("qwen2.5", {"tp": 2}),  # its vocabulary has three rows more there
     "pp2": ("qwen2.5-tied", {"pp": 2}),  # the last stage has a copy of the embedding
     "ep2": ("mixtral", {"ep": 2}),
+    "each-layer": ("qwen3-moe", {"pp": 2, "each_layer": True}),
 }
 PLAN = """
 model: {model}
