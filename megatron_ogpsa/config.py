@@ -49,8 +49,8 @@ class OGPSAConfig:
     training loops; :func:`megatron_ogpsa.attach` itself refreshes nothing."""
 
     early_refreshes: bool = True
-    """Whether loops refresh after 1, 3, 7, … steps as well, until the interval is reached (the paper: no). The weights move
-    furthest at first, and with it a tenth of the tax was left where a third was (docs/study)."""
+    """Whether loops refresh after 1, 2, 4, 6, 9, … steps as well, until the interval is reached (the paper: no): the weights
+    move furthest at first (docs/study, docs/laptop.md)."""
 
     refresh_warmup: int = 0
     """Steps before each of which loops refresh, at the start of a run."""

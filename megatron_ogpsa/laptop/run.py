@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--early-refreshes",
         action=argparse.BooleanOptionalAction,
         default=sizes.early_refreshes,
-        help="refresh after 1, 3, 7, ... steps as well, until --refresh-interval is reached: train's "
+        help="refresh after 1, 2, 4, 6, 9, ... steps as well, until --refresh-interval is reached: train's "
         "--ogpsa-early-refreshes (default: yes; no with --adaptive-interval)",
     )
     parser.add_argument(

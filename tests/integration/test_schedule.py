@@ -14,6 +14,9 @@ from megatron_ogpsa.integration.projection.schedule import RefreshSchedule, adap
 from megatron_ogpsa.references.steps import early_refreshes, next_refresh
 from tests.harness import WorkerGroup
 
+EARLY = [1, 2, 4, 6, 9, 12, 16, 20]
+"""Of an interval of 30 steps."""
+
 Share = Callable[[int], float]
 """What a basis of so many steps ago still holds."""
 
@@ -50,12 +53,12 @@ def test_by_one_interval_refreshes_stand_at_multiples_whatever_else_asks_for_one
 def test_early_ones_come_before_the_first_multiple_at_the_steps_that_a_loop_is_told() -> None:
     """A loop of one's own and Bridge's callback ask the configuration, Megatron's the schedule."""
     steps = [step for step, *_ in run(RefreshSchedule(30, early=True), half_lost_in(1), 0, 100, saves=40)]
-    assert steps == [0, 1, 3, 7, 15, 30, 40, 60, 80, 90]
+    assert steps == [0, 1, 2, 4, 6, 9, 12, 16, 20, 30, 40, 60, 80, 90]
     config = OGPSAConfig(refresh_interval=30)
-    assert [step for step in range(100) if config.refreshes_at(step)] == [0, 1, 3, 7, 15, 30, 60, 90]
+    assert [step for step in range(100) if config.refreshes_at(step)] == [0, *EARLY, 30, 60, 90]
     config = OGPSAConfig(refresh_interval=30, early_refreshes=False)
     assert [step for step in range(100) if config.refreshes_at(step)] == [0, 30, 60, 90]
-    assert str(RefreshSchedule(30, early=True)) == "refreshed every 30 steps, and after 1, 3, 7, 15"
+    assert str(RefreshSchedule(30, early=True)) == "refreshed every 30 steps, and after 1, 2, 4, 6, 9, 12, 16, 20"
 
 
 @pytest.mark.parametrize(
@@ -63,21 +66,22 @@ def test_early_ones_come_before_the_first_multiple_at_the_steps_that_a_loop_is_t
     [
         (1, []),
         (2, [1]),
-        (3, [1]),
-        (4, [1]),
-        (5, [1, 3]),
-        (8, [1, 3]),
-        (10, [1, 3, 7]),
-        (30, [1, 3, 7, 15]),
-        (31, [1, 3, 7, 15]),
+        (3, [1, 2]),
+        (5, [1, 2]),
+        (8, [1, 2, 4]),
+        (10, [1, 2, 4, 6]),
+        (30, EARLY),
+        (40, [*EARLY, 25]),
+        (67, [*EARLY, 25, 50]),
+        (400, [*EARLY, 25, 50, 100, 200]),
     ],
 )
-def test_early_ones_are_twice_as_far_apart_each_time_and_none_is_near_the_first_multiple(
+def test_early_ones_come_ever_further_apart_and_none_is_near_the_first_multiple(
     interval: int, early: list[int]
 ) -> None:
     assert early_refreshes(interval, early=True) == early
     assert early_refreshes(interval, early=False) == []
-    assert len(early_refreshes(10**12, early=True)) == 39  # as for "never": no list of all steps
+    assert len(early_refreshes(10**12, early=True)) == 43  # as for "never": no list of all steps
     steps = [0]
     while steps[-1] < 3 * interval:
         steps.append(next_refresh(steps[-1], interval, early=True))
@@ -90,10 +94,10 @@ def test_a_warm_up_refreshes_before_each_of_its_steps() -> None:
     """And early ones go on from there."""
     config = OGPSAConfig(refresh_interval=30, refresh_warmup=5)
     asked = [step for step in range(70) if config.refreshes_at(step)]
-    assert asked == [0, 1, 2, 3, 4, 7, 15, 30, 60]
+    assert asked == [0, 1, 2, 3, 4, 6, 9, 12, 16, 20, 30, 60]
     schedule = RefreshSchedule(30, early=True, warmup=5)
     assert [step for step, *_ in run(schedule, half_lost_in(1), 0, 70)] == asked
-    assert str(schedule) == "refreshed every 30 steps, before each of the first 5, and after 7, 15"
+    assert str(schedule) == "refreshed every 30 steps, before each of the first 5, and after 6, 9, 12, 16, 20"
     longer = OGPSAConfig(refresh_interval=4, early_refreshes=False, refresh_warmup=7)
     assert [step for step in range(13) if longer.refreshes_at(step)] == [0, 1, 2, 3, 4, 5, 6, 8, 12]
     assert early_refreshes(4, early=False, warmup=7) == [1, 2, 3, 4, 5, 6]
@@ -105,9 +109,9 @@ def test_a_warm_up_refreshes_before_each_of_its_steps() -> None:
 
 def test_early_ones_are_of_all_references_and_turns_begin_anew() -> None:
     schedule = RefreshSchedule(30, turns=3, early=True)
-    refreshed = [(step, what) for step, what, _ in run(schedule, half_lost_in(1), 0, 50)]
-    assert refreshed == [(0, "all"), (1, "all"), (3, "all"), (7, "all"), (15, "all"), (25, "0"), (35, "1"), (45, "2")]
-    assert str(schedule) == "one refreshed every 10 steps, in turns, and all after 1, 3, 7, 15"
+    refreshed = [(step, what) for step, what, _ in run(schedule, half_lost_in(1), 0, 55)]
+    assert refreshed == [*((step, "all") for step in (0, *EARLY)), (30, "0"), (40, "1"), (50, "2")]
+    assert str(schedule) == "one refreshed every 10 steps, in turns, and all after 1, 2, 4, 6, 9, 12, 16, 20"
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_checkpoints_are_refreshes_too(round_: int, save_interval: int | None, e
 
 
 def test_early_refreshes_weigh_in_short_runs() -> None:
-    """Four more in 120 steps, which have one every 30; those that a run does not reach do not count."""
-    early = [1, 3, 7, 15]
-    assert costs.refresh_interval(30, None, 120, early) == pytest.approx(120 / 8)
-    assert costs.refresh_interval(30, None, 12, early) == pytest.approx(12 / (12 / 30 + 3))
+    """Eight more in 120 steps, which have one every 30; those that a run does not reach do not count."""
+    early = [1, 2, 4, 6, 9, 12, 16, 20]
+    assert costs.refresh_interval(30, None, 120, early) == pytest.approx(120 / 12)
+    assert costs.refresh_interval(30, None, 12, early) == pytest.approx(12 / (12 / 30 + 5))

@@ -299,8 +299,8 @@ def _add_schedule_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--ogpsa-early-refreshes",
         action=argparse.BooleanOptionalAction,
-        help="Refresh after steps 1, 3, 7, ... as well, until the interval is reached: the weights move furthest at first "
-        "(default: yes; no with --ogpsa-adaptive-interval, --ogpsa-authors-rule and --ogpsa-authors-leak).",
+        help="Refresh after steps 1, 2, 4, 6, 9, ... as well, until the interval is reached: the weights move furthest at "
+        "first (default: yes; no with --ogpsa-adaptive-interval, --ogpsa-authors-rule and --ogpsa-authors-leak).",
     )
     group.add_argument(
         "--ogpsa-refresh-warmup-iters",

@@ -40,7 +40,8 @@ class RefreshSchedule:
         longest: steps from one gradient of a reference to its next, at most.
         turns: references that take turns within an interval; 1 for all at once.
         bound: share of each fresh reference gradient that the basis is to hold still; None leaves the interval as it is.
-        early: whether all are refreshed after 1, 3, 7, … steps as well; not with ``bound``, which begins with the shortest.
+        early: whether all are refreshed after 1, 2, 4, 6, 9, … steps as well; not with ``bound``, which begins with
+            the shortest.
         warmup: before each of so many steps all are refreshed; likewise.
 
     Attributes:

@@ -95,10 +95,18 @@ REFRESH = (
     Mutation(
         "early-refreshes-on-after-the-first-interval",
         "megatron_ogpsa/references/steps.py",
-        "return doubled if early and 4 * doubled < 3 * interval else",
-        "return doubled if early and doubled % interval else",
+        "return closer if early and 4 * closer < 3 * interval else",
+        "return closer if early and closer % interval else",
         (f"{_SCHEDULE}::test_early_ones_come_before_the_first_multiple_at_the_steps_that_a_loop_is_told",),
         "refreshes become ever rarer, in place of one every interval",
+    ),
+    Mutation(
+        "early-refreshes-twice-as-far-apart-from-the-start",
+        "megatron_ogpsa/references/steps.py",
+        "    if step < _SQUARES:\n",
+        "    if step < 1:\n",
+        (f"{_SCHEDULE}::test_early_ones_come_ever_further_apart_and_none_is_near_the_first_multiple",),
+        "the highest rate of a warm-up finds a stale basis",
     ),
     Mutation(
         "warm-up-one-step-short",
