@@ -29,15 +29,16 @@ def readme_block(code: str) -> bool:
 
 
 def page_of_own_loop(attaching: str, loop: str, leaving: str) -> dict[str, bool]:
-    """Run the page's blocks undisturbed, resumed in the middle, and without the refresh after the checkpoint."""
-    undisturbed, names, saved = _loop_of_page([attaching, loop], [(0, 4)])
-    resumed, *_ = _loop_of_page([attaching, loop], [(0, 2), (2, 4)])
+    """Run the page's blocks undisturbed, resumed in the middle (after 3 steps, where no other refresh is due), and without the
+    refresh after the checkpoint."""
+    undisturbed, names, saved = _loop_of_page([attaching, loop], [(0, 6)])
+    resumed, *_ = _loop_of_page([attaching, loop], [(0, 3), (3, 6)])
     line = "refresh_is_due = True  # as"
-    forgetful, *_ = _loop_of_page([attaching, loop.replace(line, "pass  # as")], [(0, 4)])
+    forgetful, *_ = _loop_of_page([attaching, loop.replace(line, "pass  # as")], [(0, 6)])
     is_attached = "prepare_grads" in names["optimizer"].__dict__
     exec(leaving, names)
     return {
-        "saved": saved == [2, 4],
+        "saved": saved == [3, 6],
         "projected": all(step["rank"] == 2 for step in names["logged"])
         and any(step["removed_length"] > 0 for step in names["logged"]),
         "resumed as undisturbed": all(map(torch.equal, resumed, undisturbed)),
@@ -68,7 +69,7 @@ def _loop_of_page(
             "batches": (batch_of(shape, 100 + step) for step in count(first)),
             "first_step": first,
             "last_step": last,
-            "save_interval": 2,
+            "save_interval": 3,
             "save": saved.append,
             "log": lambda step, logged=logged, **figures: logged.append(figures),
             "logged": logged,

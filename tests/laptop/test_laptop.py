@@ -198,20 +198,23 @@ def test_the_table_of_first_refreshes_is_made_of_its_data() -> None:
     losses = {(2, "plain"): earlier["runs"][0]["after DPO"]["loss"]}
     losses |= {(run["seed"], run["refreshes"] or "plain"): run["after DPO"] for run in account["runs"]}
     page = (ROOT / "docs/laptop.md").read_text(encoding="utf-8")
+    made = {(run["seed"], run["refreshes"]): str(len(run["lines"])) for run in account["runs"]}
     avoided = {}
     for (seed, name), loss in losses.items():
-        cells = [str(seed), name + (" steps" if name == "every 25" else "")]
+        cells = [str(seed), name, made.get((seed, name), "")]
         for data in ("held_out", "first32"):
             growth, of_plain = (loss_[data] - account["start"][data] for loss_ in (loss, losses[seed, "plain"]))
             avoided[seed, name, data] = "" if name == "plain" else f"{1 - growth / of_plain:.0%}".replace("%", " %")
-            cells += [f"{growth:+.4f}", avoided[seed, name, data]]
-        row = f"| {' | '.join(cells)} |".replace("every 25 and early", "every 25 steps and early").replace(
-            "|  |", "| |"
-        )
+            cells += [f"{growth:+.4f}".replace("-", "−"), avoided[seed, name, data]]
+        row = f"| {' | '.join(cells)} |".replace("|  |", "| |")
         assert row in page, row
-    default = [avoided[seed, "every 25 and early", data] for data in ("held_out", "first32") for seed in (2, 3)]
-    told = "{} and {} on conversations that it did not protect, and {} and {} on those that it did".format(*default)
-    assert told.replace(" % and", " and") in (ROOT / "README.md").read_text(encoding="utf-8")
+    default, warmup = "every 25, and after 1, 2, 4, 6, 9, 12, 16", "every 25, and before each of the first 19"
+    for name, told in {
+        default: "{} and {} on conversations that it did not protect, and {} and {} on those that it did",
+        warmup: "{} and {}, and {} and {}",
+    }.items():
+        shares = [avoided[seed, name, data] for data in ("held_out", "first32") for seed in (2, 3)]
+        assert told.format(*shares).replace(" % and", " and") in (ROOT / "README.md").read_text(encoding="utf-8")
     for lines in account["first steps, seed 3, by steps between refreshes"]["lines"].values():
         (last,) = re.findall(r"^16: general loss ([\d.]+)", lines[-1])
         assert f"{float(last) - 1.6437:+.4f}".replace("-", "−") in page
