@@ -29,7 +29,7 @@ def readme_block(code: str) -> bool:
 
 
 def page_of_own_loop(attaching: str, loop: str, leaving: str) -> dict[str, bool]:
-    """Run the page's blocks undisturbed, resumed in the middle (after 3 steps, where no other refresh is due), and without the
+    """Run the page's blocks undisturbed, resumed after 3 steps, where no other refresh is due, and without the
     refresh after the checkpoint."""
     undisturbed, names, saved = _loop_of_page([attaching, loop], [(0, 6)])
     resumed, *_ = _loop_of_page([attaching, loop], [(0, 3), (3, 6)])
