@@ -59,7 +59,7 @@ class RefusalPatterns:
             UserError: the file cannot be read, holds none, or a line is no regular expression, with its number.
         """
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--refusal-patterns {path}: cannot be read ({error}): name a text file") from None
         expressions = []
@@ -78,7 +78,7 @@ class RefusalPatterns:
 
     def matches(self, answer: str) -> bool:
         """Whether any pattern is found in the opening of ``answer``; typographic apostrophes count as plain ones."""
-        opening = answer.strip()[:OPENING].replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+        opening = _plain(answer.strip()[:OPENING])
         return any(expression.search(opening) for expression in self.expressions)
 
     def verdicts(self, answers: Sequence[str]) -> list[float]:
@@ -87,4 +87,9 @@ class RefusalPatterns:
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern, re.IGNORECASE | re.DOTALL)
+    return re.compile(_plain(pattern), re.IGNORECASE | re.DOTALL)
+
+
+def _plain(text: str) -> str:
+    """With plain apostrophes for typographic ones, in answers and patterns alike: models and editors write either."""
+    return text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")

@@ -93,6 +93,15 @@ def test_patterns_of_a_file_take_their_place(tmp_path: Path) -> None:
             RefusalPatterns.read(path)
 
 
+def test_patterns_are_taken_as_editors_write_them(tmp_path: Path) -> None:
+    """With a byte-order mark, which would be part of the first pattern, and with typographic apostrophes."""
+    path = tmp_path / "patterns.txt"
+    path.write_text("^Nope\nI can\N{RIGHT SINGLE QUOTATION MARK}t\n", encoding="utf-8-sig")
+    patterns = RefusalPatterns.read(path)
+    answers = ["Nope.", "I can't do it.", "I can\N{RIGHT SINGLE QUOTATION MARK}t do it.", "Sure."]
+    assert patterns.verdicts(answers) == [1.0, 1.0, 1.0, 0.0]
+
+
 def asked(text: str) -> Prompt:
     return Prompt([{"role": "user", "content": text}], "here")
 
