@@ -51,7 +51,7 @@ def load_judge(name: str) -> Judge:
         module = _module_of_file(place, flag) if place.endswith(".py") else importlib.import_module(place)
     except UserError:
         raise
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise UserError(f"{flag}: cannot be imported: {type(error).__name__}: {one_line(error)}") from error
     judge = getattr(module, function, None)
     if not callable(judge):

@@ -120,6 +120,7 @@ def test_a_judge_comes_from_a_file_or_a_module(tmp_path: Path) -> None:
         ("other = 1", "judge is not there"),
         ("judge = 1", "judge is not a function"),
         ("raise OSError('no key')", "cannot be imported: OSError: no key"),
+        ("raise SystemExit(0)", "cannot be imported: SystemExit: 0"),  # a script without a main guard
         ("def judge(prompt, answer): raise KeyError(prompt)", "answer 1 of 1: it raised KeyError"),
         ("def judge(prompt, answer): return 2", "it returned 2: return True or False"),
         ("def judge(prompt, answer): return 'yes'", "it raised ValueError"),
