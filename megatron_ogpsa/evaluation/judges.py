@@ -103,12 +103,20 @@ def verdicts_of(judge: Judge, name: str, prompts: Sequence[Prompt], answers: Seq
             # A copy: what the judge does to it must not reach the file of answers.
             more = {"messages": copy.deepcopy(prompt.messages)} if takes_messages else {}
             verdict = judge(prompt.text, answer, **more)
-            value = float(verdict)
         except (Exception, SystemExit) as error:  # whatever the user's code raises
             raise UserError(f"{place}: it raised {type(error).__name__}: {one_line(error)}") from error
-        if not math.isfinite(value) or not 0 <= value <= 1:
+        value = _number(verdict)
+        if not 0 <= value <= 1:
             raise UserError(f"{place}: it returned {verdict!r}: return True or False, or a number from 0 to 1")
         yield value
+
+
+def _number(verdict: Any) -> float:
+    """NaN for what is none, such as the None of a judge that forgets to return."""
+    try:
+        return float(verdict)
+    except Exception:  # of any class of the user's
+        return math.nan
 
 
 def _takes_messages(judge: Judge) -> bool:

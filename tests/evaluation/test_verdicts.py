@@ -123,7 +123,9 @@ def test_a_judge_comes_from_a_file_or_a_module(tmp_path: Path) -> None:
         ("raise SystemExit(0)", "cannot be imported: SystemExit: 0"),  # a script without a main guard
         ("def judge(prompt, answer): raise KeyError(prompt)", "answer 1 of 1: it raised KeyError"),
         ("def judge(prompt, answer): return 2", "it returned 2: return True or False"),
-        ("def judge(prompt, answer): return 'yes'", "it raised ValueError"),
+        ("def judge(prompt, answer): return float('nan')", "it returned nan: return True or False"),
+        ("def judge(prompt, answer): return 'yes'", "it returned 'yes': return True or False"),
+        ("def judge(prompt, answer): answer == 'no'", "it returned None: return True or False"),
         ("def judge(prompt, answer): raise SystemExit(0)", "it raised SystemExit"),
     ],
 )
