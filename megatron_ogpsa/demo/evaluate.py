@@ -17,6 +17,7 @@ from typing import Any
 from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.demo.benchmark import Benchmark
 from megatron_ogpsa.demo.scoring import score
+from megatron_ogpsa.evaluation.request import Checkpoint
 from megatron_ogpsa.integration.runtime.cpu import install_if_no_gpu
 
 BATCH = 256
@@ -50,8 +51,8 @@ def evaluate(config: Path, data: Path, checkpoints: dict[str, str]) -> Iterator[
         return found.loss, found.tokens
 
     for name, checkpoint in checkpoints.items():
-        folder, _, iteration = checkpoint.partition("@")
-        model.load(folder, int(iteration) if iteration else None)
+        asked = Checkpoint.of(checkpoint)
+        model.load(asked.folder, asked.iteration)
         yield name, score(Benchmark(data), tokenizer, answers, loss_on).as_json()
 
 

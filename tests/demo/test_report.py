@@ -7,11 +7,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.console.training_log import Curve, read_curves
+from megatron_ogpsa.demo import evaluate
 from megatron_ogpsa.demo.benchmark import Benchmark, BenchmarkSpec, read_conversations, write_benchmark
 from megatron_ogpsa.demo.recipes import START, VARIANTS, DemoSizes, Recipe
 from megatron_ogpsa.demo.report import terminal_table, write_report
@@ -20,6 +22,8 @@ from megatron_ogpsa.demo.run import plan_steps
 from megatron_ogpsa.demo.scoring import Scores, score, tax_recovered
 from megatron_ogpsa.demo.tasks import GENERAL_TASKS
 from megatron_ogpsa.integration.arguments.parser import build_parser, parse_flags
+from megatron_ogpsa.integration.checkpoints.loaded_model import LoadedModel
+from megatron_ogpsa.integration.inputs import datasets
 from megatron_ogpsa.pipeline.plan import plan_stages
 
 START_SCORES = Scores(
@@ -136,6 +140,18 @@ def test_curves_come_from_megatrons_log(tmp_path: Path) -> None:
     assert curves["lm loss"].steps == [7]
     assert curves["lm loss"].values == [0.25]
     assert curves["ogpsa removed"].values == [0.01]
+
+
+def test_checkpoints_may_lie_in_a_folder_with_an_at_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "evaluate.yaml"
+    config.write_text("num-layers: 1\n", encoding="utf-8")
+    loaded: list[tuple[str, int | None]] = []
+    model = SimpleNamespace(load=lambda folder, iteration: loaded.append((folder, iteration)))
+    monkeypatch.setattr(LoadedModel, "build", lambda flags: model)
+    monkeypatch.setattr(datasets, "chat_tokenizer", lambda: None)
+    monkeypatch.setattr(evaluate, "score", lambda *args: SimpleNamespace(as_json=dict))
+    list(evaluate.evaluate(config, tmp_path, {"start": "me@home/base", "30": "me@home/sft@30"}))
+    assert loaded == [("me@home/base", None), ("me@home/sft", 30)]
 
 
 def test_the_starting_model_is_kept_only_for_the_same_config(tmp_path: Path) -> None:
