@@ -39,7 +39,8 @@ TAKE_FLAGS = ("train", "evaluate", "plan", "doctor")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, or 2 for a mistake of the user's (1 if it may pass), told in one line.
 
-    141, as of other programs, if whoever reads the output has gone: ``megatron-ogpsa doctor | head -1``; 130 after Ctrl-C.
+    141, as of other programs, if whoever reads the output has gone: ``megatron-ogpsa doctor | head -1``. Ctrl-C ends the
+    process by its signal, with a line in place of a traceback; a rank's says where the rank was.
     (Ranks that hang end with 3, without coming here: see :mod:`megatron_ogpsa.watchdog`.)
     """
     try:
@@ -49,8 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _write_no_more()
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
-        print(file=sys.stderr)  # the terminal's cursor stands behind ^C
-        return 128 + signal.SIGINT
+        if "RANK" not in os.environ:
+            print("\nmegatron-ogpsa: interrupted", file=sys.stderr)  # a line of progress may be on
+            sys.excepthook = lambda *_: None
+        raise  # Python then ends by SIGINT, at which a shell ends its loop too
     except OSError as error:
         if _takes_output():
             raise

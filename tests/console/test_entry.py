@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,13 +34,17 @@ def test_a_full_disk_below_the_output_is_told() -> None:
     )
 
 
-def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(argv: list[str]) -> int:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(entry, "_run", interrupted)
-    assert entry.main(["doctor"]) == 130
-    assert capsys.readouterr().err == "\n"
+def test_ctrl_c_is_no_traceback() -> None:
+    """And still the signal's end, at which a shell ends a loop over such commands."""
+    interrupted = (
+        "import sys; from megatron_ogpsa.cli import main as entry\n"
+        "def run(argv): raise KeyboardInterrupt\n"
+        "entry._run = run; sys.exit(entry.main(['demo']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", interrupted], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "\nmegatron-ogpsa: interrupted\n")
 
 
 def test_without_a_folder_for_temporary_files_its_variable_is_named(
