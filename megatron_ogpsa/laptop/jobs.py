@@ -12,6 +12,7 @@ from megatron_ogpsa.console.commands import Command
 from megatron_ogpsa.laptop.recipe import Recipe
 from megatron_ogpsa.references.steps import early_refreshes
 from megatron_ogpsa.study.settings import Setting
+from megatron_ogpsa.system.files import write_json
 
 COMMAND = [sys.executable, "-m", "megatron_ogpsa.cli.main"]
 
@@ -122,7 +123,19 @@ def start_result(recipe: Recipe) -> Path:
 
 
 def chatting_steps(jobs: Sequence[Job], model: Path, log: Path) -> Iterator[Command]:
-    """Each job's model as a Hugging Face folder, and the answers of all, the model as it came first."""
+    """Each job's model as a Hugging Face folder, and the answers of all, the model as it came first.
+
+    Answers are there if the last chat ended well and was with models of the same names and configurations.
+
+    Raises:
+        OSError: the log's folder cannot be written.
+    """
+    asked, answered = log.with_suffix(".asked.json"), log.with_suffix(".answered.json")
+    write_json(asked, {job.name: job.config.read_text(encoding="utf-8") for job in jobs})
+    has_answers = answered.exists() and answered.read_bytes() == asked.read_bytes()
+    is_done = has_answers and log.exists() and all(job.is_done for job in jobs)
+    if not is_done:
+        answered.unlink(missing_ok=True)
     for job in jobs:
         tuned, exported = job.recipe.training(job.name) / "dpo", job.recipe.exported(job.name)
         yield Command(
@@ -138,7 +151,8 @@ def chatting_steps(jobs: Sequence[Job], model: Path, log: Path) -> Iterator[Comm
         [sys.executable, "-m", "megatron_ogpsa.laptop.chat", *folders],
         log,
         SECONDS["chat"] * len(folders),
-        all(job.is_done for job in jobs) and log.exists(),
+        is_done,
+        (asked, answered),
     )
 
 

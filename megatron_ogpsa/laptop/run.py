@@ -92,17 +92,12 @@ def run(args: argparse.Namespace) -> int:
             recipe.write_data()
         keep_model(recipes[0].out, model)
         jobs = [Job.of(recipe, name, SETTINGS[name]) for name in names for recipe in recipes]
+        asked = [job for job in jobs if job.recipe is recipes[0]]
+        out, sizes = recipes[0].out, recipes[0].sizes
+        chat = list(chatting_steps(asked, model, out / CHAT_FILE))
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error.strerror}): choose another folder") from None
-    asked = [job for job in jobs if job.recipe is recipes[0]]
-    out, sizes = recipes[0].out, recipes[0].sizes
-    run_commands(
-        [
-            *starting_steps(jobs[0], model),
-            *(step for job in jobs for step in job.steps()),
-            *chatting_steps(asked, model, out / CHAT_FILE),
-        ]
-    )
+    run_commands([*starting_steps(jobs[0], model), *(step for job in jobs for step in job.steps()), *chat])
     told = (out / CHAT_FILE).read_text(encoding="utf-8").splitlines()
     print("\n".join(line for line in told if line.startswith(("? ", "  ")) or not line))
     curves: dict[str, dict[int, Curve]] = {name: {} for name in names}

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from megatron_ogpsa.configuration.config_file import ConfigFile
+from megatron_ogpsa.console.commands import Command, run_commands
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.arguments.parser import build_parser, parse_flags
-from megatron_ogpsa.laptop.jobs import Job
+from megatron_ogpsa.laptop.jobs import Job, chatting_steps
 from megatron_ogpsa.laptop.recipe import Recipe, Sizes
 from megatron_ogpsa.laptop.report import markdown_tables, read_curve, terminal_table, write_report
 from megatron_ogpsa.study.report import read_json
@@ -99,6 +100,21 @@ def test_what_was_scored_with_the_same_file_is_not_run_again(recipe: Recipe) -> 
     job.trained_with.write_text("seed: 2\n", encoding="utf-8")
     assert not Job.of(recipe, PLAIN, SETTINGS[PLAIN]).is_done
     assert not job.result.exists()
+
+
+def test_answers_of_a_chat_that_failed_or_of_other_models_are_asked_for_again(recipe: Recipe, tmp_path: Path) -> None:
+    log = tmp_path / "chat.log"
+
+    def chat(*names: str) -> Command:
+        jobs = [replace(Job.of(recipe, name, SETTINGS[name]), is_done=True) for name in names]
+        return list(chatting_steps(jobs, tmp_path / "model", log))[-1]
+
+    log.write_text("Traceback", encoding="utf-8")  # of one that ended before its time
+    assert not chat(PLAIN).is_done
+    run_commands([replace(chat(PLAIN), argv=["true"])])
+    assert chat(PLAIN).is_done
+    assert not chat(PLAIN, "update-tensor").is_done
+    assert not chat(PLAIN).is_done  # that chat may have begun, and has then overwritten the log
 
 
 def test_every_checkpoint_but_the_last_is_scored_by_number_and_removed(recipe: Recipe) -> None:
