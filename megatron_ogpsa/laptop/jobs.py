@@ -93,8 +93,10 @@ class Job:
             self.is_done,
             (self.config, self.trained_with),
         )
-        left = [str(training / stage / f"iter_{step:07d}") for stage, step in scored[:-1]]
-        yield Command(f"{self.title}: tidying", ["rm", "-rf", *left], log.with_suffix(".tidy.log"), 1.0, self.is_done)
+        left = [training / stage / f"iter_{step:07d}" for stage, step in scored[:-1]]
+        is_tidy = self.is_done and not any(folder.exists() for folder in left)
+        remove = ["rm", "-rf", *map(str, left)]
+        yield Command(f"{self.title}: tidying", remove, log.with_suffix(".tidy.log"), 1.0, is_tidy)
 
 
 def starting_steps(job: Job, model: Path) -> Iterator[Command]:

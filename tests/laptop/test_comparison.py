@@ -97,6 +97,9 @@ def test_what_was_scored_with_the_same_file_is_not_run_again(recipe: Recipe) -> 
     scores(job.result, (0.5, 0.1, 1.7))
     job.trained_with.write_bytes(job.config.read_bytes())
     assert [step.is_done for step in Job.of(recipe, PLAIN, SETTINGS[PLAIN]).steps()] == [True] * 3
+    left = recipe.training(PLAIN) / "sft/iter_0000002"  # by a run that was stopped after the scores
+    left.mkdir(parents=True)
+    assert [step.is_done for step in Job.of(recipe, PLAIN, SETTINGS[PLAIN]).steps()] == [True, True, False]
     job.trained_with.write_text("seed: 2\n", encoding="utf-8")
     assert not Job.of(recipe, PLAIN, SETTINGS[PLAIN]).is_done
     assert not job.result.exists()
