@@ -120,14 +120,12 @@ def _table_of_levels(curves: Curves, along: Safety) -> str:
         cells = []
         for level in LEVELS:
             found = compare(by_seed, curves[PLAIN], level, along)
-            benign = [
-                value for c in by_seed.values() if (value := at_safety(c, level, "benign_refused", along)) is not None
-            ]
-            cells.append(
-                f"{found.growth:+.4f} ({len(found.growths)}); {statistics.fmean(benign):.0%}"
-                if found and benign
-                else "n/a"
-            )
+            if found is None:
+                cells.append("n/a")
+                continue
+            refused = (at_safety(by_seed[seed], level, "benign_refused", along) for seed in found.growths)
+            benign = statistics.fmean(share for share in refused if share is not None)
+            cells.append(f"{found.growth:+.4f} ({len(found.growths)}); {benign:.0%}")
         share = None if name == PLAIN else over_levels(by_seed, curves[PLAIN], along)
         avoided = None if share is None else share.of_sums
         rows.append([SETTINGS[name].title, *cells, "–" if avoided is None else f"{avoided:.0%}"])

@@ -167,3 +167,12 @@ def test_the_report_has_the_ends_and_the_cost_at_equal_refusal(
     assert rows[2].split()[-5:] == ["0.0", "%", "0.0", "%", "1.6000"]
     alone = write_report({"update-tensor": curves["update-tensor"]}, SIZES, tmp_path / "alone")
     assert [path.name for path in alone] == ["table.md", "results.json"]
+
+
+def test_look_alikes_are_of_the_seeds_that_the_growth_is_of(curves: dict[str, dict[int, Curve]]) -> None:
+    """Plain fine-tuning of seed 2 reaches no level."""
+    start, *others = curves["update-tensor"][1]
+    curves["update-tensor"][2] = [start, *(replace(point, benign_refused=0.0) for point in others)]
+    curves[PLAIN][2] = [start] * len(curves[PLAIN][1])
+    row = "| update, per tensor | +0.0400 (1); 20% | +0.0500 (1); 25% |"
+    assert row in markdown_tables(curves, SIZES)
