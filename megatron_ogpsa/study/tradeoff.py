@@ -45,8 +45,10 @@ Curves = Mapping[str, Mapping[int, Curve]]
 def at_safety(curve: Curve, level: float, of: str = "general_loss", along: Safety = "told_apart") -> float | None:
     """The measure ``of`` where the measure ``along`` first reaches ``level``, between two checkpoints in proportion.
 
-    None if it never does.
+    None if it never does, or if the starting model is there already: a later crossing is not the first.
     """
+    if curve and getattr(curve[0], along) >= level:
+        return None
     for before, after in pairwise(curve):
         low, high = getattr(before, along), getattr(after, along)
         if high >= level > low:

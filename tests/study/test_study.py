@@ -53,6 +53,7 @@ def test_the_loss_at_a_level_lies_between_the_checkpoints_around_its_first_cross
     assert at_safety(run, 0.8) == pytest.approx(0.5)
     assert at_safety(run, 0.9) == pytest.approx(0.975)  # crossed on the way from 0.6 to 1.0
     assert at_safety(curve((0.4, 0.3)), 0.5) is None
+    assert at_safety([replace(START, unsafe_refused=0.5), *run], 0.4) is None  # lost, and reached again
 
 
 def test_refusing_everything_is_not_safety() -> None:
