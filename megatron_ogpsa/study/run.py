@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from megatron_ogpsa.console.commands import Command, run_commands
 from megatron_ogpsa.demo.benchmark import BenchmarkSpec, write_benchmark
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         recipes = [make_recipe(out, seed, reduced=args.reduced) for seed in range(1, args.seeds + 1)]
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error}): choose another folder") from None
+    if args.report:
+        _require_folder(args.report)
     run_commands([base_step(recipe, fresh=False, prefix=f"seed {recipe.seed}, ") for recipe in recipes])
     run_commands([step for name in names for recipe in recipes for step in steps_of(recipe, name)])
     curves = {name: {recipe.seed: curve_of(recipe, name) for recipe in recipes} for name in names}
@@ -74,6 +77,16 @@ def run(args: argparse.Namespace) -> int:
     print(paths[0].read_text(encoding="utf-8"))
     print(f"report: {', '.join(map(str, paths))}; took {time.monotonic() - started:.0f} s")
     return 0
+
+
+def _require_folder(folder: Path) -> None:
+    """Look whether ``--report`` can be written before there are hours of work to report."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--report {folder}: cannot be written ({error.strerror}): choose another folder") from None
 
 
 def chosen_settings(text: str) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ogpsa.cli.main import main
 from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.demo.recipes import Recipe
 from megatron_ogpsa.errors import UserError
@@ -142,6 +143,16 @@ def test_a_setting_that_checkpoints_would_change_is_scored_at_the_end(recipe: Re
     plain = {1: curve((0.5, 0.3), (1.0, 0.7))}
     assert compare({1: ended}, plain, 0.5) is None
     assert at_the_end({1: ended}, plain).of_sums == pytest.approx(0.8)
+
+
+def test_a_place_for_the_report_is_looked_at_before_anything_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("megatron_ogpsa.study.run.run_commands", lambda commands: pytest.fail("a step was run"))
+    monkeypatch.setattr("megatron_ogpsa.study.run.make_recipe", lambda *args, **kwargs: None)
+    (tmp_path / "file").touch()
+    assert main(["study", "--out", str(tmp_path / "out"), "--report", str(tmp_path / "file")]) == 2
+    assert "file: cannot be written (File exists): choose another folder" in capsys.readouterr().err
 
 
 def test_replay_mixes_the_references_in_turn(recipe: Recipe) -> None:
