@@ -12,7 +12,7 @@ from megatron_ogpsa.console.commands import run_commands
 from megatron_ogpsa.data.sources import require_source
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.laptop.jobs import Job, chatting_steps, start_result, starting_steps
-from megatron_ogpsa.laptop.recipe import Recipe, Sizes, keep_model
+from megatron_ogpsa.laptop.recipe import ROWS, Recipe, Sizes, keep_model
 from megatron_ogpsa.laptop.report import read_curve, terminal_table, write_report
 from megatron_ogpsa.study.run import chosen_settings
 from megatron_ogpsa.study.settings import SETTINGS
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="faster on CPUs that multiply bfloat16 (avx512_bf16, amx_bf16), slower on others",
     )
-    parser.add_argument("--nproc", type=int, default=2, metavar="N", help="ranks, data-parallel (default: 2)")
+    parser.add_argument("--nproc", type=int, default=2, metavar="N", help="ranks, data-parallel: 1 or 2 (default: 2)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -145,6 +145,8 @@ def _recipes(args: argparse.Namespace) -> list[Recipe]:
     ):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: use 1 or more")
+    if any(rows % args.nproc for rows in ROWS.values()):
+        raise UserError(f"--nproc {args.nproc}: a step of SFT has {ROWS['sft']} rows for them to share: use 1 or 2")
     if args.refresh_warmup < 0:
         raise UserError(f"--refresh-warmup {args.refresh_warmup}: use 0 or more")
     for flag in ("sft_lr", "dpo_lr"):

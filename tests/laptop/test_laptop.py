@@ -101,6 +101,7 @@ def test_a_model_goes_through_sft_and_dpo_and_comes_back(
             "12 conversations of at most 700 characters are too few",
         ),
         ("tiny --general general.jsonl --parts 9", "--parts 9: is more than --references 8"),
+        ("tiny --general general.jsonl --nproc 4", "--nproc 4: a step of SFT has 2 rows for them to share: use 1 or 2"),
         ("tiny --general general.jsonl --sft-lr 2", "--sft-lr 2.0: use a rate such as 1e-5"),
         ("tiny --general general.jsonl --settings plain,replay", "--settings replay: use some of plain, "),
         (
