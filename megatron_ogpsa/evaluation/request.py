@@ -109,6 +109,8 @@ class Request:
         for flag, value in (("--judge", given.judge), ("--answers", given.answers)):
             if value and not prompts:
                 raise UserError(f"{flag} {value}: there are no answers: give --prompts NAME=SOURCE too")
+        if given.answers and given.json and Path(given.answers).resolve() == Path(given.json).resolve():
+            raise UserError(f"--json {given.json}: is the file of --answers, which it would replace: name another one")
         if given.judge and not judges_here:
             check_judge(given.judge)
         return cls(

@@ -199,6 +199,7 @@ def test_prompts_come_from_prompts_conversations_and_pairs(tmp_path: Path) -> No
         ("--data a=x --judge operator:eq", "there are no answers"),
         ("--prompts a=x --max-new-tokens 0", "at least 1"),
         ("--prompts a=x --generation-batch-size 0", "--generation-batch-size 0: use a whole number of at least 1"),
+        ("--prompts a=x --answers a.json --json ./a.json", "--json ./a.json: is the file of --answers"),
         ("--prompts a=x --judge nowhere.py:f", "no such file"),
         ("--prompts a=x --judge f", "write FILE.py:FUNCTION"),
     ],
