@@ -6,11 +6,16 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import override
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_ogpsa.checkpoints import examine
 from megatron_ogpsa.checkpoints.survey import TRACKER_FILE, survey
@@ -45,8 +50,6 @@ class Checkpoint:
             UserError: it is torn, or there is none.
         """
         from megatron.core.dist_checkpointing import load_common_state_dict
-        from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
 
         examined = examine(folder, iteration)
         if examined.chosen is None or not (examined.is_tracked or iteration is not None):
@@ -60,7 +63,8 @@ class Checkpoint:
         self.is_verified = examined.is_verified
         try:
             common = load_common_state_dict(self.path)
-            metadata = FileSystemReader(self.path).read_metadata()
+            self._reader = FileSystemReader(self.path)
+            metadata = self._reader.read_metadata()
         except (Exception, CheckpointException) as error:
             raise UserError(
                 f"{self.path}: not a torch_dist checkpoint ({one_line(_cause(error))}): restore it, or name a folder that "
@@ -77,7 +81,8 @@ class Checkpoint:
         if any(key.startswith("decoder.layers.0.") for key in self._tensors):
             # Megatron does so where layers may differ, also if they do not: --moe-layer-freq '([1]*48)'.
             self.content["non_homogeneous_layers"] = True
-        self._strategy = TorchDistLoadShardedStrategy(cache_metadata=True)
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._chunks = {key: _ChunksOfTensor(found.chunks) for key, found in self._tensors.items()}
 
     @property
     def rows_of_embedding(self) -> int:
@@ -93,26 +98,24 @@ class Checkpoint:
     def read(self, piece: Piece) -> Tensor:
         """The values of a piece, whatever layout they were saved in.
 
+        Megatron's own reader compares each piece with all that was saved of its tensor, which is that of all layers and
+        experts: its time grows with the square of their number.
+
         Raises:
             UserError: they cannot be read, as in a checkpoint without a manifest of which a file is missing.
         """
-        # With axes to be prepended Megatron would have this one rank name the whole checkpoint's shards.
-        shard = replace(
-            piece.shard,
-            key=self._key_of(piece),
-            data=None,
-            dtype=self.dtype_of(piece),
-            local_shape=tuple(piece.extent),
-            prepend_axis_num=0,
-        )
+        key = self._key_of(piece)
+        tensor = torch.empty(tuple(piece.extent), dtype=self.dtype_of(piece))
+        wanted = ChunkStorageMetadata(torch.Size(piece.shard.global_offset), tensor.shape)
+        near = replace(self._tensors[key], chunks=self._chunks[key].near(wanted))
+        items = create_read_items_for_chunk_list(key, near, [wanted])
+        if sum(item.lengths.numel() for item in items) != tensor.numel():
+            raise UserError(f"{self.path}: {key} is not whole: restore it, or name another checkpoint")
         try:
-            (tensor,) = self._strategy.load({"piece": shard}, self.path).values()
-        except CheckpointException as error:
-            cause = _cause(error)
-            message = (
-                f"{self.path}: {shard.key} cannot be read ({one_line(cause)}): restore it, or name another checkpoint"
-            )
-            raise file_error(cause, message) from error
+            self._reader.read_data(LoadPlan(items), _Into(tensor)).wait()
+        except Exception as error:  # whatever torch meets in a torn file
+            message = f"{self.path}: {key} cannot be read ({one_line(error)}): restore it, or name another checkpoint"
+            raise file_error(error, message) from error
         return tensor.reshape(piece.shard.local_shape)
 
     def require_model(self, pieces: Sequence[Piece]) -> None:
@@ -153,6 +156,39 @@ class Checkpoint:
                     f"{self.path}: trained with --{name.replace('_', '-')} {trained}, config.json means "
                     f"{getattr(expected, name)}: {_REMEDY}"
                 )
+
+
+class _ChunksOfTensor:
+    """What was saved of one tensor, found by its place along the axes on which each chunk has one index: layers, experts."""
+
+    def __init__(self, chunks: Sequence[ChunkStorageMetadata]) -> None:
+        self._all = list(chunks)
+        axes = range(len(self._all[0].sizes) if self._all else 0)
+        self._single = [axis for axis in axes if all(chunk.sizes[axis] == 1 for chunk in self._all)]
+        self._at: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
+        for chunk in self._all:
+            self._at.setdefault(self._place(chunk), []).append(chunk)
+
+    def near(self, wanted: ChunkStorageMetadata) -> list[ChunkStorageMetadata]:
+        """All that ``wanted`` may overlap."""
+        if all(wanted.sizes[axis] == 1 for axis in self._single):
+            return self._at.get(self._place(wanted), [])
+        return self._all
+
+    def _place(self, chunk: ChunkStorageMetadata) -> tuple[int, ...]:
+        return tuple(chunk.offsets[axis] for axis in self._single)
+
+
+class _Into(DefaultLoadPlanner):
+    """Reads into one tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self._tensor = tensor
+
+    @override
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self._tensor
 
 
 def _cause(error: BaseException) -> BaseException:
