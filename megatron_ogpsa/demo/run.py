@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     if args.seeds < 1:
         raise UserError(f"--seeds {args.seeds}: use 1 or more")
+    if args.seed < 1:  # which Megatron does not take
+        raise UserError(f"--seed {args.seed}: use 1 or more")
     out: Path = args.out.resolve()
     try:
         recipes = [make_recipe(args, out, seed) for seed in range(args.seed, args.seed + args.seeds)]

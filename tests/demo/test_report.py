@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_ogpsa.cli.main import main
 from megatron_ogpsa.configuration.config_file import ConfigFile
 from megatron_ogpsa.console.training_log import Curve, read_curves
 from megatron_ogpsa.demo import evaluate
@@ -140,6 +141,15 @@ def test_curves_come_from_megatrons_log(tmp_path: Path) -> None:
     assert curves["lm loss"].steps == [7]
     assert curves["lm loss"].values == [0.25]
     assert curves["ogpsa removed"].values == [0.01]
+
+
+@pytest.mark.parametrize("flags", ["--seed 0", "--seeds 0"])
+def test_seeds_that_cannot_be_are_told_before_data_are_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flags: str
+) -> None:
+    monkeypatch.setattr("megatron_ogpsa.demo.run.make_recipe", lambda *args: pytest.fail("data were written"))
+    assert main(["demo", "--out", str(tmp_path), *flags.split()]) == 2
+    assert f"{flags}: use 1 or more" in capsys.readouterr().err
 
 
 def test_checkpoints_may_lie_in_a_folder_with_an_at_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

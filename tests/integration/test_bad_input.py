@@ -214,6 +214,7 @@ def test_flags_that_the_loop_would_drop_or_fail_with_late(flags: str, expected: 
             "model lr 1 train-iters 5 micro-batch-size 1 seq-length 8 eval-interval 0",
             "--eval-interval 0: use 1 or more",
         ),
+        ("model lr 1 train-iters 5 micro-batch-size 1 seq-length 8 seed 0", "--seed 0: use 1 or more"),
     ],
 )
 def test_what_megatron_misses_in_an_assertion_is_asked_for(flags: str, expected: str) -> None:

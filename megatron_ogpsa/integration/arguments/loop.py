@@ -115,7 +115,7 @@ def check_before_validation(args: argparse.Namespace, *, is_here: bool = True) -
 
 
 def require_flags(args: argparse.Namespace, *, for_training: bool) -> None:
-    """Ask for what Megatron cannot do without, which it would miss in an assertion or a TypeError.
+    """Ask for what Megatron cannot do without, which it would miss in an assertion, a TypeError or a ValueError.
 
     Raises:
         UserError: naming the flag.
@@ -137,6 +137,8 @@ def require_flags(args: argparse.Namespace, *, for_training: bool) -> None:
         given = getattr(args, name)
         if given is not None and given < 1:
             raise UserError(f"--{_flag(name)} {given}: use 1 or more, or leave it out")
+    if args.seed < 1:  # Megatron raises when its ranks have met
+        raise UserError(f"--seed {args.seed}: use 1 or more")
 
 
 def _flag(name: str) -> str:
