@@ -178,3 +178,11 @@ def test_the_command_ends_with_an_all_reduce_for_each_axis(
     ]
     assert report["findings"][-1]["value"] == "2 groups of 2, the sum is right"
     assert {"name", "level", "value", "remedy", "section"} == set(report["findings"][0])
+
+
+@pytest.mark.parametrize("seconds", ["-5", "0", "nan", "inf", "soon"])
+def test_a_timeout_that_no_connection_can_keep_is_refused(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--timeout", seconds])
+    assert ended.value.code == 2
+    assert f"'{seconds}' is not a number of seconds above 0" in capsys.readouterr().err
