@@ -122,6 +122,8 @@ def require_place(flag: str, path: Path) -> None:
     def write_beside() -> None:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():  # root would put a file in the place of /dev/null
+            raise OSError(errno.EINVAL, "not a regular file")
         beside = path.with_name(f"{path.name}.tmp")
         write_atomically(beside, b"")
         beside.unlink()

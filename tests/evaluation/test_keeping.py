@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -140,6 +141,15 @@ def test_looking_leaves_files_as_they_are(tmp_path: Path) -> None:
     assert [file.read_text(encoding="utf-8") for file in path.parent.iterdir()] == ["of another run"]
     with pytest.raises(UserError, match=r"--json .*new: cannot be written \(Is a directory\): name another file"):
         require_place("--json", path.parent)
+
+
+def test_scores_do_not_take_the_place_of_a_device(tmp_path: Path) -> None:
+    """As ``--json /dev/null`` and ``--json /dev/stdout`` would for root."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match=r"--json .*pipe: cannot be written \(not a regular file\): name another file"):
+        require_place("--json", pipe)
+    assert pipe.is_fifo()
 
 
 def test_a_checkpoint_with_a_file_too_few_is_no_checkpoint(
