@@ -12,10 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from megatron_ogpsa.errors import UserError
+from megatron_ogpsa.system.processes import end_with_parent
 
 LOG_TAIL = 15
 """Lines of a failed command's log that are shown."""
@@ -82,7 +85,7 @@ def in_turn(
         begun = clock()
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with command.log.open("w", encoding="utf-8") as log, _end_by_sigterm() as end:
-            process = subprocess.Popen(command.argv, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            process = _start(command.argv, log, environment)
             try:
                 end.may_come()
                 while process.poll() is None and clock() < until:
@@ -99,6 +102,12 @@ def in_turn(
         pace = (clock() - begun) / command.seconds
         _show("")
         yield command, None if was_cut else process.returncode
+
+
+def _start(argv: list[str], log: IO[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """It is told to end if this process is killed: a second run would train in the same folder beside it."""
+    end = partial(end_with_parent, os.getpid(), signal.SIGTERM)
+    return subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=end)
 
 
 def show_end(command: Command) -> None:

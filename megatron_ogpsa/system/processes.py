@@ -18,17 +18,18 @@ ATTEMPT_VARIABLE = "MEGATRON_OGPSA_ATTEMPT"
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
-def end_with_parent(parent: int) -> None:
-    """Ask Linux to kill this process when its parent dies, which may be by SIGKILL.
+def end_with_parent(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
+    """Ask Linux to end this process when its parent dies, which may be by SIGKILL. It holds over exec.
 
     The kernel looks at the thread that started this process: it must be one that lives as long as the parent does.
 
     Args:
         parent: the process id that the parent has told; it may have died before this call.
+        by: the signal; one that can be caught lets this process end what it has started itself.
     """
-    ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, by)
     if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), by)
 
 
 def end_with_starter() -> None:

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +50,34 @@ def test_told_to_end_while_a_step_is_being_started_it_ends_it(tmp_path: Path, mo
         run_commands([Command("a step", ["sleep", "600"], tmp_path / "a.log", seconds=1.0)])
     assert ended.value.code == 128 + signal.SIGTERM
     assert started[0].poll() == -signal.SIGTERM
+
+
+def test_a_step_ends_with_a_command_that_is_killed(tmp_path: Path) -> None:
+    """Where nothing is left to end it, as by SIGKILL of who is short of memory."""
+    log = tmp_path / "a.log"
+    step = f"Command('a step', ['sh', '-c', 'echo $$; exec sleep 600'], Path({str(log)!r}), seconds=1.0)"
+    module = "megatron_ogpsa.console.commands"
+    code = f"from pathlib import Path; from {module} import Command, run_commands; run_commands([{step}])"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL) as command:
+        wait_until(lambda: log.exists() and log.read_text(encoding="utf-8").endswith("\n"))
+        command.kill()
+    left = int(log.read_text(encoding="utf-8"))
+    try:
+        wait_until(lambda: not is_running(left))
+    finally:
+        if is_running(left):
+            os.kill(left, signal.SIGKILL)
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

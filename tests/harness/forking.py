@@ -58,7 +58,7 @@ def _fork_child(
     """``Popen._execute_child``, of Python 3.12 to 3.14. The child keeps all files open: its copies of objects own them."""
     *pipes, _, _, _, _, _, start_new_session, _ = others
     p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = pipes
-    if preexec_fn is not None or shell or executable is not None:
+    if shell or executable is not None:
         raise NotImplementedError(f"{command}: only what this project's processes ask of Popen")
 
     def prepare() -> None:
@@ -74,6 +74,8 @@ def _fork_child(
         if env is not None:
             os.environ.clear()
             os.environ.update(env)
+        if preexec_fn is not None:
+            preexec_fn()
 
     popen.pid = fork_module(command[0], command[1:], prepare)
     popen._child_created = True
