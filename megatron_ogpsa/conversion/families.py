@@ -87,16 +87,21 @@ def family_of(place: str, config: Mapping[str, Any]) -> Family:
     Raises:
         UnsupportedError: an architecture that is not in the table, or quantised weights.
     """
-    architectures = config.get("architectures") or ["none"]
-    if architectures[0] not in FAMILIES or FAMILIES[architectures[0]].model_type != config.get("model_type"):
+    name, kind = next(iter(config.get("architectures") or ["none"])), config.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UnsupportedError(
-            f"{place}: the architecture {architectures[0]} is not supported: convert one of {', '.join(FAMILIES)}"
+            f"{place}: the architecture {name} is not supported: convert one of {', '.join(FAMILIES)}"
+        )
+    if FAMILIES[name].model_type != kind:
+        raise UnsupportedError(
+            f"{place}: {name} with model_type {kind} is not supported, since its layers may be others: convert a model of "
+            f"model_type {FAMILIES[name].model_type}"
         )
     if config.get("quantization_config"):
         raise UnsupportedError(
             f"{place}: quantization_config: quantised weights cannot be trained: take the original ones"
         )
-    return FAMILIES[architectures[0]]
+    return FAMILIES[name]
 
 
 def model_flags(place: str, config: Mapping[str, Any]) -> Flags:

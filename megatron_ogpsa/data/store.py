@@ -19,6 +19,9 @@ from megatron_ogpsa.system.files import file_error
 
 _DOCUMENT_SCHEMA = pa.schema({"token_ids": pa.list_(pa.int32()), "is_supervised": pa.list_(pa.bool_())})
 _ROW_SCHEMA = pa.schema({"documents": pa.list_(pa.int64())})
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+"""Of Arrow's stream format; without it a reader takes what is cut off between two batches for whole."""
+
 _BATCH_ROWS = 512
 _FEW = 0.1
 """Share of samples that may be cut, or left out, without a word."""
@@ -141,13 +144,21 @@ def read_folder(folder: Path, *, in_memory: bool) -> TokenizedDocuments:
     """
     try:
         return TokenizedDocuments(
-            documents=datasets.Dataset.from_file(str(folder / "documents.arrow"), in_memory=in_memory),
-            rows=datasets.Dataset.from_file(str(folder / "rows.arrow"), in_memory=in_memory),
+            documents=_read_arrow(folder / "documents.arrow", in_memory=in_memory),
+            rows=_read_arrow(folder / "rows.arrow", in_memory=in_memory),
             summary=DataSummary(**json.loads((folder / "summary.json").read_text(encoding="utf-8"))),
         )
     except (OSError, ValueError, TypeError, pa.ArrowInvalid) as error:
         told = f"{folder}: broken cache ({' '.join(str(error).split())}); delete this folder"
         raise file_error(error, told) from error
+
+
+def _read_arrow(path: Path, *, in_memory: bool) -> datasets.Dataset:
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - len(_END_OF_STREAM), 0))
+        if file.read() != _END_OF_STREAM:
+            raise ValueError(f"{path.name} is cut off")
+    return datasets.Dataset.from_file(str(path), in_memory=in_memory)
 
 
 def _write_arrow(path: Path, schema: pa.Schema, records: Iterable[dict[str, object]]) -> None:

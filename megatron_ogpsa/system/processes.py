@@ -15,6 +15,9 @@ PARENT_VARIABLE = "MEGATRON_OGPSA_PARENT"
 ATTEMPT_VARIABLE = "MEGATRON_OGPSA_ATTEMPT"
 """What :func:`attempt_in_store` is for the job, in a process that one of its ranks has started."""
 
+_LIBC = ctypes.CDLL(
+    None, use_errno=True
+)  # opened here: a lock that a thread holds at a fork is never free in the child
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
@@ -27,7 +30,7 @@ def end_with_parent(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
         parent: the process id that the parent has told; it may have died before this call.
         by: the signal; one that can be caught lets this process end what it has started itself.
     """
-    ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, by)
+    _LIBC.prctl(_SET_PARENT_DEATH_SIGNAL, by)
     if os.getppid() != parent:
         os.kill(os.getpid(), by)
 

@@ -60,13 +60,21 @@ TROUBLES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"not a Hugging Face folder \(config.json is missing",
     ),
     "no-json": (lambda folder: (folder / "config.json").write_text("{"), r"config.json cannot be read"),
+    "no-name-of-an-architecture": (
+        with_config(architectures=[{"a": 1}]),
+        r"the architecture \{'a': 1\} is not supported: convert one of LlamaForCausalLM",
+    ),
+    "another-model-type": (
+        with_config(architectures=["LlamaForCausalLM"], model_type="granite"),
+        r"LlamaForCausalLM with model_type granite is not supported, since .*: convert a model of model_type llama$",
+    ),
     "architecture": (
         with_config(architectures=["GPT2LMHeadModel"], model_type="gpt2"),
         r"GPT2LMHeadModel is not supported: convert one of LlamaForCausalLM, .*MixtralForCausalLM",
     ),
     "own-code": (
         with_config(model_type="mine", auto_map={"AutoConfig": "configuration_mine.Mine"}),
-        r"not supported: convert one of",
+        r"with model_type mine is not supported, since its layers may be others: convert a model of",
     ),
     "wrong-type": (with_config(hidden_size="wide"), r"not a configuration of llama .*hidden_size"),
     "quantised": (with_config(quantization_config={"quant_method": "awq"}), r"quantization_config"),

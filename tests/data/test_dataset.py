@@ -177,6 +177,17 @@ class TestCache:
             build_chat_dataset(write_jsonl(ROWS[0], b"{"), tokenizer, seq_length=64, packing=True, cache_dir=cache)
         assert list(cache.iterdir()) == []
 
+    def test_a_cache_that_was_cut_off_between_two_batches(
+        self, write_jsonl: WriteJsonl, tokenizer: ChatTokenizer, tmp_path: Path
+    ) -> None:
+        """Arrow takes it for whole, with fewer rows."""
+        source, cache = write_jsonl(*ROWS), tmp_path / "cache"
+        built = build_chat_dataset(source, tokenizer, seq_length=64, packing=True, cache_dir=cache)
+        rows = cache / f"chat-{built.fingerprint[:32]}" / "rows.arrow"
+        rows.write_bytes(rows.read_bytes()[:-8])  # the mark of the stream's end
+        with pytest.raises(UserError, match=r"broken cache \(rows\.arrow is cut off\); delete this folder$"):
+            build_chat_dataset(source, tokenizer, seq_length=64, packing=True, cache_dir=cache)
+
     def test_broken_and_unwritable_cache(
         self, write_jsonl: WriteJsonl, tokenizer: ChatTokenizer, tmp_path: Path
     ) -> None:
