@@ -248,8 +248,11 @@ def _unfilled_row(row: dict[str, object], schema: pa.Schema) -> dict[str, object
 def _unfilled(value: object, kind: pa.DataType | None) -> object:
     """A field without the nulls with which a column gives each object within it, a tool's call say, the fields of all others.
 
-    What is no struct (JSON that ``datasets`` keeps as text) has nulls of its own.
+    What is no struct has nulls of its own: objects of unlike kinds, which ``datasets`` 5 keeps as JSON, in parquet as text of
+    that type.
     """
+    if isinstance(value, str) and isinstance(kind, pa.JsonType):
+        return json.loads(value)
     if isinstance(value, list):
         inner = getattr(kind, "value_type", None)
         return [_unfilled(element, inner) for element in value]

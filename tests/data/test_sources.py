@@ -129,6 +129,16 @@ def test_columns_give_no_call_the_arguments_of_another(tmp_path: Path) -> None:
         assert read == [row["messages"] for row in rows]
 
 
+def test_objects_of_unlike_kinds_in_parquet_are_json(tmp_path: Path) -> None:
+    """As ``datasets`` 5 writes calls of which an argument is a number here and text there; nulls are as they were written."""
+    calls = [{"name": "f", "arguments": {"at": at}} for at in (1, "noon", None)]
+    messages = [HI_HELLO[0], {"role": "assistant", "content": "", "tool_calls": calls}]
+    column = pa.array([json.dumps(message) for message in messages], type=pa.json_())
+    table = pa.table({"messages": pa.ListArray.from_arrays(pa.array([0, 2]), column)})
+    pq.write_table(table, tmp_path / "calls.parquet")
+    assert [read for _, read in messages_of(str(tmp_path / "calls.parquet"))] == [messages]
+
+
 def test_nulls_that_were_written_stay(tmp_path: Path) -> None:
     call = {"name": "f", "arguments": {"city": "Paris", "at": None}}
     messages = [HI_HELLO[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
