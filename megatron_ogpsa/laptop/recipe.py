@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from megatron_ogpsa.data.messages import messages_from_row
 from megatron_ogpsa.data.sources import open_source
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.laptop.safety_data import held_out_prompts, training_examples
@@ -235,9 +236,14 @@ def _digest_of_samples(path: Path) -> str:
 
 
 def _short_conversations(source: str) -> Iterator[dict[str, object]]:
-    """Each once, so that what is scored is not protected itself; without other columns, whose values may not be JSON's."""
+    """Each once, so that what is scored is not protected itself; without other columns, whose values may not be JSON's.
+
+    Raises:
+        UserError: a row on the way is no conversation.
+    """
     seen = set()
-    for _, row in open_source(source).rows():
+    for where, row in open_source(source).rows():
+        messages_from_row(row, where)  # the copy of it would be told of, after the model is converted
         kept = {name: row[name] for name in _COLUMNS if isinstance(row, dict) and name in row}
         text = json.dumps(kept)
         if len(text) <= LONGEST and text not in seen:

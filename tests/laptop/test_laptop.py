@@ -45,6 +45,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.write(b"!")
     rows = [{"prompt": f"what is {number} plus one", "response": f"it is {number + 1}"} for number in range(12)]
     (folder / "general.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    others = {"pairs": {"prompt": "why", "chosen": "so", "rejected": "no"}, "shares": {"conversations": []}}
+    for name, row in others.items():
+        (folder / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 12, encoding="utf-8")
     return folder
 
 
@@ -99,6 +102,11 @@ def test_a_model_goes_through_sft_and_dpo_and_comes_back(
         (
             "tiny --general general.jsonl --references 12 --out few",
             "12 conversations of at most 700 characters are too few",
+        ),
+        ("tiny --general pairs.jsonl --out pairs", "pairs.jsonl:1: a preference pair, where conversations are wanted"),
+        (
+            "tiny --general shares.jsonl --out shares",
+            "shares.jsonl:1: no field 'messages', nor 'prompt' and 'response'",
         ),
         ("tiny --general general.jsonl --parts 9", "--parts 9: is more than --references 8"),
         ("tiny --general general.jsonl --nproc 4", "--nproc 4: a step of SFT has 2 rows for them to share: use 1 or 2"),
