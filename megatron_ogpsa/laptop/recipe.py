@@ -26,6 +26,9 @@ HELD_OUT = 96
 """General conversations that are scored, at most. With 24 of them a run that cost the protected ones 0.08 seemed to gain
 0.05: few of a mixed source are not like any others of it."""
 
+_OF_THE_MODEL = (".json", ".safetensors", ".jinja", ".model")
+"""Files that decide what a model answers; chat templates and SentencePiece's tokenizers have their own."""
+
 _COLUMNS = ("messages", "prompt", "response")
 """Of a conversation (``megatron_ogpsa/data/messages.py``)."""
 
@@ -214,13 +217,13 @@ class Recipe:
 
 
 def keep_model(out: Path, model: Path) -> None:
-    """Note which model the runs in ``out`` begin with: its configuration, and samples of its weights.
+    """Note which model the runs in ``out`` begin with: its configuration, tokenizer, chat template, samples of its weights.
 
     Raises:
         UserError: those that are there began with another.
         OSError: a file cannot be read or written.
     """
-    files = sorted(path for path in model.iterdir() if path.suffix in (".json", ".safetensors") and path.is_file())
+    files = sorted(path for path in model.iterdir() if path.suffix in _OF_THE_MODEL and path.is_file())
     _keep(out / "model.json", ([path.name, _digest_of_samples(path)] for path in files), "from another model")
 
 

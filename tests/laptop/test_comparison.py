@@ -15,7 +15,7 @@ from megatron_ogpsa.console.commands import Command, run_commands
 from megatron_ogpsa.errors import UserError
 from megatron_ogpsa.integration.arguments.parser import build_parser, parse_flags
 from megatron_ogpsa.laptop.jobs import Job, chatting_steps
-from megatron_ogpsa.laptop.recipe import Recipe, Sizes
+from megatron_ogpsa.laptop.recipe import Recipe, Sizes, keep_model
 from megatron_ogpsa.laptop.report import markdown_tables, read_curve, terminal_table, write_report
 from megatron_ogpsa.study.report import read_json
 from megatron_ogpsa.study.settings import PLAIN, SETTINGS
@@ -76,6 +76,18 @@ def test_other_data_are_not_mixed_with_what_was_scored(recipe: Recipe) -> None:
     recipe.write_data()  # the same again
     with pytest.raises(UserError, match=r"references.jsonl is of a run with other data"):
         replace(recipe, sizes=replace(SIZES, references=4)).write_data()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "chat_template.jinja", "tokenizer.model"])
+def test_a_changed_file_of_the_model_makes_it_another(tmp_path: Path, name: str) -> None:
+    """What is converted already has the old one, and so have scores."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).write_text("old", encoding="utf-8")
+    keep_model(tmp_path / "out", tmp_path / "model")
+    keep_model(tmp_path / "out", tmp_path / "model")
+    (tmp_path / "model" / name).write_text("new", encoding="utf-8")
+    with pytest.raises(UserError, match=r"model.json is of a run from another model"):
+        keep_model(tmp_path / "out", tmp_path / "model")
 
 
 def scores(path: Path, *points: tuple[float, float, float]) -> None:
