@@ -16,6 +16,9 @@ from megatron_ogpsa.system.files import write_json
 
 COMMAND = [sys.executable, "-m", "megatron_ogpsa.cli.main"]
 
+ONE_NODE = ("--nnodes", "1")
+"""Whatever NNODES or SLURM say of the machine that this runs on."""
+
 MAX_NEW_TOKENS = 12
 """Of an answer whose opening says whether it is a refusal."""
 
@@ -81,8 +84,8 @@ class Job:
             refreshes += 2 * len(first)  # in either stage
             seconds += refreshes * sizes.references * SECONDS["reference"]
         log = self.recipe.folder / f"{self.name}.log"
-        yield Command(self.title, [*COMMAND, "train", str(self.config)], log, seconds, self.is_done)
-        evaluate = [*COMMAND, "evaluate", str(self.config), "--load", str(training / "dpo"), *_scored(self.recipe)]
+        yield Command(self.title, [*COMMAND, "train", *ONE_NODE, str(self.config)], log, seconds, self.is_done)
+        evaluate = [*_scoring(self, training / "dpo"), *_scored(self.recipe)]
         for stage, step in scored[:-1]:
             evaluate += ["--compare", f"{training / stage}@{step}"]
         yield Command(
@@ -112,7 +115,7 @@ def starting_steps(job: Job, model: Path) -> Iterator[Command]:
     )
     yield Command(
         "scores of the model as it came",
-        [*COMMAND, "evaluate", str(job.config), "--load", str(recipe.start), *_scored(recipe), *_written(result)],
+        [*_scoring(job, recipe.start), *_scored(recipe), *_written(result)],
         result.with_suffix(".log"),
         SECONDS["start"] + SECONDS["score"],
         result.exists(),
@@ -156,6 +159,10 @@ def chatting_steps(jobs: Sequence[Job], model: Path, log: Path) -> Iterator[Comm
         is_done,
         (asked, answered),
     )
+
+
+def _scoring(job: Job, folder: Path) -> list[str]:
+    return [*COMMAND, "evaluate", str(job.config), *ONE_NODE, "--load", str(folder)]
 
 
 def _scored(recipe: Recipe) -> list[str]:

@@ -138,7 +138,10 @@ def test_every_checkpoint_but_the_last_is_scored_by_number_and_removed(recipe: R
     folder = recipe.training(PLAIN)
     given = [score.argv[i + 1] for i, word in enumerate(score.argv) if word in ("--compare", "--load")]
     assert given == [f"{folder}/dpo", f"{folder}/sft@2", f"{folder}/sft@4", f"{folder}/dpo@2"]
-    assert [*train.argv[-2:], *tidy.argv[:2]] == ["train", str(folder.with_suffix(".yaml")), "rm", "-rf"]
+    config = str(folder.with_suffix(".yaml"))
+    assert train.argv[-4:] == ["train", "--nnodes", "1", config]  # in an allocation of two it would wait for the other
+    assert score.argv[3:7] == ["evaluate", config, "--nnodes", "1"]
+    assert tidy.argv[:2] == ["rm", "-rf"]
     assert tidy.argv[2:] == [
         f"{folder}/sft/iter_0000002",
         f"{folder}/sft/iter_0000004",
