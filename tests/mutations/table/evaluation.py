@@ -10,8 +10,8 @@ EVALUATION = (
     Mutation(
         "refusals-sought-in-the-whole-answer",
         "megatron_ogpsa/evaluation/refusals.py",
-        "opening = answer.strip()[:OPENING]",
-        "opening = answer.strip()",
+        "opening = _plain(answer.strip()[:OPENING])",
+        "opening = _plain(answer.strip())",
         (f"{VERDICTS}::test_the_built_in_patterns_tell_refusals_from_help",),
         'a helpful answer that says "I cannot" at its end counts as refused',
     ),
@@ -42,7 +42,7 @@ EVALUATION = (
     Mutation(
         "judge-may-say-two",
         "megatron_ogpsa/evaluation/judges.py",
-        "not math.isfinite(value) or not 0 <= value <= 1",
+        "not 0 <= value <= 1",
         "not math.isfinite(value)",
         (f"{VERDICTS}::test_what_is_wrong_with_a_judge_is_told",),
         "a judge that marks from 0 to 10 gives rates above 100 %",
