@@ -51,13 +51,18 @@ class CommandFailed(UserError):
     exit_code = 1
 
 
-def run_commands(commands: Sequence[Command], clock: Callable[[], float] = time.monotonic) -> None:
+def run_commands(
+    commands: Sequence[Command], clock: Callable[[], float] = time.monotonic, *, on_cpu: bool = False
+) -> None:
     """Run those that are left; the first that fails is the last.
+
+    Args:
+        on_cpu: hide GPUs from them: they are written for ranks on a CPU, and two of these cannot share a GPU with NCCL.
 
     Raises:
         CommandFailed: an exit code was not 0.
     """
-    for command, exit_code in in_turn(commands, clock):
+    for command, exit_code in in_turn(commands, clock, on_cpu=on_cpu):
         if exit_code != 0:
             show_end(command)
             raise CommandFailed(
@@ -68,13 +73,19 @@ def run_commands(commands: Sequence[Command], clock: Callable[[], float] = time.
 
 
 def in_turn(
-    commands: Sequence[Command], clock: Callable[[], float] = time.monotonic, *, until: float = math.inf
+    commands: Sequence[Command],
+    clock: Callable[[], float] = time.monotonic,
+    *,
+    until: float = math.inf,
+    on_cpu: bool = False,
 ) -> Iterator[tuple[Command, int | None]]:
     """Run those that are left, with one line that says which, and when all will be done; each with its exit code.
 
     Args:
         until: of the clock. What runs then is interrupted, as by Ctrl-C, and gives None; what is left is not begun.
+        on_cpu: see :func:`run_commands`.
     """
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})
     pace = 1.0  # measured seconds over expected ones, of the last command
     for index, command in enumerate(commands):
         if command.is_done:
@@ -83,7 +94,6 @@ def in_turn(
             return
         rest = sum(later.seconds for later in commands[index + 1 :] if not later.is_done)
         begun = clock()
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with command.log.open("w", encoding="utf-8") as log, _end_by_sigterm() as end:
             process = _start(command.argv, log, environment)
             try:

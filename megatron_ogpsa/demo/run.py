@@ -59,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
         recipes = [make_recipe(args, out, seed) for seed in range(args.seed, args.seed + args.seeds)]
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error}): choose another folder") from None
-    run_commands([step for recipe in recipes for step in plan_steps(recipe, fresh=args.fresh, seeds=args.seeds)])
+    run_commands(
+        [step for recipe in recipes for step in plan_steps(recipe, fresh=args.fresh, seeds=args.seeds)], on_cpu=True
+    )
     results = Results(
         variants={START: None, **recipes[0].variants},
         runs=[read_run(recipe) for recipe in recipes],

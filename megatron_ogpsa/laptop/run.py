@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         chat = list(chatting_steps(asked, model, out / CHAT_FILE))
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error.strerror}): choose another folder") from None
-    run_commands([*starting_steps(jobs[0], model), *(step for job in jobs for step in job.steps()), *chat])
+    run_commands([*starting_steps(jobs[0], model), *(step for job in jobs for step in job.steps()), *chat], on_cpu=True)
     told = (out / CHAT_FILE).read_text(encoding="utf-8").splitlines()
     print("\n".join(line for line in told if line.startswith(("? ", "  ")) or not line))
     curves: dict[str, dict[int, Curve]] = {name: {} for name in names}

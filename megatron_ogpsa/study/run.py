@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out}: cannot be written ({error}): choose another folder") from None
     if args.report:
         _require_folder(args.report)
-    run_commands([base_step(recipe, fresh=False, prefix=f"seed {recipe.seed}, ") for recipe in recipes])
-    run_commands([step for name in names for recipe in recipes for step in steps_of(recipe, name)])
+    run_commands([base_step(recipe, fresh=False, prefix=f"seed {recipe.seed}, ") for recipe in recipes], on_cpu=True)
+    run_commands([step for name in names for recipe in recipes for step in steps_of(recipe, name)], on_cpu=True)
     curves = {name: {recipe.seed: curve_of(recipe, name) for recipe in recipes} for name in names}
     paths = write_report(curves, out / "report")
     if args.report:

@@ -24,6 +24,17 @@ def test_a_failed_step_shows_the_end_of_its_log(tmp_path: Path, capsys: pytest.C
     assert "the cause" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("on_cpu", "seen"), [(True, "''"), (False, "'0'")])
+def test_gpus_are_hidden_from_what_is_written_for_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_cpu: bool, seen: str
+) -> None:
+    """On a workstation with one, two ranks of the demo would meet on it."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    code = "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+    run_commands([Command("a step", [sys.executable, "-c", code], tmp_path / "a.log", seconds=1.0)], on_cpu=on_cpu)
+    assert (tmp_path / "a.log").read_text() == f"{seen}\n"
+
+
 def test_told_to_end_it_ends_the_step_first(tmp_path: Path) -> None:
     """The step tells it to, and would outlive it by far."""
     code = "import os, signal, time; print(os.getpid(), flush=True); os.kill(os.getppid(), signal.SIGTERM); time.sleep(600)"

@@ -148,7 +148,7 @@ def test_a_setting_that_checkpoints_would_change_is_scored_at_the_end(recipe: Re
 def test_a_place_for_the_report_is_looked_at_before_anything_is_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("megatron_ogpsa.study.run.run_commands", lambda commands: pytest.fail("a step was run"))
+    monkeypatch.setattr("megatron_ogpsa.study.run.run_commands", lambda commands, on_cpu: pytest.fail("a step was run"))
     monkeypatch.setattr("megatron_ogpsa.study.run.make_recipe", lambda *args, **kwargs: None)
     (tmp_path / "file").touch()
     assert main(["study", "--out", str(tmp_path / "out"), "--report", str(tmp_path / "file")]) == 2
