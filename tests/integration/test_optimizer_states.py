@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from megatron_ogpsa.integration.runtime.optimizer_states import _with_states
 from tests.integration.checkpoints import differences
 from tests.integration.conftest import Train
 from tests.integration.test_train import DP2, config_without
@@ -23,6 +26,16 @@ RUNS = {
     "fp32-plain-sgd": (f"{DP2} --optimizer sgd", False),
 }
 """Flags, and whether the optimizer is the distributed one."""
+
+
+def test_states_of_other_optimizers_are_left_to_them() -> None:
+    """Runs without references may have Lion, say, whose state is another than Adam's."""
+    for name, is_made in (("adam", True), ("lion", False), ("muon", False)):
+        inner = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+        config = SimpleNamespace(optimizer=name, use_precision_aware_optimizer=False)
+        megatrons = SimpleNamespace(optimizer=inner, config=config, is_stub_optimizer=False)
+        _with_states(lambda *_: None)(megatrons)
+        assert bool(inner.state) == is_made
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -13,7 +13,7 @@ from megatron_ogpsa.integration.runtime.patching import Patch
 
 
 def _make_states(optimizer: Any) -> None:
-    """Give a Megatron optimizer that has not stepped yet the state that its first step would begin with."""
+    """Give a Megatron optimizer (Adam or SGD) that has not stepped yet the state that its first step would begin with."""
     inner, config = optimizer.optimizer, optimizer.config
     for group in inner.param_groups:
         for parameter in group["params"]:
@@ -45,10 +45,10 @@ def _with_states(original: Callable[..., Any]) -> Callable[..., Any]:
     def sharded_state_dict(
         self: Any, model_sharded_state_dict: Any = None, is_loading: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        if not self.is_stub_optimizer:
-            is_sgd = self.config.optimizer == "sgd"
-            makes_them = is_loading and not (_is_of_torch(self.optimizer) or is_sgd)
-            if not (self.optimizer.state or makes_them or _is_several(self.optimizer)):
+        is_sgd = self.config.optimizer == "sgd"
+        if not self.is_stub_optimizer and (is_sgd or self.config.optimizer == "adam"):
+            is_megatrons = is_loading and not (_is_of_torch(self.optimizer) or is_sgd)  # which makes them itself then
+            if not (self.optimizer.state or is_megatrons or _is_several(self.optimizer)):
                 _make_states(self)
             if is_sgd:  # it has nothing there to be called
                 self.init_state_fn = lambda *_: None
