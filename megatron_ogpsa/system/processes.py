@@ -15,9 +15,8 @@ PARENT_VARIABLE = "MEGATRON_OGPSA_PARENT"
 ATTEMPT_VARIABLE = "MEGATRON_OGPSA_ATTEMPT"
 """What :func:`attempt_in_store` is for the job, in a process that one of its ranks has started."""
 
-_LIBC = ctypes.CDLL(
-    None, use_errno=True
-)  # opened here: a lock that a thread holds at a fork is never free in the child
+# Opened here: a lock that another thread holds at a fork is never free in the child.
+_LIBC = ctypes.CDLL(None, use_errno=True)
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
